@@ -1,0 +1,49 @@
+"""The only reader of ``os.environ``: one function per fact, so that every variable that matters is found here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+_WORLD_SIZE = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+
+
+def _first(names: Iterable[str]) -> tuple[str, str] | None:
+    return next(((name, os.environ[name]) for name in names if os.environ.get(name)), None)
+
+
+def launched_size() -> tuple[str, int] | None:
+    """Return the variable and the number of ranks that the launcher says it started; None without a launcher.
+
+    A launcher of its own (mpirun, mpiexec) is asked before Slurm, whose step may hold only the launcher's daemons.
+    """
+    found = _first(_WORLD_SIZE)
+    return (found[0], int(found[1])) if found and found[1].isdigit() else None
+
+
+def launched_local_size() -> int | None:
+    """Return how many ranks the launcher put on this node, where it says so before MPI starts."""
+    found = _first(("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
+    return int(found[1]) if found and found[1].isdigit() else None
+
+
+def user_threads() -> tuple[str, str] | None:
+    """Return the variable by which the user fixed the number of BLAS threads, and its value."""
+    return _first(_THREADS)
+
+
+def set_default(name: str, value: str) -> None:
+    """Set an environment variable unless the user did; for what MPI reads when it starts."""
+    os.environ.setdefault(name, value)
+
+
+def snapshot() -> dict[str, str]:
+    """Return a copy of the environment, for a child process."""
+    return dict(os.environ)
+
+
+def slurm_job() -> dict[str, str]:
+    """Return the ``SLURM_*`` variables that identify a job, for the record of a run."""
+    keys = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
+    return {key: os.environ[key] for key in keys if key in os.environ}

@@ -1,0 +1,26 @@
+"""Arrays: which library they belong to, how tensors lie in memory, and random values that no layout changes."""
+
+from mpitrain.arrays.batch import Batch
+from mpitrain.arrays.flatbuffer import Allocator, FlatBuffer, device, plain
+from mpitrain.arrays.layout import Box, Group, Layout, Segment, Shard
+from mpitrain.arrays.namespace import by_device, is_cupy, namespace, to_host
+from mpitrain.arrays.random import Key, philox4x32
+
+__all__ = [
+    "Allocator",
+    "Batch",
+    "Box",
+    "FlatBuffer",
+    "Group",
+    "Key",
+    "Layout",
+    "Segment",
+    "Shard",
+    "by_device",
+    "device",
+    "is_cupy",
+    "namespace",
+    "philox4x32",
+    "plain",
+    "to_host",
+]

@@ -1,0 +1,47 @@
+"""Element types: what they are called, and in which type each is summed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mpitrain._errors import DtypeError
+from mpitrain._typing import DType
+
+
+def is_bfloat16(dtype: DType) -> bool:
+    """Tell whether ``dtype`` is the bfloat16 that the package ``ml_dtypes`` registers with NumPy."""
+    return dtype.name == "bfloat16"
+
+
+def is_float(dtype: DType) -> bool:
+    """Tell whether ``dtype`` is a real floating-point type, bfloat16 included."""
+    return dtype.kind == "f" or is_bfloat16(dtype)
+
+
+def is_half(dtype: DType) -> bool:
+    """Tell whether ``dtype`` is a 16-bit float (float16 or bfloat16)."""
+    return is_float(dtype) and dtype.itemsize == 2
+
+
+def accumulator(dtype: DType) -> DType:
+    """Return the type in which values of ``dtype`` are summed: float32 for 16-bit floats, else itself."""
+    return np.dtype(np.float32) if is_half(dtype) else dtype
+
+
+def floating(dtype: Any, what: str) -> DType:
+    """Return ``dtype`` as a NumPy dtype.
+
+    Raises
+    ------
+    DtypeError
+        It is not float32 or float64, the types that models compute in.
+    """
+    try:
+        found: DType = np.dtype(dtype)
+    except TypeError as error:
+        raise DtypeError(f"{what}: not a dtype", got=repr(dtype), expected="float32 or float64") from error
+    if found not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise DtypeError(f"{what}: models do not compute in this dtype", got=found, expected="float32 or float64")
+    return found

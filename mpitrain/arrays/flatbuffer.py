@@ -1,0 +1,83 @@
+"""A layout plus memory: one flat array, and a view of it per tensor."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpitrain._typing import Array, DType
+from mpitrain.arrays.layout import Layout
+from mpitrain.arrays.namespace import by_device
+
+
+class Allocator(Protocol):
+    """Gives page-aligned, zeroed memory.  `comm` offers one for memory that the ranks of a node share."""
+
+    def __call__(self, size: int, dtype: DType) -> Array:
+        """Return a zeroed one-dimensional array of ``size`` elements."""
+        ...
+
+
+def plain(size: int, dtype: DType) -> Array:
+    """Allocate this process's own memory; page-aligned, and backed by the kernel when first touched."""
+    nbytes = size * dtype.itemsize
+    memory = mmap.mmap(-1, max(nbytes, 1))
+    return np.frombuffer(memory, dtype=np.uint8, count=nbytes).view(dtype)
+
+
+def device(size: int, dtype: DType) -> Array:
+    """Allocate memory of the current GPU through CuPy."""
+    array: Array = by_device("gpu").zeros(size, dtype)
+    return array
+
+
+class FlatBuffer:
+    """Memory for the tensors of a layout.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    allocator : Allocator
+        Where the memory comes from.
+
+    Attributes
+    ----------
+    flat : array, shape (layout.size,), layout.dtype
+        Everything; padding is zero.
+    views : dict of str to array
+        A view of each tensor, under each of its names.
+    tree : nested dict
+        The same views, nested along the dots of the names: ``tree["0"]["weight"]``.
+    """
+
+    def __init__(self, layout: Layout, allocator: Allocator = plain) -> None:
+        self.layout = layout
+        self.flat = allocator(layout.size, layout.dtype)
+        self.views = views(layout, self.flat)
+        self.tree = nest(self.views)
+
+    def zero(self) -> None:
+        """Set every element to zero."""
+        self.flat[...] = 0
+
+
+def views(layout: Layout, flat: Array) -> dict[str, Array]:
+    """Return a view of ``flat`` for each tensor of ``layout``, ties included."""
+    found = {s.name: flat[s.offset : s.stop].reshape(s.shape) for s in layout.segments}
+    found.update({alias: found[name] for alias, name in layout.ties.items()})
+    return found
+
+
+def nest(named: dict[str, Array]) -> dict[str, Any]:
+    """Turn dotted names into nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for name, array in named.items():
+        *path, leaf = name.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = array
+    return tree

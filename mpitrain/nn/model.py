@@ -1,0 +1,73 @@
+"""The contract between any model and any method: what gives a loss and gradients for a batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from mpitrain._typing import Array
+from mpitrain.arrays import Batch, FlatBuffer, Key, Layout
+
+Reduce: TypeAlias = Callable[[Array], Array]
+"""Sums an array over all ranks that share the batch, in place, and returns it.  Collective."""
+
+
+class Model(ABC):
+    """Gives a loss and gradients for a batch; holds no parameters and no state between calls.
+
+    A model is handed its parameters, the buffer for its gradients, its random key and, where it needs numbers of
+    other ranks (BatchNorm), a reduction.  So microbatches, pipelines and recomputation are safe.
+    """
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """Names, shapes and groups of the parameters; the same on all ranks."""
+
+    @abstractmethod
+    def initialise(self, params: FlatBuffer, key: Key) -> None:
+        """Fill ``params`` with initial values that depend on ``key`` and the tensors' names alone."""
+
+    @abstractmethod
+    def loss_and_gradients(
+        self, params: FlatBuffer, batch: Batch, grads: FlatBuffer, rng: Key, reduce: Reduce | None = None
+    ) -> tuple[float, float]:
+        """Add the gradient of the *sum* of the batch's losses to ``grads``.
+
+        Parameters
+        ----------
+        params : FlatBuffer
+            Parameters; not changed.
+        batch : Batch
+            This rank's share; may be empty, and then the same reductions are called as with samples.
+        grads : FlatBuffer
+            Gradients, added to.  For ``statistics`` tensors: the batch's statistic times ``count``.
+        rng : Key
+            Randomness of this step.
+        reduce : callable, optional
+            Sums an array over all ranks that share the batch; None: the batch here is all there is.
+
+        Returns
+        -------
+        loss_sum : float
+            Sum of the samples' losses.
+        count : float
+            What the sum is to be divided by, once reduced: number of samples (or tokens).
+        """
+
+    @abstractmethod
+    def predict(self, params: FlatBuffer, inputs: Array) -> Array:
+        """Return the model's outputs for ``inputs``, shape (n, …), in evaluation mode; a new array."""
+
+    @abstractmethod
+    def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
+        """Return float64 sums over the batch from which `metrics` follow, once added over batches and ranks.
+
+        Keys and shapes are the same for every batch, an empty one included; ``"count"`` and ``"loss"`` (the sum of
+        the losses) are always among them.
+        """
+
+    @abstractmethod
+    def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
+        """Turn added `sums` into metrics: ``loss``, and e.g. ``accuracy`` and ``confusion`` or ``r2``."""

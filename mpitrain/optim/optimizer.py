@@ -1,0 +1,66 @@
+"""The contract of an optimizer: it updates any contiguous shard of a layout's flat range, in place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from mpitrain._typing import Array
+from mpitrain.arrays import Allocator, Shard, plain
+
+State = dict[str, Array]
+"""Arrays of the shard's size, one per slot: ``{"m": …, "v": …}``."""
+
+
+class Optimizer(ABC):
+    """Turns gradients into new parameters.  Holds hyperparameters only; the state is the caller's.
+
+    Order of a step, always: reduce → divide and unscale → finite check → clip → update.  `update` is the last.
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ()
+
+    def init(self, shard: Shard, allocator: Allocator = plain) -> State:
+        """Return the state of a shard before the first step: zeros, an array of ``shard.size`` per slot."""
+        return {slot: allocator(shard.size, shard.layout.dtype) for slot in self.slots}
+
+    def partials(self, params: Array, grads: Array, state: State, step: int, shard: Shard) -> Array | None:
+        """Return what `update` needs of whole tensors, as sums over this shard; None if it needs nothing.
+
+        Returns
+        -------
+        array of float64, shape (len(shard.layout), k), or None
+            To be summed over the owners of the other shards and handed to `update` as ``totals``.
+        """
+        return None
+
+    @abstractmethod
+    def update(
+        self,
+        params: Array,
+        grads: Array,
+        state: State,
+        lr: float,
+        step: int,
+        shard: Shard,
+        totals: Array | None = None,
+    ) -> None:
+        """Update ``params`` and ``state`` in place.
+
+        Parameters
+        ----------
+        params : array, shape (shard.size,)
+            The shard of the parameters.  ``statistics`` runs follow ``p += rate * (g - p)`` under every optimizer.
+        grads : array, shape (shard.size,)
+            Mean gradients, reduced, divided, checked and clipped; may be overwritten.
+        state : dict of str to array
+            What `init` gave.
+        lr : float
+            Learning rate of this step.
+        step : int
+            Number of this step, from 1.
+        shard : Shard
+            Which part of the layout this is.
+        totals : array of float64, shape (len(shard.layout), k), optional
+            `partials`, summed over all shards.
+        """
