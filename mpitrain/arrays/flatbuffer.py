@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from mpitrain._typing import Array, DType
 from mpitrain.arrays.layout import Layout
-from mpitrain.arrays.namespace import by_device
+from mpitrain.arrays.namespace import by_device, to_host
 
 
 class Allocator(Protocol):
@@ -62,6 +63,13 @@ class FlatBuffer:
     def zero(self) -> None:
         """Set every element to zero."""
         self.flat[...] = 0
+
+    def sha256(self) -> str:
+        """Return a hash of the values of all tensors, in the order of their names; padding does not count."""
+        digest = hashlib.sha256()
+        for name in sorted(segment.name for segment in self.layout):
+            digest.update(np.ascontiguousarray(to_host(self.views[name])).view(np.uint8).reshape(-1).data)
+        return digest.hexdigest()
 
 
 def views(layout: Layout, flat: Array) -> dict[str, Array]:

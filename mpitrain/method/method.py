@@ -1,0 +1,119 @@
+"""The contract of a method: how gradients become parameters.  Everything else is shared between methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mpitrain._typing import Array
+from mpitrain.arrays import Batch, FlatBuffer, Key
+from mpitrain.method.state import State
+from mpitrain.nn.model import Model
+from mpitrain.optim.optimizer import Optimizer
+
+Schedule = Callable[[int], float]
+"""Learning rate of a step, counted from 1."""
+
+
+class Feed(Protocol):
+    """Batches as a pure function of the step: nothing to save, nothing to rewind.
+
+    The method, not the feed, knows how a batch is split (over ranks, clients, tickets), so it cuts its own share.
+    """
+
+    def share(self, rank: int, size: int, microbatches: int) -> Feed:
+        """Return the feed of one of ``size`` shares of the same global batches."""
+        ...
+
+    def batch(self, step: int) -> Sequence[Batch]:
+        """Return this share of the global batch of ``step`` (from 0), a `Batch` per microbatch, perhaps empty."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What happened since the last call of `Method.advance`; the same on all ranks.
+
+    Parameters
+    ----------
+    step : int
+        Units done since training began.
+    loss : float
+        Mean loss of the samples trained on since the last call.
+    samples : int
+        Number of those samples, over all ranks.
+    lr : float
+        Learning rate of the last step.
+    stop_requested : bool
+        Some rank was asked to stop (`Method.request_stop`).
+    """
+
+    step: int
+    loss: float
+    samples: int
+    lr: float
+    stop_requested: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method is set up with, besides the model and the optimizer.
+
+    Parameters
+    ----------
+    key : Key
+        The run's random key.
+    schedule : callable
+        Learning rate of a step.
+    steps : int
+        Last step of the run; a method commits there.
+    clip_norm, clip_value : float, optional
+        Bounds on the gradient's global norm, and on each of its elements.
+    """
+
+    key: Key
+    schedule: Schedule
+    steps: int
+    clip_norm: float | None = None
+    clip_value: float | None = None
+
+
+class Method(ABC):
+    """Turns gradients into parameters.  All calls are collective over the method's communicator."""
+
+    params: FlatBuffer
+    step: int
+
+    @abstractmethod
+    def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:
+        """Allocate and initialise: the same parameters on every layout, verified between ranks by hash."""
+
+    @abstractmethod
+    def advance(self, feed: Feed, until: int) -> Progress:
+        """Train to the first commit point at or after step ``until``, or to one after a stop was requested.
+
+        At a commit point parameters and optimizer state are whole and agree between ranks, so that they may be
+        evaluated, saved or resized.
+        """
+
+    @abstractmethod
+    def request_stop(self) -> None:
+        """Ask all ranks to return from `advance` at the next commit point.  Local; safe in a signal handler."""
+
+    @abstractmethod
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Return metrics over all ranks' batches, weighted by samples; the same on all ranks."""
+
+    @abstractmethod
+    def predict(self, inputs: Array) -> Array:
+        """Return the model's outputs for ``inputs``, shape (n, …), the same on all ranks."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Return what a checkpoint holds, in global coordinates; the pieces are views, valid until `advance`."""
+
+    @abstractmethod
+    def load(self, state: State) -> None:
+        """Continue from a state that any method, on any number of ranks, saved."""

@@ -1,0 +1,114 @@
+"""The steps that all methods share, in their one order: reduce, divide, check, clip, update.
+
+Each works on a contiguous shard of the flat range, which for data-parallel SGD is all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mpitrain._errors import MismatchError, NonFiniteError
+from mpitrain._typing import Array
+from mpitrain.arrays import FlatBuffer, Layout, Shard, namespace
+from mpitrain.comm import Communicator
+from mpitrain.method.method import Plan
+from mpitrain.optim import Optimizer, State, clip_value, finite, scale, squared_norm
+
+
+def verify_replicas(comm: Communicator, params: FlatBuffer) -> None:
+    """Check that all ranks hold the same parameters.  Collective.
+
+    Raises
+    ------
+    MismatchError
+        Naming the ranks that differ from rank 0.
+    """
+    digests = comm.allgather_object(params.sha256())
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if differing:
+        raise MismatchError(
+            "initial parameters differ between ranks",
+            operation="setup",
+            got=f"other values than rank 0's on ranks {differing}",
+            remedy="a model's initialise() may depend on its key and the tensors' names alone",
+        )
+
+
+def reduce_gradients(comm: Communicator, grads: FlatBuffer, buckets: tuple[tuple[int, int], ...]) -> None:
+    """Sum the gradients over all ranks, in place, bucket by bucket.  Collective."""
+    for start, stop in buckets:
+        bucket = grads.flat[start:stop]
+        comm.allreduce(bucket, out=bucket)
+
+
+def check_finite(comm: Communicator, loss: float, local_loss: float, grads: Array, shard: Shard, step: int) -> None:
+    """Check the reduced loss and gradient; ``loss`` and the whole of the gradients are the same on all ranks.
+
+    Raises
+    ------
+    NonFiniteError
+        Naming the step, the ranks whose own loss is at fault, and the tensors.
+    """
+    if np.isfinite(loss) and finite(grads):
+        return
+    ranks = [rank for rank, good in enumerate(comm.allgather_object(bool(np.isfinite(local_loss)))) if not good]
+    names = [shard.layout.segments[number].name for number, part in shard.pieces if not finite(grads[part])]
+    raise NonFiniteError(
+        f"step {step}: the loss or gradient is not finite",
+        got=f"loss {loss}; ranks whose own loss is not finite: {ranks or 'none'}; tensors: {', '.join(names) or 'none'}",
+        remedy="lower optimizer.lr, or set optimizer.clip_norm",
+    )
+
+
+def clip(grads: Array, shard: Shard, plan: Plan, comm: Communicator | None = None) -> None:
+    """Clip mean gradients in place, by value and then by global norm.
+
+    Parameters
+    ----------
+    comm : Communicator, optional
+        Over which the squared norms of the shards are summed (collective); None if the shard is everything.
+    """
+    if plan.clip_value is not None:
+        clip_value(grads, shard, plan.clip_value)
+    if plan.clip_norm is not None:
+        partial = squared_norm(grads, shard)
+        total = float(comm.allreduce(np.float64(partial))) if comm else partial
+        norm = float(np.sqrt(total))
+        if norm > plan.clip_norm:
+            scale(grads, shard, plan.clip_norm / norm)
+
+
+def update(
+    optimizer: Optimizer, params: Array, grads: Array, state: State, plan: Plan, step: int, shard: Shard,
+    comm: Communicator | None = None,
+) -> None:  # fmt: skip
+    """Run the optimizer on one shard; ``comm`` sums what it needs of whole tensors, as in `clip`."""
+    totals = optimizer.partials(params, grads, state, step, shard)
+    if totals is not None and comm is not None:
+        totals = comm.allreduce(totals)
+    optimizer.update(params, grads, state, plan.schedule(step), step, shard, totals)
+
+
+def divide(grads: Array, count: float) -> None:
+    """Turn summed gradients into mean ones: the one division of a step."""
+    xp = namespace(grads)
+    xp.divide(grads, grads.dtype.type(count), out=grads)
+
+
+def add_sums(total: dict[str, Array] | None, sums: Mapping[str, Array]) -> dict[str, Array]:
+    """Add a batch's evaluation sums to those of the batches before it."""
+    if total is None:
+        return {name: np.array(value, np.float64) for name, value in sums.items()}
+    return {name: total[name] + sums[name] for name in total}
+
+
+def describe_difference(ours: Layout, theirs: Mapping[str, tuple[int, ...]]) -> str:
+    """Say in a few words how a saved set of tensors differs from a layout; empty if it does not."""
+    mine = {segment.name: segment.global_shape for segment in ours}
+    missing = [f"{name} is missing" for name in mine if name not in theirs]
+    extra = [f"{name} is not in the model" for name in theirs if name not in mine]
+    shapes = [f"{n}: {tuple(theirs[n])} instead of {mine[n]}" for n in mine if n in theirs and tuple(theirs[n]) != mine[n]]
+    found = missing + extra + shapes
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
