@@ -1,3 +1,78 @@
-"""mpitrain: training over MPI whose result does not depend on how it was parallelised."""
+"""mpitrain: training over MPI whose result does not depend on how it was parallelised.
+
+``import mpitrain`` starts no MPI and communicates nothing; the names below are loaded when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpitrain._errors import MpitrainError
+    from mpitrain.arrays import Batch, FlatBuffer, Key, Layout, Segment
+    from mpitrain.comm import Communicator, LocalWorld, world
+    from mpitrain.data import Dataset, Loader
+    from mpitrain.method import Method, Plan
+    from mpitrain.nn import Layer, Model, Network
+    from mpitrain.optim import Optimizer
+    from mpitrain.parallel import DataParallel
+    from mpitrain.train import Job, Trainer
 
 __version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "Batch": "arrays",
+    "Communicator": "comm",
+    "DataParallel": "parallel",
+    "Dataset": "data",
+    "FlatBuffer": "arrays",
+    "Job": "train",
+    "Key": "arrays",
+    "Layer": "nn",
+    "Layout": "arrays",
+    "Loader": "data",
+    "LocalWorld": "comm",
+    "Method": "method",
+    "Model": "nn",
+    "MpitrainError": "_errors",
+    "Network": "nn",
+    "Optimizer": "optim",
+    "Plan": "method",
+    "Segment": "arrays",
+    "Trainer": "train",
+    "world": "comm",
+}
+
+__all__ = [
+    "Batch",
+    "Communicator",
+    "DataParallel",
+    "Dataset",
+    "FlatBuffer",
+    "Job",
+    "Key",
+    "Layer",
+    "Layout",
+    "Loader",
+    "LocalWorld",
+    "Method",
+    "Model",
+    "MpitrainError",
+    "Network",
+    "Optimizer",
+    "Plan",
+    "Segment",
+    "Trainer",
+    "world",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpitrain' has no attribute {name!r}")
+    return getattr(import_module(f"mpitrain.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

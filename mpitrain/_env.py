@@ -47,3 +47,9 @@ def slurm_job() -> dict[str, str]:
     """Return the ``SLURM_*`` variables that identify a job, for the record of a run."""
     keys = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
     return {key: os.environ[key] for key in keys if key in os.environ}
+
+
+def allocated_nodes() -> int:
+    """Return how many nodes Slurm allocated to this job; 1 outside of one."""
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    return int(nodes) if nodes.isdigit() else 1

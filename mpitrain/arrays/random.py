@@ -110,7 +110,7 @@ class Key:
         words = philox4x32((blocks, index & _LOW, index >> _SHIFT, xp.uint64(self.step & _MASK)), self.words)
         shape = (rows.shape[0], high - low)
         table = xp.stack([xp.broadcast_to(w, shape) for w in words], axis=-1).astype(xp.uint32)
-        found: Array = table.reshape(shape[0], -1)[:, first - 4 * low : last - 4 * low]
+        found: Array = table.reshape(shape[0], 4 * (high - low))[:, first - 4 * low : last - 4 * low]
         return found
 
     def uniform(self, rows: Array, columns: tuple[int, int], dtype: Any = np.float32) -> Array:

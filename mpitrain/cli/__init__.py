@@ -1,1 +1,59 @@
-"""."""
+"""The command ``mpitrain``: what people type.  Each subcommand is a file that is loaded when it is called."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from mpitrain import __version__
+from mpitrain._errors import MpitrainError
+
+_COMMANDS = {
+    "doctor": "Check this machine: Python, MPI, launcher, threads, shared memory, GPU.",
+    "init": "Copy a job file and its sbatch file into this folder.",
+    "predict": "Apply a trained model to new inputs.",
+    "report": "Write the report of a run again.",
+    "run": "Train: run a job file on one rank, on N, or under mpirun and srun.",
+}
+
+
+class _Lazy(click.Group):
+    """A group whose commands are imported one at a time, so that ``--help`` is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"mpitrain.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="mpitrain")
+def cli() -> None:
+    """Train models over MPI; the result does not depend on how it was parallelised."""
+
+
+def main() -> None:
+    """Run the command line; exit with 0, 2 for what the user can mend in the input, 1 else."""
+    try:
+        cli.main(prog_name="mpitrain", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+    except MpitrainError as error:
+        click.echo(f"mpitrain: error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+__all__ = ["cli", "main"]

@@ -1,1 +1,35 @@
-"""."""
+"""Ranks and what they exchange.  Importing this starts no MPI and needs none installed."""
+
+from typing import TYPE_CHECKING, Any
+
+from mpitrain.comm.communicator import Communicator
+from mpitrain.comm.guard import abort_on_uncaught, agree
+from mpitrain.comm.leave import leave_together
+from mpitrain.comm.ledger import Count, Ledger
+from mpitrain.comm.local import LocalWorld
+from mpitrain.comm.request import Request
+from mpitrain.comm.start import world
+
+if TYPE_CHECKING:
+    from mpitrain.comm.mpi import MpiCommunicator
+
+__all__ = [
+    "Communicator",
+    "Count",
+    "Ledger",
+    "LocalWorld",
+    "MpiCommunicator",
+    "Request",
+    "abort_on_uncaught",
+    "agree",
+    "leave_together",
+    "world",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MpiCommunicator":  # the import starts MPI
+        from mpitrain.comm.mpi import MpiCommunicator
+
+        return MpiCommunicator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

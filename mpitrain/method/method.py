@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mpitrain._typing import Array
 from mpitrain.arrays import Batch, FlatBuffer, Key
-from mpitrain.method.state import State
+from mpitrain.method.state import Read, State
 from mpitrain.nn.model import Model
 from mpitrain.optim.optimizer import Optimizer
 
@@ -17,18 +17,22 @@ Schedule = Callable[[int], float]
 """Learning rate of a step, counted from 1."""
 
 
-class Feed(Protocol):
-    """Batches as a pure function of the step: nothing to save, nothing to rewind.
-
-    The method, not the feed, knows how a batch is split (over ranks, clients, tickets), so it cuts its own share.
-    """
-
-    def share(self, rank: int, size: int, microbatches: int) -> Feed:
-        """Return the feed of one of ``size`` shares of the same global batches."""
-        ...
+class Share(Protocol):
+    """One rank's part of each batch, as a pure function of the step: nothing to save, nothing to rewind."""
 
     def batch(self, step: int) -> Sequence[Batch]:
         """Return this share of the global batch of ``step`` (from 0), a `Batch` per microbatch, perhaps empty."""
+        ...
+
+
+class Feed(Protocol):
+    """The global batches of a run.
+
+    The method, not the feed, knows how a batch is split (over ranks, clients, tickets), so it asks for its own share.
+    """
+
+    def share(self, rank: int, size: int, microbatches: int) -> Share:
+        """Return one of ``size`` shares, each global batch cut into microbatches first."""
         ...
 
 
@@ -115,5 +119,17 @@ class Method(ABC):
         """Return what a checkpoint holds, in global coordinates; the pieces are views, valid until `advance`."""
 
     @abstractmethod
-    def load(self, state: State) -> None:
-        """Continue from a state that any method, on any number of ranks, saved."""
+    def load(self, scalars: Mapping[str, Any], read: Read) -> None:
+        """Continue from a state that any method, on any number of ranks, saved.
+
+        Parameters
+        ----------
+        scalars : mapping
+            As `state` gave them.
+        read : callable
+            Returns a whole tensor by its name.
+        """
+
+    @abstractmethod
+    def load_parameters(self, read: Read) -> None:
+        """Begin with the parameters of another run, and an optimizer that has seen nothing."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpitrain._errors import MismatchError, NonFiniteError
 from mpitrain._typing import Array
-from mpitrain.arrays import FlatBuffer, Layout, Shard, namespace
+from mpitrain.arrays import FlatBuffer, Shard, namespace
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Plan
 from mpitrain.optim import Optimizer, State, clip_value, finite, scale, squared_norm
@@ -43,21 +43,28 @@ def reduce_gradients(comm: Communicator, grads: FlatBuffer, buckets: tuple[tuple
         comm.allreduce(bucket, out=bucket)
 
 
-def check_finite(comm: Communicator, loss: float, local_loss: float, grads: Array, shard: Shard, step: int) -> None:
-    """Check the reduced loss and gradient; ``loss`` and the whole of the gradients are the same on all ranks.
+def check_finite(comm: Communicator, good: bool, own_good: bool, grads: Array, shard: Shard, step: int) -> None:
+    """End the run if the loss or gradient of a step is not finite.
+
+    Parameters
+    ----------
+    good : bool
+        The verdict, which must be the same on all ranks.
+    own_good : bool
+        Whether this rank's own part was finite; only names the culprits.
 
     Raises
     ------
     NonFiniteError
-        Naming the step, the ranks whose own loss is at fault, and the tensors.
+        On all ranks, naming the step, the ranks at fault, and the tensors.
     """
-    if np.isfinite(loss) and finite(grads):
+    if good:
         return
-    ranks = [rank for rank, good in enumerate(comm.allgather_object(bool(np.isfinite(local_loss)))) if not good]
+    ranks = [rank for rank, well in enumerate(comm.allgather_object(own_good)) if not well]
     names = [shard.layout.segments[number].name for number, part in shard.pieces if not finite(grads[part])]
     raise NonFiniteError(
-        f"step {step}: the loss or gradient is not finite",
-        got=f"loss {loss}; ranks whose own loss is not finite: {ranks or 'none'}; tensors: {', '.join(names) or 'none'}",
+        f"the loss or gradient of step {step} is not finite",
+        got=f"ranks whose own samples gave it: {ranks or 'none'}; tensors: {', '.join(names) or 'none'}",
         remedy="lower optimizer.lr, or set optimizer.clip_norm",
     )
 
@@ -102,13 +109,3 @@ def add_sums(total: dict[str, Array] | None, sums: Mapping[str, Array]) -> dict[
     if total is None:
         return {name: np.array(value, np.float64) for name, value in sums.items()}
     return {name: total[name] + sums[name] for name in total}
-
-
-def describe_difference(ours: Layout, theirs: Mapping[str, tuple[int, ...]]) -> str:
-    """Say in a few words how a saved set of tensors differs from a layout; empty if it does not."""
-    mine = {segment.name: segment.global_shape for segment in ours}
-    missing = [f"{name} is missing" for name in mine if name not in theirs]
-    extra = [f"{name} is not in the model" for name in theirs if name not in mine]
-    shapes = [f"{n}: {tuple(theirs[n])} instead of {mine[n]}" for n in mine if n in theirs and tuple(theirs[n]) != mine[n]]
-    found = missing + extra + shapes
-    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")

@@ -1,1 +1,56 @@
-"""."""
+"""Layers, losses, and the models made of them; over NumPy or CuPy, and without communication of their own."""
+
+from mpitrain.nn.activations import ACTIVATIONS, GELU, Activation, ReLU, Sigmoid, Tanh
+from mpitrain.nn.batchnorm import BatchNorm
+from mpitrain.nn.containers import Residual, Sequential
+from mpitrain.nn.conv import Conv2d
+from mpitrain.nn.dropout import Dropout
+from mpitrain.nn.embedding import Embedding
+from mpitrain.nn.flatten import Flatten
+from mpitrain.nn.gradcheck import check_layer, check_loss
+from mpitrain.nn.layer import Call, Context, Layer, Parameter
+from mpitrain.nn.layernorm import LayerNorm
+from mpitrain.nn.linear import Linear
+from mpitrain.nn.loss import Loss
+from mpitrain.nn.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
+from mpitrain.nn.model import Model, Reduce
+from mpitrain.nn.network import Network
+from mpitrain.nn.pool import Pool
+from mpitrain.nn.pooling import AvgPool2d, MaxPool2d
+from mpitrain.nn.presets import LOSSES, MODELS
+
+__all__ = [
+    "ACTIVATIONS",
+    "GELU",
+    "LOSSES",
+    "MODELS",
+    "Activation",
+    "AvgPool2d",
+    "BatchNorm",
+    "BinaryCrossEntropy",
+    "Call",
+    "Context",
+    "Conv2d",
+    "CrossEntropy",
+    "Dropout",
+    "Embedding",
+    "Flatten",
+    "Layer",
+    "LayerNorm",
+    "Linear",
+    "Loss",
+    "MaxPool2d",
+    "MeanSquaredError",
+    "Model",
+    "Network",
+    "Parameter",
+    "Pool",
+    "ReLU",
+    "Reduce",
+    "Residual",
+    "Sequential",
+    "Sigmoid",
+    "Tanh",
+    "check_layer",
+    "check_loss",
+]

@@ -6,7 +6,8 @@ a single rank would take on the whole batch, however unevenly it is shared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from mpitrain._errors import InputError
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, plain
 from mpitrain.comm import Communicator
-from mpitrain.method.method import Feed, Method, Plan, Progress
-from mpitrain.method.state import State, fill, pieces_of
+from mpitrain.method.method import Feed, Method, Plan, Progress, Share
+from mpitrain.method.state import Read, State, fill, pieces_of
 from mpitrain.method.steps import (
     add_sums,
     check_finite,
@@ -27,9 +28,23 @@ from mpitrain.method.steps import (
     verify_replicas,
 )
 from mpitrain.nn.model import Model, Reduce
-from mpitrain.optim import Optimizer
+from mpitrain.optim import Optimizer, finite
 
 DEFAULT_BUCKET_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the ranks sum at each step besides the gradients; it also carries what they must agree on."""
+
+    loss: float = 0.0  # sum of the samples' losses
+    count: float = 0.0  # what it is to be divided by
+    samples: float = 0.0
+    stops: float = 0.0  # ranks that were asked to stop
+    bad: float = 0.0  # ranks whose own loss or gradient is not finite
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class DataParallel(Method):
@@ -44,10 +59,6 @@ class DataParallel(Method):
         BatchNorm, which normalises each microbatch on its own).
     bucket_bytes : int
         Largest piece in which gradients are reduced.
-    average_every : int
-        0: reduce the gradients at each step.  k > 0: each rank trains on its own share, and every k steps parameters
-        and optimizer state are averaged, weighted by the samples that each rank has seen (local SGD with averaged
-        momentum; Yu, Jin, Yang, ICML 2019).  Commit points are then those steps.
     allocator : Allocator
         Where parameters, gradients and optimizer state live.
 
@@ -63,20 +74,14 @@ class DataParallel(Method):
         *,
         microbatches: int = 1,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-        average_every: int = 0,
         allocator: Allocator = plain,
     ) -> None:
-        for name, value, least in (
-            ("microbatches", microbatches, 1),
-            ("bucket_bytes", bucket_bytes, 1),
-            ("average_every", average_every, 0),
-        ):
-            if value < least:
-                raise InputError(f"{name} is too small", operation="DataParallel", got=value, expected=f"≥ {least}")
+        for name, value in (("microbatches", microbatches), ("bucket_bytes", bucket_bytes)):
+            if value < 1:
+                raise InputError(f"{name} is too small", operation="DataParallel", got=value, expected="at least 1")
         self.comm = comm
         self.microbatches = microbatches
         self.bucket_bytes = bucket_bytes
-        self.average_every = average_every
         self._allocator = allocator
         self._stop = False
 
@@ -90,7 +95,7 @@ class DataParallel(Method):
         self.optimizer_state = optimizer.init(self.shard, self._allocator)
         self.buckets = layout.buckets(self.bucket_bytes)
         self.step = 0
-        self._seen = 0.0  # samples since the last averaging, this rank's
+        self._feed: Feed | None = None
         model.initialise(self.params, plan.key.child("init"))
         verify_replicas(self.comm, self.params)
 
@@ -100,68 +105,60 @@ class DataParallel(Method):
 
     def advance(self, feed: Feed, until: int) -> Progress:
         """See `Method.advance`."""
-        mine = feed.share(self.comm.rank, self.comm.size, self.microbatches)
-        loss_sum, count, samples, stop = 0.0, 0.0, 0.0, False
-        while self.step < self.plan.steps and not (self._at_commit() and (self.step >= until or stop)):
-            tally = self._train_step(mine.batch(self.step))
-            loss_sum, count, samples = loss_sum + tally[0], count + tally[1], samples + tally[2]
-            stop = stop or tally[3] > 0
+        mine = self._share(feed)
+        total = Tally()
+        while self.step < self.plan.steps and not (self._at_commit() and (self.step >= until or total.stops)):
+            total += self._train_step(list(mine.batch(self.step)))
         lr = self.plan.schedule(max(self.step, 1))
-        return Progress(self.step, loss_sum / count if count else float("nan"), int(samples), lr, stop)
+        loss = total.loss / total.count if total.count else float("nan")
+        return Progress(self.step, loss, int(total.samples), lr, bool(total.stops))
+
+    def _share(self, feed: Feed) -> Share:
+        """Return this rank's share of a feed, which is cut once."""
+        if self._feed is not feed:
+            self._feed, self._own = feed, feed.share(self.comm.rank, self.comm.size, self.microbatches)
+        return self._own
 
     def _at_commit(self) -> bool:
-        return not self.average_every or self.step % self.average_every == 0 or self.step == self.plan.steps
+        """Tell whether parameters and optimizer state are now the same on all ranks."""
+        return True
 
-    def _train_step(self, microbatches: Iterable[Batch]) -> Array:
-        """Take one step; return the sums over all ranks of loss, count, samples and requests to stop."""
-        reduce = None if self.average_every else self._reduce
-        own_loss, own_count, samples = self._gradients(list(microbatches), reduce)
-        tally = self.comm.allreduce(np.array([own_loss, own_count, samples, self._stop], np.float64))
+    def _train_step(self, microbatches: list[Batch]) -> Tally:
+        """Take one step; return its sums over all ranks."""
+        own = self._gradients(microbatches, self._reduce)
+        total = self._sum(own)
         self.step += 1
-        if self.average_every:
-            self._update(own_count, float(tally[0]), own_loss)
-            self._seen += own_count
-            if self._at_commit():
-                self._average()
-        else:
-            reduce_gradients(self.comm, self.grads, self.buckets)
-            self._update(float(tally[1]), float(tally[0]), own_loss)
-        return tally
+        reduce_gradients(self.comm, self.grads, self.buckets)
+        good = not total.bad and finite(self.grads.flat)
+        check_finite(self.comm, good, not own.bad, self.grads.flat, self.shard, self.step)
+        self._update(total.count)
+        return total
 
-    def _gradients(self, microbatches: list[Batch], reduce: Reduce | None) -> tuple[float, float, int]:
+    def _sum(self, own: Tally) -> Tally:
+        return Tally(*self.comm.allreduce(np.array(astuple(own), np.float64)).tolist())
+
+    def _gradients(self, microbatches: list[Batch], reduce: Reduce | None) -> Tally:
         """Sum the gradients of this rank's samples into ``self.grads``."""
         self.grads.zero()
         rng = self.plan.key.child("train").at(self.step)
         loss_sum = count = 0.0
         for number, batch in enumerate(microbatches):
-            key = rng if len(microbatches) == 1 else rng.child(f"microbatch{number}")
+            key = rng.child(f"microbatch{number}")
             loss, weight = self.model.loss_and_gradients(self.params, batch, self.grads, key, reduce)
             loss_sum, count = loss_sum + loss, count + weight
-        return loss_sum, count, sum(len(batch) for batch in microbatches)
+        samples = sum(len(batch) for batch in microbatches)
+        return Tally(loss_sum, count, samples, float(self._stop), float(not np.isfinite(loss_sum)))
 
-    def _update(self, count: float, loss: float, own_loss: float) -> None:
-        """Divide, check, clip and update, everywhere alike; with local SGD, each rank its own gradient."""
-        grads = self.grads.flat
-        if count:
-            divide(grads, count)
-        check_finite(self.comm, loss, own_loss, grads, self.shard, self.step)
-        if count:
-            clip(grads, self.shard, self.plan)
-            update(
-                self.optimizer, self.params.flat, grads, self.optimizer_state, self.plan, self.step, self.shard
-            )  # fmt: skip
+    def _update(self, count: float) -> None:
+        """Divide, clip and update."""
+        grads, shard = self.grads.flat, self.shard
+        divide(grads, count)
+        clip(grads, shard, self.plan)
+        update(self.optimizer, self.params.flat, grads, self.optimizer_state, self.plan, self.step, shard)
 
     def _reduce(self, array: Array) -> Array:
         self.comm.allreduce(array, out=array)
         return array
-
-    def _average(self) -> None:
-        """Average parameters and optimizer state over the ranks, weighted by the samples each has seen."""
-        total = float(self.comm.allreduce(np.float64(self._seen)))
-        for array in (self.params.flat, *self.optimizer_state.values()):
-            array *= array.dtype.type(self._seen / total)
-            self.comm.allreduce(array, out=array)
-        self._seen = 0.0
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`."""
@@ -183,9 +180,13 @@ class DataParallel(Method):
             pieces += pieces_of(f"optimizer.{slot}", array, self.shard, "replicated")
         return State(pieces, {"step": self.step})
 
-    def load(self, state: State) -> None:
+    def load(self, scalars: Mapping[str, Any], read: Read) -> None:
         """See `Method.load`."""
-        fill("params", self.params.flat, self.shard, state.read)
+        fill("params", self.params.flat, self.shard, read)
         for slot, array in self.optimizer_state.items():
-            fill(f"optimizer.{slot}", array, self.shard, state.read)
-        self.step = int(state.scalars["step"])
+            fill(f"optimizer.{slot}", array, self.shard, read)
+        self.step = int(scalars["step"])
+
+    def load_parameters(self, read: Read) -> None:
+        """See `Method.load_parameters`."""
+        fill("params", self.params.flat, self.shard, read)

@@ -1,0 +1,119 @@
+"""``mpitrain run``: train a job, as one rank of a world, or as the parent that starts the world."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from mpitrain import _env
+from mpitrain._errors import LaunchError
+from mpitrain.cli.display import STYLES, headline, observer
+
+
+@click.command("run", short_help="Train: run a job file on one rank, on N, or under mpirun and srun.")
+@click.argument("job")
+@click.option("-n", "--ranks", type=click.IntRange(min=1), help="Start N ranks with the MPI library's own mpiexec.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. optimizer.lr=0.01.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run is kept  [default: runs/NAME/…]")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue the run in this directory.")
+@click.option("--quiet", is_flag=True, help="Show nothing until the end.")
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
+@click.option("--progress", type=click.Choice(STYLES), default="auto", show_default=True)
+@click.option("--width", type=int, hidden=True, help="Columns of the terminal that the launcher hides.")
+def command(ranks: int | None, **options: Any) -> None:
+    """Train what the file JOB (TOML) says.
+
+    Without -n this is one rank, or one of those that mpirun or srun has started.
+    """
+    if options.pop("quiet"):
+        options["progress"] = "none"
+    if ranks is None or ranks == 1:
+        _run_rank(**options)
+    else:
+        sys.exit(_launch(ranks, options))
+
+
+def _run_rank(
+    job: str, overrides: tuple[str, ...], run_dir: Path | None, resume: Path | None, as_json: bool, progress: str,
+    width: int | None,
+) -> None:  # fmt: skip
+    """Train as one rank of the world, and leave together with the others."""
+    from mpitrain.comm import abort_on_uncaught, leave_together, world
+    from mpitrain.train import Observer, load_job, train_job
+
+    comm = world()
+    abort_on_uncaught(comm)
+    with leave_together(comm):
+        loaded = load_job(job, overrides, comm)
+        watcher = observer(progress, width) if comm.rank == 0 else Observer()
+        result = train_job(loaded, comm, run_dir=run_dir, resume=resume, observer=watcher)
+        if comm.rank == 0:
+            _print_result(result, as_json)
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    ranks = "1 rank" if result["ranks"] == 1 else f"{result['ranks']} ranks"
+    click.echo(
+        f"{result['job']}: {result['steps']} steps on {ranks} in {result['seconds']:.1f} s ({result['stopped']})"
+    )
+    click.echo(f"{headline(result['metrics'])}")
+    click.echo(f"weights   {result['weights_sha256']}")
+    click.echo(f"report    {result['report'] or 'not written: pip install mpitrain[plot]'}")
+
+
+def _launch(ranks: int, options: dict[str, Any]) -> int:
+    """Start ``mpiexec`` with this command on ``ranks`` ranks and wait for it."""
+    from mpitrain.comm.launch import launch_command
+    from mpitrain.train import Job
+
+    launched = _env.launched_size()
+    if launched is not None and launched[1] > 1:
+        raise LaunchError(
+            "-n starts ranks, but a launcher has already started some", got=f"{launched[0]}={launched[1]}",
+            remedy="leave out -n under mpirun or srun",
+        )  # fmt: skip
+    Job.load(options["job"], options["overrides"])  # a mistake in it ends here, in one line
+    command_line, env = launch_command(ranks, [sys.executable, "-m", "mpitrain", "run", *_arguments(options)])
+    # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to stop at the next step.
+    with subprocess.Popen(command_line, env=env, start_new_session=True) as child:
+        _forward_signals(child)
+        return _exit_code(child.wait())
+
+
+def _arguments(options: dict[str, Any]) -> list[str]:
+    found = [options["job"], *(f"--set={override}" for override in options["overrides"])]
+    found += [f"--{name.replace('_', '-')}={options[name]}" for name in ("run_dir", "resume") if options[name]]
+    found += ["--json"] if options["as_json"] else []
+    style = options["progress"]
+    if style == "auto" and sys.stderr.isatty():
+        style = "bar"
+    return [*found, f"--progress={style}", f"--width={shutil.get_terminal_size().columns}"]
+
+
+def _forward_signals(child: subprocess.Popen[bytes]) -> None:
+    """Turn the first Ctrl-C into SIGUSR1, which every launcher passes on; let the second end the job."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, lambda *_: child.terminate())
+        click.echo("stopping at the next step; Ctrl-C again to end at once", err=True)
+        child.send_signal(signal.SIGUSR1)
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGUSR1, lambda *_: child.send_signal(signal.SIGUSR1))
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+
+
+def _exit_code(code: int) -> int:
+    """Map what a launcher returns to 0, 2 for a user's error, 1 else."""
+    return code if code in (0, 1, 2) else 1

@@ -1,0 +1,91 @@
+"""What a backend is asked to do: one message or collective on contiguous host memory, with everything checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mpitrain._typing import Array, DType
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One primitive operation, as a backend performs it.
+
+    Parameters
+    ----------
+    operation : str
+        ``allreduce``, ``reduce``, ``broadcast``, ``reduce_scatter``, ``allgather``, ``gather``, ``scatter``,
+        ``alltoall``, ``send``, ``recv`` or ``barrier``.
+    dtype : dtype, optional
+        Of the caller's array; the memory below holds its `mpitrain.comm.dtypes.storage`.
+    send : array, one-dimensional, optional
+        What this rank sends.  None for ``allreduce``, ``reduce`` and ``broadcast``, which work in place on ``recv``.
+    recv : array, one-dimensional, optional
+        Where the result goes; None if this rank gets none.
+    op : str, optional
+        The reduction; ``mean`` is asked for as ``sum``.
+    root, peer : int, optional
+        Root of a collective; the other rank of a message.
+    tag : int
+        Of a message.
+    counts : tuple of int, optional
+        Elements of each rank's share where shares differ; None: all shares are equal.
+    recv_counts : tuple of int, optional
+        Of a ragged ``alltoall``: elements that come from each rank (``counts``: that go to each).
+    """
+
+    operation: str
+    dtype: DType | None = None
+    send: Array | None = None
+    recv: Array | None = None
+    op: str | None = None
+    root: int | None = None
+    peer: int | None = None
+    tag: int = 0
+    counts: tuple[int, ...] | None = None
+    recv_counts: tuple[int, ...] | None = None
+
+    @property
+    def logical_bytes(self) -> int:
+        """Payload in the caller's dtype: the larger of what this rank hands in and what it gets."""
+        elements = max((side.size for side in (self.send, self.recv) if side is not None), default=0)
+        return int(elements) * (self.dtype.itemsize if self.dtype else 0)
+
+    def __str__(self) -> str:
+        """Say what all ranks of a collective must agree on."""
+        agreed: dict[str, Any] = {"op": self.op, "root": self.root}
+        if self.operation != "alltoall":
+            agreed["counts"] = list(self.counts) if self.counts is not None else None
+        words = [f"{name}={value}" for name, value in agreed.items() if value is not None]
+        if self.dtype is not None:
+            words.insert(0, f"{self.dtype}{self._extent()}")
+        return f"{self.operation}({', '.join(words)})"
+
+    def _extent(self) -> str:
+        if self.counts is not None:
+            return ""
+        shares = self.recv if self.operation in ("allreduce", "reduce", "broadcast", "scatter", "recv") else self.send
+        return f"[{0 if shares is None else shares.size}]"
+
+
+class Handle(Protocol):
+    """An operation that a backend has begun."""
+
+    def wait(self) -> None:
+        """Block until it is complete."""
+        ...
+
+    def test(self) -> bool:
+        """Tell whether it is complete."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What one public method came down to: calls, and how their buffers become the result."""
+
+    operation: str
+    calls: list[Call]
+    finish: Callable[[], Any]

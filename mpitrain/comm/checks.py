@@ -1,0 +1,66 @@
+"""What a caller can get wrong about ranks, tags and row counts, each told in one line."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from mpitrain._errors import InputError
+
+TAG_MAX = 32767
+"""Largest tag that every MPI library supports."""
+
+
+def _index(operation: str, what: str, value: Any, expected: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(
+            f"{what} is not an integer", operation=operation, got=repr(value), expected=expected
+        ) from error
+
+
+def rank(operation: str, what: str, value: Any, size: int) -> int:
+    """Return ``value`` as a rank below ``size``; ``what`` is root, dest or source."""
+    expected = f"0 to {size - 1}"
+    found = _index(operation, what, value, expected)
+    if not 0 <= found < size:
+        raise InputError(f"no such {what}", operation=operation, got=found, expected=expected)
+    return found
+
+
+def tag(operation: str, value: Any) -> int:
+    """Return ``value`` as a message tag."""
+    expected = f"0 to {TAG_MAX}"
+    found = _index(operation, "tag", value, expected)
+    if not 0 <= found <= TAG_MAX:
+        raise InputError("tag out of range", operation=operation, got=found, expected=expected)
+    return found
+
+
+def counts(operation: str, values: Sequence[int], size: int) -> tuple[int, ...]:
+    """Return ``values`` as one non-negative number of rows per rank."""
+    expected = f"{size} numbers of rows, one per rank"
+    found = tuple(_index(operation, "a count", value, expected) for value in values)
+    if len(found) != size or min(found) < 0:
+        raise InputError("unusable counts", operation=operation, got=list(found), expected=expected)
+    return found
+
+
+def rows(operation: str, shape: tuple[int, ...], expected: int, why: str) -> None:
+    """Refuse an array that does not have ``expected`` rows along axis 0."""
+    if not shape or shape[0] != expected:
+        raise InputError(
+            "wrong number of rows", operation=operation, got=f"shape {shape}", expected=f"{expected} {why}"
+        )
+
+
+def color(value: Any) -> int | None:
+    """Return ``value`` as the colour of a split; None stays None."""
+    if value is None:
+        return None
+    found = _index("split", "color", value, "0 or more, or None")
+    if found < 0:
+        raise InputError("negative color", operation="split", got=found, expected="0 or more, or None to stay out")
+    return found

@@ -1,0 +1,89 @@
+"""Which element types and reductions the collectives accept, and as what they travel; it knows no backend."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+
+from mpitrain._errors import DtypeError, InputError
+from mpitrain._typing import DType
+from mpitrain.arrays.dtypes import is_half
+
+Op: TypeAlias = Literal["and", "max", "mean", "min", "or", "prod", "sum"]
+"""Reductions.  ``and``, ``or``: bitwise on integers, logical on bool.  ``min``, ``max``: undefined for NaN."""
+
+OPS: tuple[str, ...] = get_args(Op)
+
+_INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_FLOATS = {"float16", "bfloat16", "float32", "float64"}
+_COMPLEX = {"complex64", "complex128"}
+_SUPPORTED = {"bool"} | _INTEGERS | _FLOATS | _COMPLEX
+
+_REMEDIES = {
+    "O": "use the *_object methods for Python objects",
+    "U": "use the *_object methods for strings",
+    "S": "use the *_object methods for strings",
+    "T": "use the *_object methods for strings",
+    "M": "send array.view('int64')",
+    "m": "send array.view('int64')",
+    "f": "cast to float64",
+    "c": "cast to complex128",
+}
+
+
+def check(operation: str, dtype: DType) -> None:
+    """Refuse an element type that MPI has no name for, or would misread.
+
+    Raises
+    ------
+    DtypeError
+        Objects, strings, dates, structures, extended precision, 8-bit floats, foreign byte order.
+    """
+    if not dtype.isnative:
+        raise DtypeError(
+            "array in foreign byte order", operation=operation, got=dtype,
+            remedy="convert it with array.astype(array.dtype.newbyteorder('='))",
+        )  # fmt: skip
+    if dtype.name not in _SUPPORTED:
+        remedy = "send each field by itself" if dtype.names else _REMEDIES.get(dtype.kind, "cast it")
+        raise DtypeError(
+            "unsupported dtype", operation=operation, got=dtype, remedy=remedy,
+            expected="bool, an integer, float16, bfloat16, float32, float64, complex64 or complex128",
+        )  # fmt: skip
+
+
+def check_op(operation: str, op: str) -> None:
+    """Refuse an unknown reduction."""
+    if op not in OPS:
+        raise InputError("unknown reduction", operation=operation, got=repr(op), expected=", ".join(map(repr, OPS)))
+
+
+def check_op_dtype(operation: str, op: str, dtype: DType) -> None:
+    """Refuse a reduction that has no meaning for an element type.
+
+    Raises
+    ------
+    DtypeError
+        mean of integers or bool, sum or prod of bool, min or max of complex, and/or of anything but integers and bool.
+    """
+    is_integer = dtype.name in _INTEGERS
+    is_bool = dtype.name == "bool"
+    remedy = None
+    if op == "mean" and (is_integer or is_bool):
+        remedy = 'cast to float64, or use "sum" and divide'
+    elif op in ("sum", "prod") and is_bool:
+        remedy = 'use "or" (any rank) or "and" (all ranks), or cast to an integer to count'
+    elif op in ("min", "max") and dtype.name in _COMPLEX:
+        remedy = "complex numbers have no order: reduce the real and imaginary parts, or abs()"
+    elif op in ("and", "or") and not (is_integer or is_bool):
+        remedy = "compare first: bool and integers have and/or"
+    if remedy:
+        raise DtypeError(f"{op!r} is not defined for this dtype", operation=operation, got=dtype, remedy=remedy)
+
+
+def storage(dtype: DType) -> DType:
+    """Return the type of the same width as which values travel: what MPI has no name for goes as unsigned words."""
+    if is_half(dtype):
+        return np.dtype(np.uint16)
+    return np.dtype(np.uint8) if dtype.kind == "b" else dtype

@@ -1,0 +1,88 @@
+"""What each collective does to the buffers of all ranks at once, computed in rank order by one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from mpitrain._typing import Array
+from mpitrain.comm.calls import Call
+
+_UFUNCS: dict[str, np.ufunc] = {
+    "sum": np.add,
+    "prod": np.multiply,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+}
+
+
+def _fold(calls: list[Call], payloads: list[Any]) -> Array:
+    with np.errstate(all="ignore"):
+        return np.asarray(reduce(_UFUNCS[calls[0].op or "sum"], payloads))
+
+
+def _hand_out(calls: list[Call], value: Array) -> None:
+    for call in calls:
+        if call.recv is not None:
+            call.recv[...] = value
+
+
+def _cut(values: Array, counts: tuple[int, ...] | None, size: int) -> list[Array]:
+    """Cut values into the ranks' shares."""
+    return np.split(values, size if counts is None else np.cumsum(counts)[:-1])
+
+
+def _allreduce(calls: list[Call], payloads: list[Any]) -> None:
+    _hand_out(calls, _fold(calls, payloads))
+
+
+def _reduce(calls: list[Call], payloads: list[Any]) -> None:
+    _hand_out([calls[calls[0].root or 0]], _fold(calls, payloads))
+
+
+def _broadcast(calls: list[Call], payloads: list[Any]) -> None:
+    _hand_out(calls, payloads[calls[0].root or 0])
+
+
+def _reduce_scatter(calls: list[Call], payloads: list[Any]) -> None:
+    for call, part in zip(calls, _cut(_fold(calls, payloads), calls[0].counts, len(calls)), strict=True):
+        _hand_out([call], part)
+
+
+def _gather(calls: list[Call], payloads: list[Any]) -> None:
+    _hand_out([call for call in calls if call.recv is not None], np.concatenate(payloads))
+
+
+def _scatter(calls: list[Call], payloads: list[Any]) -> None:
+    root = calls[0].root or 0
+    for call, part in zip(calls, _cut(payloads[root], calls[0].counts, len(calls)), strict=True):
+        _hand_out([call], part)
+
+
+def _alltoall(calls: list[Call], payloads: list[Any]) -> None:
+    parts = [_cut(payload, call.counts, len(calls)) for call, payload in zip(calls, payloads, strict=True)]
+    for rank, call in enumerate(calls):
+        _hand_out([call], np.concatenate([part[rank] for part in parts]))
+
+
+def _barrier(calls: list[Call], payloads: list[Any]) -> None:
+    """Nothing is exchanged: that all ranks are here is what was asked for."""
+
+
+COLLECTIVES: dict[str, Callable[[list[Call], list[Any]], None]] = {
+    "allreduce": _allreduce,
+    "reduce": _reduce,
+    "broadcast": _broadcast,
+    "reduce_scatter": _reduce_scatter,
+    "allgather": _gather,
+    "gather": _gather,
+    "scatter": _scatter,
+    "alltoall": _alltoall,
+    "barrier": _barrier,
+}
+"""By operation: fills the ``recv`` of every call from copies of what the ranks contributed."""

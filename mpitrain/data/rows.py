@@ -1,0 +1,86 @@
+"""Gathers rows of an array, and names rows of an array that is too large to copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from mpitrain._typing import Array, DType, Shape
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Some rows of a memory-mapped array, in any order, none of them loaded before it is asked for.
+
+    Parameters
+    ----------
+    base : array, shape (m, …)
+        Where the rows are.
+    indices : array of int64, shape (n,)
+        Which rows.
+    """
+
+    base: Array
+    indices: Array
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the selection: (n, …)."""
+        return (len(self.indices), *self.base.shape[1:])
+
+    @property
+    def dtype(self) -> DType:
+        """Element type of the array."""
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes, that of the rows included."""
+        return self.base.ndim
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: slice | int | Array) -> Array:
+        """Load rows: ``selection[3:7]``."""
+        found: Array = self.base[self.indices[key]]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """Load all rows."""
+        return np.asarray(gather(self.base, self.indices), dtype)
+
+
+Rows: TypeAlias = Array | Selection
+"""An array in memory, a memory-mapped one, or some rows of one."""
+
+
+def gather(array: Rows, indices: Array) -> Array:
+    """Return the rows ``indices`` of ``array``, in that order, as a new array in memory.
+
+    Notes
+    -----
+    A memory map is read from front to back, so that each of its pages is touched once.
+    """
+    if isinstance(array, Selection):
+        return gather(array.base, array.indices[indices])
+    if not isinstance(array, np.memmap):
+        return array.take(indices, axis=0)
+    order = np.argsort(indices, kind="stable")
+    found = np.empty((len(indices), *array.shape[1:]), array.dtype)
+    found[order] = array[indices[order]]
+    return found
+
+
+def select(array: Rows, indices: Array) -> Rows:
+    """Return the rows ``indices`` of ``array``: a copy where that is cheap, else a `Selection`.
+
+    Memory maps and overlapping windows (a view whose copy would be many times its size) are not copied.
+    """
+    if isinstance(array, Selection):
+        return Selection(array.base, array.indices[indices])
+    if isinstance(array, np.memmap) or not array.flags.c_contiguous:
+        return Selection(array, indices)
+    return gather(array, indices)

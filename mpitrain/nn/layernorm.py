@@ -1,0 +1,79 @@
+"""Layer normalisation: each sample, or each place in it, by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpitrain._typing import Array, Tree
+from mpitrain.nn import checks
+from mpitrain.nn.initial import ones, zeros
+from mpitrain.nn.layer import Call, Context, Layer, Parameter
+from mpitrain.nn.reductions import column_sums
+
+
+class LayerNorm(Layer):
+    """Normalise the last axis, then scale and shift: ``y = gamma (x − mean) / √(var + eps) + beta``.
+
+    Parameters
+    ----------
+    features : int
+        Size of the last axis, over which mean and (biased) variance are taken.
+    eps : float
+        Added to the variance.
+
+    Notes
+    -----
+    Ba, Kiros, Hinton, "Layer normalization", 2016, equation 4.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-5) -> None:
+        self.features = checks.positive("LayerNorm: features", features)
+        self.eps = checks.epsilon("LayerNorm: eps", eps)
+
+    def parameters(self) -> Sequence[Parameter]:
+        """Return gamma and beta, each of shape (features,)."""
+        gamma = Parameter("gamma", (self.features,), ones, "no_decay")
+        return gamma, Parameter("beta", (self.features,), zeros, "no_decay")
+
+    def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
+        """Normalise each row."""
+        checks.last_axis("LayerNorm", x, self.features)
+        xp, context = call.xp, call.context()
+        inverse = context.take((*x.shape[:-1], 1), x.dtype)
+        normal, y = context.take(x.shape, x.dtype), context.take(x.shape, x.dtype)
+        x.mean(axis=-1, keepdims=True, out=inverse)
+        xp.subtract(x, inverse, out=normal)
+        xp.multiply(normal, normal, out=y)
+        y.mean(axis=-1, keepdims=True, out=inverse)
+        inverse += self.eps
+        xp.sqrt(inverse, out=inverse)
+        xp.divide(1, inverse, out=inverse)
+        normal *= inverse
+        xp.multiply(normal, params["gamma"], out=y)
+        y += params["beta"]
+        context["normal"], context["inverse"] = normal, inverse
+        return y, context
+
+    def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
+        """Return ``(g − mean(g) − z mean(g z)) / σ`` with ``g = gamma dy`` and ``z`` the normalised input."""
+        xp, normal, inverse = call.xp, context["normal"], context["inverse"]
+        dx = context.take(dy.shape, dy.dtype)
+        product, mean = call.take(dy.shape, dy.dtype), call.take(inverse.shape, dy.dtype)
+        xp.multiply(dy, params["gamma"], out=dx)
+        xp.multiply(dx, normal, out=product)
+        product.mean(axis=-1, keepdims=True, out=mean)
+        xp.multiply(normal, mean, out=product)
+        dx.mean(axis=-1, keepdims=True, out=mean)
+        dx -= mean
+        dx -= product
+        dx *= inverse
+        call.give(product, mean)
+        return dx
+
+    def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
+        """Add the gradients of gamma and beta."""
+        product = call.take(dy.shape, dy.dtype)
+        call.xp.multiply(dy, context["normal"], out=product)
+        grads["gamma"][...] += column_sums(product, call)
+        grads["beta"][...] += column_sums(dy, call)
+        call.give(product)

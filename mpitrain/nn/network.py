@@ -1,0 +1,103 @@
+"""A layer and a loss, as the model that the training methods know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mpitrain._errors import DataError
+from mpitrain._typing import Array
+from mpitrain.arrays import Batch, FlatBuffer, Key, Layout, namespace
+from mpitrain.arrays.dtypes import floating
+from mpitrain.nn.layer import Call, Layer
+from mpitrain.nn.loss import Loss
+from mpitrain.nn.model import Model, Reduce
+from mpitrain.nn.pool import Pool
+
+_PREDICT_ROWS = 256
+"""Samples that `Network.predict` takes at a time, so that its memory does not grow with the data set."""
+
+
+class Network(Model):
+    """Trains a layer, most often a `Sequential`, with a loss.
+
+    Parameters
+    ----------
+    layer : Layer
+        Gives the outputs.
+    loss : Loss
+        Compares them with the targets.
+    dtype : dtype
+        float32 or float64: of parameters, gradients and everything between.  Inputs are converted to it.
+
+    Raises
+    ------
+    DtypeError
+        Any other dtype.
+    """
+
+    def __init__(self, layer: Layer, loss: Loss, dtype: Any = np.float32) -> None:
+        self.layer = layer
+        self.loss = loss
+        self.pool = Pool()
+        self._parameters = {parameter.name: parameter for parameter in layer.parameters()}
+        segments = [parameter.segment() for parameter in layer.parameters()]
+        self._layout = Layout.build(segments, floating(dtype, "network"))
+
+    @property
+    def layout(self) -> Layout:
+        """Names, shapes and groups of the parameters; the same on all ranks."""
+        return self._layout
+
+    def initialise(self, params: FlatBuffer, key: Key) -> None:
+        """Fill ``params``, which may hold only a part of the tensors, with values that no layout changes."""
+        xp = namespace(params.flat)
+        for segment in params.layout.segments:
+            values = self._parameters[segment.name].initialiser(key.child(segment.name), segment)
+            params.views[segment.name][...] = xp.asarray(values.astype(params.layout.dtype))
+
+    def loss_and_gradients(
+        self, params: FlatBuffer, batch: Batch, grads: FlatBuffer, rng: Key, reduce: Reduce | None = None
+    ) -> tuple[float, float]:
+        """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`."""
+        xp, count = namespace(params.flat), self.loss.count(batch)
+        call = Call(xp, self.pool, True, rng, xp.asarray(batch.index), count, reduce)
+        outputs, context = self.layer.forward(params.tree, self._inputs(batch.inputs, params), call)
+        loss_sum, loss_context = self.loss.forward(outputs, batch, self.pool)
+        d_outputs = self.loss.backward(loss_context)
+        self.layer.backward(params.tree, grads.tree, context, d_outputs, call, want_dx=False)
+        loss_context.release()
+        context.release()
+        return loss_sum, count
+
+    def predict(self, params: FlatBuffer, inputs: Array) -> Array:
+        """Return the outputs for ``inputs``, shape (n, …), in evaluation mode; a new array."""
+        xp = namespace(params.flat)
+        call = Call(xp, self.pool)
+        parts = []
+        for start in range(0, max(len(inputs), 1), _PREDICT_ROWS):
+            part = self._inputs(inputs[start : start + _PREDICT_ROWS], params)
+            outputs, context = self.layer.forward(params.tree, part, call)
+            parts.append(outputs.copy())
+            context.release()
+        predicted: Array = xp.concatenate(parts)
+        return predicted
+
+    def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
+        """Return the sums over the batch from which `metrics` follow."""
+        return self.loss.sums(self.predict(params, batch.inputs), batch)
+
+    def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
+        """Turn added `sums` into the loss's metrics."""
+        return self.loss.metrics(sums)
+
+    def _inputs(self, inputs: Array, params: FlatBuffer) -> Array:
+        """Return the inputs contiguous, in the parameters' library, and unless they are indices in their dtype."""
+        xp = namespace(params.flat)
+        if inputs.dtype.kind not in "fiub":
+            raise DataError("network: the inputs are not numbers", got=inputs.dtype, expected="floats or integers")
+        dtype = inputs.dtype if self.layer.takes_indices else params.layout.dtype
+        found: Array = xp.ascontiguousarray(inputs, dtype=dtype)
+        return found

@@ -1,0 +1,44 @@
+"""Free lists of arrays, so that a training step reuses the memory of the step before instead of allocating."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mpitrain._typing import Array, DType, Shape
+
+_Kind = tuple[str, Shape, DType]
+
+
+class Pool:
+    """Lends arrays and takes them back; a returned array is lent again for the same shape and dtype.
+
+    Threads may share a pool: each operation on a free list is one atomic step of the interpreter.
+
+    Attributes
+    ----------
+    misses : int
+        How often nothing fitting was free and memory was allocated.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[_Kind, list[Array]] = {}
+        self.misses = 0
+
+    def take(self, shape: Shape, dtype: DType, xp: Any = np) -> Array:
+        """Lend an array of ``xp`` with *arbitrary* contents; it belongs to the caller until `give`."""
+        free = self._free.get((xp.__name__, shape, dtype))
+        if free:
+            try:
+                return free.pop()
+            except IndexError:  # another thread took the last one
+                pass
+        self.misses += 1
+        array: Array = xp.empty(shape, dtype)
+        return array
+
+    def give(self, array: Array) -> None:
+        """Take back an array that `take` lent; neither it nor a view of it may be used afterwards."""
+        kind = (type(array).__module__.partition(".")[0], array.shape, array.dtype)
+        self._free.setdefault(kind, []).append(array)

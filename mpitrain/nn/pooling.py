@@ -1,0 +1,127 @@
+"""Pooling: each window of an image becomes its maximum or its mean."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpitrain._typing import Array, DType, Shape, Tree
+from mpitrain.nn import checks
+from mpitrain.nn.layer import Call, Context, Layer
+from mpitrain.nn.windows import offsets, output_size, window
+
+_BOOL: DType = np.dtype(bool)
+
+
+class _Pool2d(Layer):
+    """What the two have in common: the geometry, and how shares of the gradient come together.
+
+    All pixels at one place of their windows are one strided view, so that the work is a few array operations for
+    each place, whether windows overlap or not.
+    """
+
+    def __init__(self, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] | None = None) -> None:
+        name = type(self).__name__
+        self.kernel_size = checks.pair(f"{name}: kernel_size", kernel_size)
+        self.stride = self.kernel_size if stride is None else checks.pair(f"{name}: stride", stride)
+
+    def _output(self, x: Array, context: Context) -> Array:
+        checks.images(type(self).__name__, x, self.kernel_size)
+        size = output_size(x.shape, self.kernel_size, self.stride)
+        return context.take((x.shape[0], *size, x.shape[3]), x.dtype)
+
+    def _places(self, x: Array, output_shape: Shape) -> list[Array]:
+        return [window(x, row, column, output_shape, self.stride) for row, column in offsets(self.kernel_size)]
+
+    def _tiles(self, shape: Shape) -> bool:
+        """Tell whether every pixel lies in exactly one window: its gradient is then written once, not added up."""
+        return self.stride == self.kernel_size and shape[1] % self.stride[0] == 0 and shape[2] % self.stride[1] == 0
+
+
+class MaxPool2d(_Pool2d):
+    """Take the maximum of each window: (n, H, W, channels) to (n, H', W', channels).
+
+    Parameters
+    ----------
+    kernel_size : int or (int, int)
+        Height and width of the window.
+    stride : int or (int, int), optional
+        Distance of the windows; ``kernel_size`` if None.  Rows and columns that fill no window are left out.
+
+    Notes
+    -----
+    Of equal maxima the first one (in rows) gets the gradient.
+    """
+
+    def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
+        """Return the maxima."""
+        context = call.context()
+        y = self._output(x, context)
+        first, *others = self._places(x, y.shape)
+        y[...] = first
+        for place in others:
+            call.xp.maximum(y, place, out=y)
+        context["x"], context["y"] = x, y
+        return y, context
+
+    def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
+        """Send each gradient to the pixel that was the maximum."""
+        xp, x, y = call.xp, context["x"], context["y"]
+        dx = context.take(x.shape, dy.dtype)
+        hit, free = call.take(y.shape, _BOOL), call.take(y.shape, _BOOL)
+        share = call.take(y.shape, dy.dtype)
+        tiles = self._tiles(x.shape)
+        if not tiles:
+            dx[...] = 0
+        free[...] = True
+        for place, target in zip(self._places(x, y.shape), self._places(dx, y.shape), strict=True):
+            xp.equal(place, y, out=hit)
+            hit &= free
+            free ^= hit
+            if tiles:
+                xp.multiply(dy, hit, out=target)
+            else:
+                xp.multiply(dy, hit, out=share)
+                target += share
+        call.give(hit, free, share)
+        return dx
+
+
+class AvgPool2d(_Pool2d):
+    """Take the mean of each window: (n, H, W, channels) to (n, H', W', channels).
+
+    Parameters
+    ----------
+    kernel_size : int or (int, int)
+        Height and width of the window.
+    stride : int or (int, int), optional
+        Distance of the windows; ``kernel_size`` if None.  Rows and columns that fill no window are left out.
+    """
+
+    def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
+        """Return the means."""
+        context = call.context()
+        y = self._output(x, context)
+        first, *others = self._places(x, y.shape)
+        y[...] = first
+        for place in others:
+            y += place
+        y /= self.kernel_size[0] * self.kernel_size[1]
+        context["shape"] = x.shape
+        return y, context
+
+    def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
+        """Share each gradient out evenly."""
+        shape = context["shape"]
+        dx = context.take(shape, dy.dtype)
+        share = call.take(dy.shape, dy.dtype)
+        call.xp.divide(dy, self.kernel_size[0] * self.kernel_size[1], out=share)
+        tiles = self._tiles(shape)
+        if not tiles:
+            dx[...] = 0
+        for target in self._places(dx, dy.shape):
+            if tiles:
+                target[...] = share
+            else:
+                target += share
+        call.give(share)
+        return dx

@@ -1,0 +1,93 @@
+"""What all optimizers share: the walk over a shard, weight decay, and tensors that are not trained.
+
+An optimizer whose rule looks at one element at a time is an `Elementwise` with a `_step`; it need not know of groups,
+shards or statistics.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mpitrain._errors import InputError
+from mpitrain._typing import Array
+from mpitrain.arrays import Shard, namespace
+from mpitrain.optim.chunks import chunks, scratch
+from mpitrain.optim.optimizer import Optimizer, State
+from mpitrain.optim.options import NON_NEGATIVE, Checked, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elementwise(Checked, Optimizer):
+    """Base of optimizers that update each element by itself.
+
+    Parameters
+    ----------
+    weight_decay : float
+        Coefficient λ of weight decay on tensors of group ``decay``; as an L2 penalty, whose gradient λp is added to
+        the gradient, unless the optimizer says otherwise.
+
+    Notes
+    -----
+    Not collective.  One pass over the shard's memory; any shard gives the same bits as the whole would.
+    """
+
+    full_batch: ClassVar[bool] = False
+    """Whether one step takes the whole training set as its batch."""
+
+    weight_decay: float = option(NON_NEGATIVE, 0.0)
+
+    def update(
+        self,
+        params: Array,
+        grads: Array,
+        state: State,
+        lr: float,
+        step: int,
+        shard: Shard,
+        totals: Array | None = None,
+    ) -> None:
+        """Update ``params`` and ``state`` in place; see `Optimizer.update`."""
+        check_shard(params, grads, state, step, shard)
+        work = scratch(params)
+        for group, run in shard.runs:
+            if group == "statistics":
+                continue
+            for chunk in chunks(run, params):
+                p, g = params[chunk], grads[chunk]
+                slots = [state[slot][chunk] for slot in self.slots]
+                if group == "decay" and self.weight_decay:
+                    self._decay(p, g, lr, work[: p.size])
+                self._step(p, g, slots, lr, step, work[: p.size])
+        follow_statistics(params, grads, shard)
+
+    def _decay(self, p: Array, g: Array, lr: float, work: Array) -> None:
+        """Add the gradient of the penalty λ‖p‖²/2."""
+        namespace(p).multiply(p, self.weight_decay, out=work)
+        g += work
+
+    @abstractmethod
+    def _step(self, p: Array, g: Array, slots: Sequence[Array], lr: float, step: int, work: Array) -> None:
+        """Update one chunk in place: parameters ``p`` and ``slots`` from gradients ``g``; ``work`` is scratch."""
+
+
+def check_shard(params: Array, grads: Array, state: State, step: int, shard: Shard) -> None:
+    """Raise an InputError unless the arrays have the shard's size and ``step`` counts from 1."""
+    for name, array in {"params": params, "grads": grads, **state}.items():
+        if array.shape != (shard.size,):
+            raise InputError(f"optimizer update: {name} has the wrong shape", got=array.shape, expected=(shard.size,))
+    if step < 1:
+        raise InputError("optimizer update: steps count from 1", got=step, expected="1 or more")
+
+
+def follow_statistics(params: Array, grads: Array, shard: Shard) -> None:
+    """Move running statistics towards the batch's: ``p += rate * (g - p)``; overwrites their ``grads``."""
+    for number, piece in shard.pieces:
+        segment = shard.layout.segments[number]
+        if segment.group == "statistics":
+            p, g = params[piece], grads[piece]
+            g -= p
+            g *= segment.rate
+            p += g

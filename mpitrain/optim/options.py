@@ -1,0 +1,146 @@
+"""Options of optimizers and schedules: dataclass fields that say which values they allow, checked when constructed.
+
+A class lists its options as ``beta1: float = option(FRACTION, 0.9)`` and inherits `Checked`; nothing else is needed
+for a wrong value, an unknown name or a missing one to end in one clear line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from mpitrain._errors import InputError
+
+
+class Allowed(Protocol):
+    """Says which values an option may take; ``str()`` of it completes the sentence "expected …"."""
+
+    def admits(self, value: object) -> bool:
+        """Tell whether ``value`` is allowed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Finite numbers between two bounds.
+
+    Parameters
+    ----------
+    low, high : float
+        The bounds.
+    brackets : str
+        ``"["`` includes the lower bound and ``"]"`` the upper one; ``"("`` and ``")"`` exclude them.
+    whole : bool
+        Integers only.
+    """
+
+    low: float
+    high: float
+    brackets: str = "[)"
+    whole: bool = False
+
+    def admits(self, value: object) -> bool:
+        """Tell whether ``value`` is a number inside; a bool is none."""
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+            return False
+        number = float(value)
+        above = number >= self.low if self.brackets[0] == "[" else number > self.low
+        below = number <= self.high if self.brackets[1] == "]" else number < self.high
+        return above and below and math.isfinite(number)
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        return f"{kind} in {self.brackets[0]}{self.low:g}, {self.high:g}{self.brackets[1]}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+    def admits(self, value: object) -> bool:
+        """Tell whether ``value`` is one of the words."""
+        return value in self.words
+
+    def __str__(self) -> str:
+        return " or ".join(map(repr, self.words))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two numbers, each inside an interval."""
+
+    each: Interval
+
+    def admits(self, value: object) -> bool:
+        """Tell whether ``value`` is a tuple or list of two such numbers."""
+        return isinstance(value, tuple | list) and len(value) == 2 and all(map(self.each.admits, value))
+
+    def __str__(self) -> str:
+        return f"two numbers, each {self.each}"
+
+
+FRACTION = Interval(0.0, 1.0)
+NON_NEGATIVE = Interval(0.0, math.inf)
+POSITIVE = Interval(0.0, math.inf, "()")
+COUNT = Interval(1, math.inf, whole=True)
+EPSILON = Interval(1e-30, math.inf)
+"""What is added to a divisor: not below what float32 can hold, even times a bias correction."""
+
+
+def option(allowed: Allowed, default: Any = MISSING) -> Any:
+    """Return a dataclass field that takes only ``allowed`` values; without a default it must be given."""
+    return field(default=default, metadata={"allowed": allowed})
+
+
+def check(what: str, name: str, value: object, allowed: Allowed) -> None:
+    """Raise an InputError unless ``value`` is allowed."""
+    if not allowed.admits(value):
+        raise InputError(f"{what}: {name} is not allowed", got=repr(value), expected=allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """Base of classes whose options are checked when they are constructed.
+
+    Raises
+    ------
+    InputError
+        An option has a value that is not allowed.
+    """
+
+    name: ClassVar[str]
+    """What job files call it."""
+
+    def __post_init__(self) -> None:
+        for found in fields(self):
+            if "allowed" in found.metadata:
+                check(self.name, found.name, getattr(self, found.name), found.metadata["allowed"])
+
+
+T = TypeVar("T", bound=Checked)
+
+
+def construct(kind: str, registry: Mapping[str, type[T]], name: str, options: Mapping[str, Any]) -> T:
+    """Make the object that ``name`` stands for in ``registry``.
+
+    Raises
+    ------
+    InputError
+        The name or an option is unknown, a needed option is missing, or a value is not allowed.
+    """
+    if name not in registry:
+        raise InputError(f"unknown {kind}", got=repr(name), expected=" or ".join(sorted(registry)))
+    known = {found.name: found.default is MISSING for found in fields(registry[name])}
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        allowed = ", ".join(sorted(known)) or "none"
+        raise InputError(f"{kind} {name}: unknown option", got=", ".join(unknown), expected=allowed)
+    missing = sorted(key for key, needed in known.items() if needed and key not in options)
+    if missing:
+        raise InputError(f"{kind} {name}: an option is missing", got=sorted(options) or "none", expected=missing)
+    return registry[name](**options)

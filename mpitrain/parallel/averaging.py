@@ -1,0 +1,73 @@
+"""Local SGD: every rank trains on its own share of each batch, and every k steps the models are averaged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mpitrain._errors import InputError
+from mpitrain.arrays import Batch
+from mpitrain.comm import Communicator
+from mpitrain.method.method import Plan
+from mpitrain.method.steps import check_finite
+from mpitrain.nn.model import Model
+from mpitrain.optim import Optimizer, finite
+from mpitrain.parallel.data import DataParallel, Tally
+
+
+class ModelAveraging(DataParallel):
+    """Data-parallel training that averages models instead of gradients.
+
+    Parameters
+    ----------
+    comm : Communicator
+        The ranks that share each batch.
+    average_every : int
+        Steps between two averagings; the commit points.
+    **options
+        As for `DataParallel`.
+
+    Notes
+    -----
+    Parameters and optimizer state are averaged, weighted by the samples that each rank has seen since the last time:
+    local SGD with averaged momentum (Yu, Jin, Yang, ICML 2019, algorithm 1).  Unlike `DataParallel`, the result depends
+    on the number of ranks.  A rank whose share of a step is empty takes none.
+    """
+
+    def __init__(self, comm: Communicator, *, average_every: int, **options: Any) -> None:
+        super().__init__(comm, **options)
+        if average_every < 1:
+            raise InputError(
+                "average_every is too small", operation="ModelAveraging", got=average_every, expected="at least 1"
+            )
+        self.average_every = average_every
+
+    def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:
+        """See `Method.setup`."""
+        super().setup(model, optimizer, plan)
+        self._seen = 0.0  # this rank's samples since the last averaging
+
+    def _at_commit(self) -> bool:
+        return self.step % self.average_every == 0 or self.step == self.plan.steps
+
+    def _train_step(self, microbatches: list[Batch]) -> Tally:
+        own = self._gradients(microbatches, None)
+        own = replace(own, bad=float(own.bad or not finite(self.grads.flat)))
+        total = self._sum(own)
+        self.step += 1
+        check_finite(self.comm, not total.bad, not own.bad, self.grads.flat, self.shard, self.step)
+        if own.count:
+            self._update(own.count)
+        self._seen += own.count
+        if self._at_commit():
+            self._average()
+        return total
+
+    def _average(self) -> None:
+        share = self._seen / float(self.comm.allreduce(np.float64(self._seen)))
+        for array in (self.params.flat, *self.optimizer_state.values()):
+            array *= array.dtype.type(share)
+            self.comm.allreduce(array, out=array)
+        self._seen = 0.0

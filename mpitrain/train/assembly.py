@@ -1,0 +1,295 @@
+"""From a job's words to its parts: data, model, optimizer, method, and when what is due.
+
+Every rank builds the same parts by itself; the only communication is the method's own set-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpitrain import data, nn, optim
+from mpitrain._errors import DataError, JobError
+from mpitrain._typing import Array
+from mpitrain.arrays import Batch, Key, device, plain
+from mpitrain.comm import Communicator
+from mpitrain.data import Dataset, Loader, Standardise
+from mpitrain.method import Method, Plan
+from mpitrain.nn import Layer, Loss, Model, Network
+from mpitrain.parallel import DataParallel, ModelAveraging
+from mpitrain.train.cadence import Cadence
+from mpitrain.train.facts import Facts
+from mpitrain.train.job import Job
+from mpitrain.train.job_model import LOSS_OF_TASK, BuiltModel
+from mpitrain.train.userfile import load_object
+
+_EVALUATION_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A job's data: the parts, and what was done to the inputs."""
+
+    train: Dataset
+    held_out: dict[str, Dataset]  # by kind: "valid" if the job asks for it, and "test"
+    standardise: Standardise | None
+
+    @property
+    def facts(self) -> Facts:
+        """What the model must know of them."""
+        return Facts.of(self.train, self.standardise)
+
+
+@dataclass(frozen=True)
+class JobFeed:
+    """Cuts a job's global batches into the shares that a method asks for.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The rows to train on.
+    job : Job
+        How they are sampled, batched and partitioned.
+    batch_size : int
+        Rows of a global batch.
+    weights : array of float, optional
+        For importance sampling.
+    """
+
+    dataset: Dataset
+    job: Job
+    batch_size: int
+    weights: Array | None = None
+
+    def share(self, rank: int, size: int, microbatches: int) -> Loader:
+        """Return one of ``size`` shares; see `mpitrain.method.Feed`."""
+        return Loader(
+            self.dataset,
+            self.batch_size,
+            seed=self.job.seed,
+            rank=rank,
+            size=size,
+            owner=_owner(self.job, self.dataset, size),
+            sampling=self.job.data.sampling,
+            sampling_weights=self.weights,
+            microbatches=microbatches,
+            drop_last=self.job.train.drop_last,
+            dtype=self.job.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a job, ready to train.
+
+    Parameters
+    ----------
+    title : str
+        One line for people.
+    samples : Samples
+        The data.
+    feed : JobFeed
+        Batches for the method.
+    model : Model
+        What is trained.
+    method : Method
+        Set up, at step 0.
+    steps, steps_per_epoch : int
+        Length of the run, and of an epoch.
+    cadence : Cadence
+        When to log, evaluate and save.
+    held_out : dict of str to callable
+        Gives this rank's batches of each held-out set.
+    watched : str
+        The held-out set that is evaluated while training: ``"valid"`` if there is one, else ``"test"``.
+    """
+
+    title: str
+    samples: Samples
+    feed: JobFeed
+    model: Model
+    method: Method
+    steps: int
+    steps_per_epoch: int
+    cadence: Cadence
+    held_out: Mapping[str, Callable[[], Iterator[Batch]]]
+
+    @property
+    def watched(self) -> str:
+        """The held-out set that steers the run."""
+        return "valid" if "valid" in self.held_out else "test"
+
+
+def assemble(job: Job, comm: Communicator) -> Assembly:
+    """Build and set up the parts of a job.
+
+    Raises
+    ------
+    MpitrainError
+        The job and its data do not fit together.
+
+    Notes
+    -----
+    Collective: the method verifies that all ranks hold the same parameters.
+    """
+    samples = load_samples(job)
+    rows = len(samples.train)
+    batch_size = rows if job.train.batch_size == "full" else job.train.batch_size
+    feed = JobFeed(samples.train, job, batch_size, _sampling_weights(job))
+    steps_per_epoch = feed.share(comm.rank, comm.size, job.method.microbatches).steps_per_epoch
+    steps = job.train.steps or (job.train.epochs or 1) * steps_per_epoch
+    model = build_model(job, samples.facts)
+    method = _method(job, comm)
+    method.setup(model, _optimizer(job), _plan(job, batch_size, steps))
+    batches = partial(data.evaluation_batches, batch_size=_EVALUATION_ROWS, rank=comm.rank, size=comm.size)
+    held_out = {kind: partial(batches, part, dtype=job.dtype) for kind, part in samples.held_out.items()}
+    title = (
+        f"{job.name}: {model.layout.parameter_count:,} parameters, {rows:,} samples, batches of {batch_size}, "
+        f"{steps:,} steps on {comm.size} rank{'s' if comm.size > 1 else ''}"
+    )
+    cadence = _cadence(job, steps, steps_per_epoch)
+    return Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
+
+
+def load_samples(job: Job) -> Samples:
+    """Read the data set, hold parts of it out, and standardise by the rest."""
+    section = job.data
+    whole = _dataset(job)
+    stratified = section.stratified and whole.task == "classification"
+    train, test = data.split(whole, section.test, seed=job.seed, stratified=stratified)
+    held_out = {"test": test}
+    if section.valid:
+        fraction = section.valid / (1 - section.test)
+        train, valid = data.split(train, fraction, seed=job.seed, stratified=stratified)
+        held_out = {"valid": valid, "test": test}
+    if not section.standardise:
+        return Samples(train, held_out, None)
+    standardise = Standardise.fit(train)
+    return Samples(standardise(train), {kind: standardise(part) for kind, part in held_out.items()}, standardise)
+
+
+def _dataset(job: Job) -> Dataset:
+    section = job.data
+    if section.build:
+        found = load_object(section.build, Path())(**section.options)
+        if not isinstance(found, Dataset):
+            raise JobError(
+                "data.build gave no data set", operation=section.build, got=type(found).__name__,
+                expected="mpitrain.Dataset",
+            )  # fmt: skip
+        found.check()
+        return found
+    options = {**section.options, **({"path": section.path} if section.path else {})}
+    return data.load(section.source, options)
+
+
+def _owner(job: Job, dataset: Dataset, size: int) -> Array | None:
+    if job.data.partition == "none":
+        return None
+    options = job.data.partition_options.model_dump(exclude_none=True)
+    return data.partition(job.data.partition, dataset, size, seed=job.seed, options=options)
+
+
+def _sampling_weights(job: Job) -> Array | None:
+    if job.data.weights is None:
+        return None
+    try:
+        weights: Array = np.load(job.data.weights, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{job.data.weights}: cannot be read", got=str(error), expected="a .npy file") from error
+    return weights
+
+
+def build_model(job: Job, facts: Facts) -> Model:
+    """Return the model of a job, sized for its data."""
+    section = job.model
+    built: Any = _preset(job, facts)
+    if isinstance(section, BuiltModel):
+        built = load_object(section.build, Path())(**section.options)
+    if isinstance(built, Layer):
+        return Network(built, _loss(job, facts), job.dtype)
+    if isinstance(built, Model):
+        return built
+    raise JobError(
+        "model.build gave no model", operation=str(getattr(section, "build", section.kind)), got=type(built).__name__,
+        expected="mpitrain.Layer or mpitrain.Model",
+    )  # fmt: skip
+
+
+def _preset(job: Job, facts: Facts) -> Layer | None:
+    kind, options = job.model.kind, job.model.model_dump(exclude={"kind", "loss"})
+    outputs = 1 if job.model.loss == "bce" else facts.outputs
+    match kind:
+        case "build":
+            return None
+        case "bigram":
+            return nn.MODELS[kind](outputs)
+        case "cnn":
+            return nn.MODELS[kind](facts.sample_shape, outputs, **options)
+    return nn.MODELS[kind](prod(facts.sample_shape), outputs, **options)
+
+
+def _loss(job: Job, facts: Facts) -> Loss:
+    name = job.model.loss or LOSS_OF_TASK[facts.task]
+    if ":" not in name:
+        return nn.LOSSES[name]()
+    built = load_object(name, Path())()
+    if not isinstance(built, Loss):
+        raise JobError("model.loss gave no loss", operation=name, got=type(built).__name__, expected="mpitrain.nn.Loss")
+    return built
+
+
+def _optimizer(job: Job) -> optim.Optimizer:
+    section = job.optimizer
+    options = section.model_dump(exclude={"kind", "lr", "schedule", "clip_norm", "clip_value"})
+    return optim.make_optimizer(section.kind, **options)
+
+
+def _plan(job: Job, batch_size: int, steps: int) -> Plan:
+    section, schedule = job.optimizer, job.optimizer.schedule
+    lr = section.lr
+    if schedule.scale_with_batch_from:
+        lr = optim.linear_scaling(lr, batch_size, schedule.scale_with_batch_from)
+    options = schedule.model_dump(exclude={"kind", "scale_with_batch_from"})
+    if schedule.kind == "cosine":
+        options["steps"] = max(1, steps - schedule.warmup_steps)
+    if schedule.warmup_steps >= steps:
+        raise JobError(
+            "optimizer.schedule.warmup_steps leaves no step after the warm-up", got=schedule.warmup_steps,
+            expected=f"less than the run's {steps} steps",
+        )  # fmt: skip
+    course = optim.make_schedule(schedule.kind, lr=lr, **options)
+    return Plan(Key(job.seed), course, steps, section.clip_norm, section.clip_value)
+
+
+def _method(job: Job, comm: Communicator) -> Method:
+    section = job.method
+    options: dict[str, Any] = {
+        "microbatches": section.microbatches,
+        "bucket_bytes": section.bucket_bytes,
+        "allocator": device if job.device == "gpu" else plain,
+    }
+    if section.average_every:
+        return ModelAveraging(comm, average_every=section.average_every, **options)
+    return DataParallel(comm, **options)
+
+
+def _cadence(job: Job, steps: int, steps_per_epoch: int) -> Cadence:
+    train, saving = job.train, job.train.checkpoint
+    return Cadence(
+        steps,
+        {
+            "log": train.log_every_steps,
+            "evaluate": train.evaluate_every_steps or (train.evaluate_every_epochs or 1) * steps_per_epoch,
+            "checkpoint": saving.every_steps or (saving.every_epochs or 1) * steps_per_epoch,
+        },
+    )
+
+
+__all__ = ["Assembly", "JobFeed", "Samples", "assemble", "build_model", "load_samples"]

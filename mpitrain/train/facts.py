@@ -1,0 +1,98 @@
+"""What a model needs to know of its data, once they are gone: shapes, names, and how inputs were scaled.
+
+Kept in the run directory, so that a prediction needs the run and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mpitrain._errors import InputError
+from mpitrain._typing import Array, Shape
+from mpitrain.data import Dataset, Standardise, Task
+from mpitrain.train.storage import write_atomic
+
+_FILE = "data.json"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set without its rows.
+
+    Parameters
+    ----------
+    task : {"classification", "regression", "sequence"}
+        What the targets mean.
+    sample_shape : tuple of int
+        Shape of one input.
+    outputs : int
+        Numbers that a model gives for a sample: classes, tokens, or values.
+    class_names, feature_names : tuple of str
+        Names, where there are any.
+    mean, scale : tuple, optional
+        Inputs were standardised as ``(inputs - mean) / scale``; nested as the sample is.
+    """
+
+    task: Task
+    sample_shape: Shape
+    outputs: int
+    class_names: tuple[str, ...] = ()
+    feature_names: tuple[str, ...] = ()
+    mean: list[float] | None = None
+    scale: list[float] | None = None
+
+    @classmethod
+    def of(cls, dataset: Dataset, standardise: Standardise | None = None) -> Facts:
+        """Return the facts of a data set that has been standardised so."""
+        scaling = standardise.inputs if standardise else None
+        return cls(
+            dataset.task,
+            dataset.sample_shape,
+            dataset.outputs,
+            dataset.class_names,
+            dataset.feature_names,
+            scaling.mean.tolist() if scaling else None,
+            scaling.scale.tolist() if scaling else None,
+        )
+
+    def prepare(self, inputs: Array) -> Array:
+        """Return raw inputs as the model was trained on.
+
+        Raises
+        ------
+        InputError
+            The samples have another shape.
+        """
+        if inputs.shape[1:] != self.sample_shape:
+            raise InputError("the samples have the wrong shape", got=inputs.shape[1:], expected=self.sample_shape)
+        if self.mean is None or self.scale is None:
+            return inputs
+        prepared: Array = (np.asarray(inputs) - np.asarray(self.mean)) / np.asarray(self.scale)
+        return prepared
+
+    def write(self, directory: Path) -> None:
+        """Keep the facts in a run directory; floats are written so that they are read back to the bit."""
+        write_atomic(directory / _FILE, json.dumps(asdict(self), indent=1).encode())
+
+    @classmethod
+    def read(cls, directory: Path) -> Facts:
+        """Return the facts kept in a run directory.
+
+        Raises
+        ------
+        InputError
+            They are missing or damaged.
+        """
+        path = directory / _FILE
+        try:
+            found = json.loads(path.read_bytes())
+            tuples = {name: tuple(found[name]) for name in ("sample_shape", "class_names", "feature_names")}
+            return cls(**{**found, **tuples})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{path}: cannot be read", got=str(error), remedy="name a run directory that mpitrain wrote"
+            ) from error

@@ -1,0 +1,61 @@
+"""What the sections of a job must agree on: data with model, loss with task, optimizer with batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mpitrain.train.job_section import Problem
+
+if TYPE_CHECKING:
+    from mpitrain.train.job import Job
+
+_TASKS_OF_LOSS = {
+    "bce": ("classification",),
+    "cross_entropy": ("classification", "sequence"),
+    "mse": ("regression",),
+}
+
+
+def misfits(job: Job) -> Iterator[Problem]:
+    """Yield where two sections do not fit together."""
+    yield from _model_and_data(job)
+    yield from _loss_and_data(job)
+    yield from _optimizer_and_batches(job)
+
+
+def _model_and_data(job: Job) -> Iterator[Problem]:
+    known, kind, source = job.data.known, job.model.kind, job.data.source
+    if known is None:
+        return
+    if kind == "cnn" and (not known.images or job.data.options.get("flat")):
+        yield Problem("model.kind", f'needs images, which data.source = "{source}" does not give', kind)
+    if (kind == "bigram") != (known.task == "sequence") and kind != "build":
+        expected = '"bigram" or "build"' if known.task == "sequence" else '"linear" or "mlp"'
+        yield Problem("model.kind", f'does not fit data.source = "{source}"', kind, expected)
+
+
+def _loss_and_data(job: Job) -> Iterator[Problem]:
+    known, loss = job.data.known, job.model.loss
+    tasks = _TASKS_OF_LOSS.get(loss or "")
+    if known is None or tasks is None:
+        return
+    if known.task not in tasks:
+        yield Problem("model.loss", f'does not fit data.source = "{job.data.source}", a {known.task}', loss)
+    elif loss == "bce" and known.classes != 2:
+        what = f'needs 2 classes, data.source = "{job.data.source}" has {known.classes}'
+        yield Problem("model.loss", what, loss, '"cross_entropy"')
+
+
+def _optimizer_and_batches(job: Job) -> Iterator[Problem]:
+    batch_size, steps, warmup = job.train.batch_size, job.train.steps, job.optimizer.schedule.warmup_steps
+    if job.optimizer.kind == "gd" and batch_size != "full":
+        remedy = 'or set optimizer.kind = "sgd"'
+        yield Problem("train.batch_size", 'does not fit optimizer.kind = "gd"', batch_size, '"full"', remedy)
+    if steps is not None and warmup >= steps:
+        expected = f"less than train.steps = {steps}"
+        yield Problem("optimizer.schedule.warmup_steps", "leaves no step after the warm-up", warmup, expected)
+    microbatches = job.method.microbatches
+    if batch_size != "full" and microbatches > batch_size:
+        expected = f"at most train.batch_size = {batch_size}"
+        yield Problem("method.microbatches", "is more than the samples of a batch", microbatches, expected)

@@ -1,0 +1,143 @@
+"""The ``[method]`` and ``[train]`` sections: how the ranks work together, how long, and what is kept on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainValidator, model_validator
+
+from mpitrain.train.job_section import Count, NonNegative, PathText, Positive, Problem, Section, rejected
+
+_BATCH_WORDS = 'integer ≥ 1 or "full"'
+
+
+def lower_is_better(metric: str) -> bool:
+    """Return whether a smaller value is an improvement: of losses and errors, by the name's ending."""
+    return metric.endswith(("loss", "error"))
+
+
+def _batch_size(value: Any) -> int | Literal["full"]:
+    if value == "full":
+        return "full"
+    if type(value) is int and value >= 1:
+        return value
+    raise rejected(Problem("", "is not a batch size", value, _BATCH_WORDS))
+
+
+class MethodSection(Section):
+    """How gradients become parameters on many ranks."""
+
+    kind: Literal["data_parallel"] = Field(
+        "data_parallel", description="`data_parallel`: each rank holds the model and computes a share of each batch."
+    )
+    microbatches: Count = Field(1, description="Parts that a batch is computed in, one after the other: less memory.")
+    bucket_bytes: Count = Field(4 << 20, description="Largest piece in which gradients are reduced.")
+    average_every: int = Field(
+        0,
+        ge=0,
+        description="0: gradients are reduced at each step. Else local SGD: each rank trains on its own and the models "
+        "are averaged every so many steps.",
+    )
+
+
+def _either(section: Section, first: str, second: str) -> Iterator[Problem]:
+    """Yield a problem where both of two keys are given that exclude each other."""
+    if getattr(section, first) is not None and getattr(section, second) is not None:
+        yield Problem(second, f"cannot go together with {first}", getattr(section, second), "one of the two")
+
+
+class Checkpoint(Section):
+    """When the state is saved, and what is kept; it is saved in any case when training ends."""
+
+    every_epochs: Count | None = Field(None, description="Epochs between two checkpoints; 1 if neither is given.")
+    every_steps: Count | None = Field(None, description="Steps between two checkpoints.")
+    keep: Count = Field(3, description="How many of the latest checkpoints are kept.")
+    best: str = Field(
+        "loss",
+        min_length=1,
+        description="Test metric whose best checkpoint is kept besides: `loss`, `accuracy`, `r2` …; the lowest of a "
+        "loss or error, else the highest.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_epoch_by_default(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not {"every_epochs", "every_steps"} & set(value):
+            return {"every_epochs": 1, **value}
+        return value
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what does not fit together."""
+        yield from _either(self, "every_epochs", "every_steps")
+
+
+class Target(Section):
+    """A value of a test metric at which training ends."""
+
+    metric: str = Field(min_length=1, description="Name of the metric, e.g. `accuracy`.")
+    at_least: float | None = Field(None, description="Training ends when the metric is this or more.")
+    at_most: float | None = Field(None, description="Training ends when the metric is this or less.")
+
+    def reached(self, metrics: Mapping[str, Any]) -> bool:
+        """Return whether the metric has this value, or a better one."""
+        value = metrics[self.metric]
+        return bool(value <= self.at_most if self.at_least is None else value >= self.at_least)
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what does not fit together."""
+        yield from _either(self, "at_least", "at_most")
+        if self.at_least is None and self.at_most is None:
+            yield Problem("", "has no value", expected="at_least or at_most")
+
+
+class Stop(Section):
+    """What ends training before its last step."""
+
+    target: Target | None = None
+    metric: str = Field("loss", min_length=1, description="Test metric that `patience` watches.")
+    patience: Count | None = Field(
+        None, description="Convergence: how many evaluations may pass without an improvement of `metric`."
+    )
+    min_delta: NonNegative = Field(0.0, description="Smallest change that counts as an improvement.")
+    wall_time_s: Positive | None = Field(None, description="Seconds after which training ends with a checkpoint.")
+
+    @property
+    def minimise(self) -> bool:
+        """Whether a smaller `metric` is an improvement."""
+        return lower_is_better(self.metric)
+
+
+class Train(Section):
+    """How long training takes, and when it is evaluated, logged, saved and ended."""
+
+    batch_size: Annotated[int | Literal["full"], PlainValidator(_batch_size), _BATCH_WORDS] = Field(
+        32, description="Samples of a step over all ranks; `full`: all of the training part."
+    )
+    epochs: Count | None = Field(None, description="Passes over the training part; either this or `steps`.")
+    steps: Count | None = Field(None, description="Updates of the parameters; either this or `epochs`.")
+    drop_last: bool = Field(False, description="Whether an epoch leaves out a last batch that is not full.")
+    evaluate_every_epochs: Count | None = Field(
+        None, description="Epochs between two evaluations; 1 if neither is given."
+    )
+    evaluate_every_steps: Count | None = Field(None, description="Steps between two evaluations.")
+    log_every_steps: Count = Field(10, description="Steps between two records of the training loss.")
+    warm_start: PathText | None = Field(
+        None, description="Directory of a run whose weights training starts from; relative to the job file's folder."
+    )
+    checkpoint: Checkpoint = Checkpoint(every_epochs=1)
+    stop: Stop = Stop()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_every_epoch_by_default(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not {"evaluate_every_epochs", "evaluate_every_steps"} & set(value):
+            return {"evaluate_every_epochs": 1, **value}
+        return value
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what does not fit together."""
+        yield from _either(self, "epochs", "steps")
+        yield from _either(self, "evaluate_every_epochs", "evaluate_every_steps")
+        if self.epochs is None and self.steps is None:
+            yield Problem("epochs", "is missing", expected="epochs or steps")

@@ -1,0 +1,222 @@
+"""One page on a run that can be mailed: result, curves, job and environment, with everything in one file.
+
+It reads a run directory as it is, also of a run that goes on or was cut short, and knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpitrain._errors import InputError
+from mpitrain.train import plots
+from mpitrain.train.rundir import RunDirectory
+from mpitrain.train.storage import write_atomic
+
+_KINDS = ("train", "valid", "test")
+_NOT_METRICS = ("step", "epoch", "kind", "loss", "lr", "samples_per_s", "seconds")
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d2733; --soft: #5c6b7a; --line: #d9e0e7; --page: #f6f8fa; --card: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e9ee; --soft: #9aa7b4; --line: #333d48; --page: #12171d; --card: #1b222a; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 76rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; } h2 { margin: 2.2rem 0 .8rem; font-size: 1.15rem; }
+.state { margin: .2rem 0 1.4rem; color: var(--soft); }
+.tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin-bottom: 1rem; }
+.tile, .figure, .facts, details { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
+.tile { padding: .7rem 1.1rem; min-width: 9rem; }
+.tile b { display: block; font-size: 1.6rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.tile span, th { color: var(--soft); font-weight: 400; }
+.facts { width: 100%; padding: .4rem .6rem; border-collapse: separate; border-spacing: 0; }
+th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; } th { width: 10rem; white-space: nowrap; }
+td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; } code, pre { font: .86em/1.5 ui-monospace, monospace; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: .8rem; }
+.figure { margin: 0; padding: .6rem; background: #fff; text-align: center; }
+.figure img { max-width: 100%; max-height: 36rem; }
+details { margin-top: .8rem; padding: .7rem 1.1rem; } summary { cursor: pointer; font-weight: 600; }
+pre { overflow-x: auto; margin: .8rem 0 .2rem; }
+@media print {
+  :root { --ink: #000; --soft: #444; --line: #bbb; --page: #fff; --card: #fff; }
+  body { padding: 0; font-size: 11pt; } .figure, .tile, tr { break-inside: avoid; }
+  .figures { grid-template-columns: 1fr 1fr; } pre { white-space: pre-wrap; }
+}
+"""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` and its pictures, as PNG, into a run directory.
+
+    Parameters
+    ----------
+    run_dir : Path
+        Of a run that is finished, goes on, or was cut short.
+
+    Returns
+    -------
+    Path
+        The report: one file that needs no other, nor the network.
+
+    Raises
+    ------
+    InputError
+        The directory holds no run, or one of its files is damaged.
+    MissingExtraError
+        matplotlib is not installed.
+    StorageError
+        The report cannot be written.
+    """
+    run = RunDirectory(Path(run_dir))
+    if not run.job.is_file():
+        raise InputError(f"{run.path}: holds no run", operation="report", remedy="name the directory with its job.toml")
+    records, result = run.read_metrics(), _read_json(run.result)
+    pictures = dict(_pictures(records, result))
+    for name, png in pictures.items():
+        write_atomic(run.path / f"{name}.png", png)
+    write_atomic(run.report, _page(run, records, result, pictures).encode())
+    return run.report
+
+
+def _pictures(records: list[dict[str, Any]], result: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """Give the name and the PNG of each picture for which there is something to draw."""
+    if losses := _by_kind(records, "loss"):
+        yield "loss", plots.curve("Loss", losses, log=True)
+    for metric in _metric_names(records):
+        yield _file_name(metric), plots.curve(metric.replace("_", " "), _by_kind(records, metric))
+    if rates := _by_kind(records, "samples_per_s"):
+        yield "throughput", plots.curve("Throughput (samples/s)", rates, from_zero=True)
+    if lrs := _by_kind(records, "lr"):
+        yield "learning_rate", plots.curve("Learning rate", lrs, from_zero=True)
+    if result.get("confusion"):
+        matrix = np.asarray(result["confusion"])
+        classes = result.get("classes") or range(len(matrix))
+        yield "confusion", plots.confusion(matrix, [str(name) for name in classes])
+
+
+def _by_kind(records: Iterable[Mapping[str, Any]], key: str) -> dict[str, plots.Series]:
+    """Return the values of ``key`` over the steps, for each kind of record that has any."""
+    found: dict[str, plots.Series] = {}
+    for kind in _KINDS:
+        points = [(r["step"], r[key]) for r in records if r.get("kind") == kind and _is_number(r.get(key))]
+        if points:
+            steps, values = zip(*points, strict=True)
+            found[kind] = (steps, values)
+    return found
+
+
+def _metric_names(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    names = dict.fromkeys(key for record in records for key, value in record.items() if _is_number(value))
+    return [name for name in names if name not in _NOT_METRICS]
+
+
+def _page(
+    run: RunDirectory, records: list[dict[str, Any]], result: Mapping[str, Any], pictures: Mapping[str, bytes]
+) -> str:
+    name = str(result.get("job") or run.path.name)
+    figures = "\n".join(_figure(title, png) for title, png in pictures.items())
+    environment = json.dumps(_read_json(run.environment), indent=2, ensure_ascii=False)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(name)} · mpitrain</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{escape(name)}</h1>
+<p class="state">{escape(_state(run, records, result))}</p>
+{_tiles(result)}
+{_facts(run, records, result)}
+<h2>Curves</h2>
+<div class="figures">
+{figures or "<p>No metrics yet.</p>"}
+</div>
+<h2>How it was run</h2>
+{_details("Job", run.job.read_text())}
+{_details("Environment", environment)}
+</body>
+</html>
+"""
+
+
+def _state(run: RunDirectory, records: list[dict[str, Any]], result: Mapping[str, Any]) -> str:
+    if result:
+        reason = result.get("stopped")
+        return f"Finished: {reason}" if reason else "Finished"
+    last = f"last metrics at step {records[-1]['step']}" if records else "no metrics yet"
+    return f"Not finished: still running, or cut short; {last}"
+
+
+def _tiles(result: Mapping[str, Any]) -> str:
+    metrics = result.get("metrics") or {}
+    shown = {name: value for name, value in metrics.items() if _is_number(value)}
+    tiles = [
+        f'<div class="tile"><b>{_number(n, v)}</b><span>{escape(_words(n))}</span></div>' for n, v in shown.items()
+    ]
+    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _facts(run: RunDirectory, records: list[dict[str, Any]], result: Mapping[str, Any]) -> str:
+    last = records[-1] if records else {}
+    facts = {
+        "ranks": result.get("ranks"),
+        "steps": result.get("steps", last.get("step")),
+        "seconds": result.get("seconds", last.get("seconds")),
+        "loss": result.get("loss", last.get("loss")),
+        "weights (SHA-256)": result.get("weights_sha256"),
+        "run directory": str(run.path.resolve()),
+    }
+    rows = [f"<tr><th>{k}</th><td>{_number(k, v)}</td></tr>" for k, v in facts.items() if v is not None]
+    return f'<table class="facts">{"".join(rows)}</table>'
+
+
+def _figure(name: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    return f'<figure class="figure"><img alt="{escape(_words(name))}" src="data:image/png;base64,{data}"></figure>'
+
+
+def _details(title: str, text: str) -> str:
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+
+
+def _number(name: str, value: Any) -> str:
+    """Return a value as it is shown, escaped: accuracies in per cent, other floats with five digits."""
+    if isinstance(value, float):
+        return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.5g}"
+    return escape(str(value))
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _file_name(metric: str) -> str:
+    """Return a file name for a metric, which a user may have named anything."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", metric)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file; empty if there is none yet."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read", operation="report", got=str(error)) from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: no JSON object", operation="report", got=type(found).__name__)
+    return found

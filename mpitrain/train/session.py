@@ -1,0 +1,183 @@
+"""A whole run, from a job file to its result: what the command line calls, and research code may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from mpitrain._errors import JobError, MissingExtraError
+from mpitrain.comm import Communicator
+from mpitrain.comm.guard import agree
+from mpitrain.train import checkpoint
+from mpitrain.train.assembly import Assembly, assemble
+from mpitrain.train.checkpoint import OnPhase
+from mpitrain.train.environment import describe_environment
+from mpitrain.train.job import Job
+from mpitrain.train.observer import Observer
+from mpitrain.train.report import write_report
+from mpitrain.train.rundir import RunDirectory
+from mpitrain.train.trainer import Trainer
+
+_MAY_CHANGE = ("name", "train.steps", "train.epochs", "train.log_every_steps", "train.checkpoint", "train.stop")
+
+
+def load_job(path: str | PathLike[str], overrides: Iterable[str], comm: Communicator) -> Job:
+    """Read a job file on rank 0 and give it to all ranks.
+
+    Raises
+    ------
+    JobError
+        On rank 0; `PeerError` on the others.
+
+    Notes
+    -----
+    Collective over ``comm``.
+    """
+    text = ""
+    with agree(comm):
+        if comm.rank == 0:
+            text = Job.load(path, overrides).to_toml()
+    return Job.from_toml(comm.broadcast_object(text), path)
+
+
+def train_job(
+    job: Job,
+    comm: Communicator,
+    *,
+    run_dir: Path | None = None,
+    resume: Path | None = None,
+    observer: Observer | None = None,
+    on_phase: OnPhase | None = None,
+) -> dict[str, Any]:
+    """Train a job, keep the run, and return its result.
+
+    Parameters
+    ----------
+    job : Job
+        What to run; the same on all ranks.
+    comm : Communicator
+        On which ranks.
+    run_dir : Path, optional
+        Where the run is kept: missing or empty.  Default: a new directory under ``runs/NAME``.
+    resume : Path, optional
+        Directory of a run to continue from its newest checkpoint.
+    observer : Observer, optional
+        Told what happens on this rank.
+    on_phase : callable, optional
+        Told each phase of writing a checkpoint.
+
+    Returns
+    -------
+    dict
+        What ``result.json`` holds: ``job, ranks, steps, seconds, loss, metrics, weights_sha256, run_dir, report,
+        stopped``, and for a classification ``confusion`` and ``classes``.  The same on all ranks.
+
+    Notes
+    -----
+    Collective over ``comm``.
+    """
+    with agree(comm):
+        if resume is not None and comm.rank == 0:
+            _check_same_job(job, resume)
+    directory = RunDirectory.create(comm, job.name, path=run_dir, resume=resume)
+    parts = assemble(job, comm)
+    trainer = Trainer(job, comm, parts, directory, observer, on_phase)
+    environment = describe_environment(comm, comm.library)
+    with agree(comm):
+        if comm.rank == 0:
+            directory.write_job(job.model_dump(exclude_none=True))
+            directory.write_environment(environment)
+            parts.samples.facts.write(directory.path)
+    if resume is not None:
+        _restore(trainer, directory, comm)
+    elif job.train.warm_start:
+        _warm_start(parts, Path(job.train.warm_start), comm)
+    stopped = trainer.run()
+    return _finish(job, comm, trainer, directory, stopped)
+
+
+def _check_same_job(job: Job, resume: Path) -> None:
+    """Refuse to continue a run with a job whose trajectory would be another one."""
+    path = resume / "job.toml"
+    if not path.is_file():
+        return  # RunDirectory.create says what is wrong
+    before, now = _flat(Job.load(path).model_dump()), _flat(job.model_dump())
+    changed = [
+        f"{key} = {now.get(key)!r}, the run has {before.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+        raise JobError(
+            "the job is not the one that the run was started with", operation=f"resume {resume}",
+            got="; ".join(changed[:5]), remedy=f"resume with {path}, or start anew with train.warm_start",
+        )  # fmt: skip
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return found
+
+
+def _restore(trainer: Trainer, directory: RunDirectory, comm: Communicator) -> None:
+    """Continue from the newest checkpoint; a run that was killed before its first one starts anew."""
+    newest = comm.broadcast_object(str(checkpoint.latest(directory.checkpoints) or "") if comm.rank == 0 else "")
+    if newest:
+        trainer.restore(checkpoint.load(Path(newest), comm, trainer.method.params.layout))
+    with agree(comm):
+        if comm.rank == 0:
+            directory.rewind(trainer.method.step)
+
+
+def _warm_start(parts: Assembly, run: Path, comm: Communicator) -> None:
+    """Begin with another run's weights: its best checkpoint, with a new optimizer at step 0."""
+    directory = RunDirectory(run).checkpoints
+    found = checkpoint.best(directory) or checkpoint.latest(directory)
+    with agree(comm):
+        if found is None:
+            raise JobError(f"{run}: holds no checkpoint", operation="warm start", expected="the directory of a run")
+    assert found is not None
+    parts.method.load_parameters(checkpoint.load(found, comm, parts.method.params.layout).read)
+
+
+def _finish(job: Job, comm: Communicator, trainer: Trainer, directory: RunDirectory, stopped: str) -> dict[str, Any]:
+    """Evaluate once more, write result and report."""
+    metrics = {kind: trainer.final(kind) for kind in trainer.parts.held_out}
+    train_loss = trainer.last.get("train", {}).get("loss")
+    result: dict[str, Any] = {
+        "job": job.name,
+        "ranks": comm.size,
+        "steps": trainer.method.step,
+        "seconds": round(trainer.standing.seconds, 3),
+        "loss": train_loss,
+        "metrics": {
+            f"{kind}_{name}": value
+            for kind, found in metrics.items()
+            for name, value in found.items()
+            if name != "step" and isinstance(value, int | float)
+        },
+        "weights_sha256": trainer.method.params.sha256(),
+        "run_dir": str(directory.path),
+        "report": None,
+        "stopped": stopped,
+    }
+    if "confusion" in metrics["test"]:
+        result["confusion"] = metrics["test"]["confusion"].tolist()
+        result["classes"] = list(trainer.parts.samples.train.class_names)
+    with agree(comm):
+        if comm.rank == 0:
+            directory.finish(result)
+            result["report"] = _report(directory, trainer.observer)
+    return result
+
+
+def _report(directory: RunDirectory, observer: Observer) -> str | None:
+    try:
+        return str(write_report(directory.path))
+    except MissingExtraError as error:
+        observer.on_note(f"no report: {error}")
+        return None

@@ -1,0 +1,141 @@
+"""Splits, folds and standardisation, against their definitions and scikit-learn."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from mpitrain._errors import DataError, InputError
+from mpitrain.data import Dataset, Standardise, folds, split
+from mpitrain.data import dataset as dataset_module
+
+
+def labelled(counts: tuple[int, ...], seed: int = 0) -> Dataset:
+    """Give rows whose only feature is their number, with so many of each label, in random order."""
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    return Dataset(np.arange(len(labels), dtype=float)[:, None], labels, "classification", "set")
+
+
+def measured(rows: int, offset: float = 0.0) -> Dataset:
+    values = np.random.default_rng(1).normal(offset, 3.0, (rows, 4))
+    return Dataset(values, values[:, :1] * 2 + 5, "regression", "set")
+
+
+def numbers(dataset: Dataset) -> list[int]:
+    return dataset.inputs[:, 0].astype(int).tolist()
+
+
+@pytest.mark.parametrize("counts", [(50, 30, 20), (7, 5, 3), (100, 2)])
+@pytest.mark.parametrize("test", [0.2, 0.33, 0.5])
+def test_a_stratified_split_keeps_proportions_and_every_row(counts, test):
+    whole = labelled(counts)
+    train, held_out = split(whole, test, seed=3)
+    assert sorted(numbers(train) + numbers(held_out)) == list(range(sum(counts)))
+    assert len(held_out) == round(test * sum(counts))
+    found = np.bincount(held_out.targets, minlength=len(counts))
+    assert (np.abs(found - test * np.array(counts)) <= 1).all()
+    np.testing.assert_array_equal(train.targets, whole.targets[numbers(train)])
+
+
+def test_proportions_as_scikit_learn_splits_digits():
+    selection = pytest.importorskip("sklearn.model_selection")
+    from mpitrain.data import load
+
+    whole = load("digits")
+    _, held_out = split(whole, 0.2, seed=0)
+    _, reference = selection.train_test_split(whole.targets, test_size=0.2, stratify=whole.targets, random_state=0)
+    difference = np.bincount(held_out.targets) - np.bincount(reference)
+    assert np.abs(difference).max() <= 1
+
+
+def test_a_split_depends_on_the_seed_alone():
+    whole = labelled((50, 30, 20))
+    first, again, other = (split(whole, seed=seed)[1] for seed in (0, 0, 1))
+    assert numbers(first) == numbers(again)
+    assert numbers(first) != numbers(other)
+
+
+def test_a_split_that_is_not_stratified():
+    train, held_out = split(measured(10), 0.3, seed=0)
+    assert (len(train), len(held_out)) == (7, 3)
+    chosen = [numbers(split(labelled((20, 20)), 0.5, seed=seed, stratified=False)[1]) for seed in range(200)]
+    frequency = np.bincount(np.concatenate(chosen), minlength=40) / 200
+    assert np.abs(frequency - 0.5).max() < 5 * np.sqrt(0.25 / 200)  # five standard deviations of a coin
+
+
+def test_a_memory_mapped_split_stays_on_disk(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(20.0)[:, None])
+    inputs = np.load(tmp_path / "x.npy", mmap_mode="r")
+    train, held_out = split(Dataset(inputs, np.arange(20) % 2, "classification", "set"), seed=0)
+    assert isinstance(train.inputs.base, np.memmap)
+    assert isinstance(held_out.inputs.base, np.memmap)
+    gathered = np.concatenate([train.rows(np.arange(16))[0], held_out.rows(np.arange(4))[0]])
+    assert sorted(gathered[:, 0]) == list(range(20))
+
+
+@pytest.mark.parametrize("test", [0.0, 1.0, -0.1, 1.5, 0.01, 0.99, float("nan")])
+def test_a_split_with_an_empty_side(test):
+    with pytest.raises(InputError, match=rf"split: one side would be empty; got test = {test} of 10 rows"):
+        split(measured(10), test, seed=0)
+
+
+def test_a_class_of_one_row_cannot_be_stratified():
+    with pytest.raises(DataError, match=r"set: class 1 has too few rows.*got 1 row; .*split with stratified = false"):
+        split(labelled((9, 1)), seed=0)
+    assert len(split(labelled((9, 1)), seed=0, stratified=False)[0]) == 8
+    with pytest.raises(InputError, match="set: only a classification can be stratified; got regression"):
+        split(measured(10), seed=0, stratified=True)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+@pytest.mark.parametrize("stratified", [None, False])
+def test_folds_cover_every_row_once(k, stratified):
+    whole = labelled((11, 6, 4))
+    pairs = list(folds(whole, k, seed=5, stratified=stratified))
+    assert len(pairs) == k
+    assert sorted(chain(*(numbers(held_out) for _, held_out in pairs))) == list(range(21))
+    for train, held_out in pairs:
+        assert sorted(numbers(train) + numbers(held_out)) == list(range(21))
+    sizes = [len(held_out) for _, held_out in pairs]
+    assert max(sizes) - min(sizes) <= 1
+    if stratified is None:
+        counts = np.array([np.bincount(held_out.targets, minlength=3) for _, held_out in pairs])
+        assert (np.ptp(counts, axis=0) <= 1).all()
+
+
+@pytest.mark.parametrize("k", [1, 0, 11])
+def test_a_number_of_folds_that_cannot_be(k):
+    with pytest.raises(InputError, match=rf"folds: number of folds out of range; got {k}; expected 2 to .*10"):
+        folds(measured(10), k, seed=0)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
+def test_standardisation_equals_scikit_learns(block_bytes, monkeypatch):
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    monkeypatch.setattr(dataset_module, "BLOCK_BYTES", block_bytes)
+    train, test = split(measured(50, offset=1e6), seed=0)
+    reference = preprocessing.StandardScaler().fit(train.inputs)
+    standardise = Standardise.fit(train, targets=True)
+    for part in (train, test):
+        np.testing.assert_allclose(standardise(part).inputs, reference.transform(part.inputs), atol=1e-9)
+        np.testing.assert_allclose(standardise.targets.undo(standardise(part).targets), part.targets, rtol=1e-14)
+    np.testing.assert_allclose(standardise(train).targets.std(), 1, rtol=1e-12)
+
+
+def test_constant_columns_become_zero_and_targets_stay():
+    whole = Dataset(np.full((5, 2), 7.0), np.arange(5.0)[:, None], "regression", "set")
+    scaled = Standardise.fit(whole)(whole)
+    np.testing.assert_array_equal(scaled.inputs, np.zeros((5, 2)))
+    assert scaled.targets is whole.targets
+
+
+def test_what_cannot_be_standardised():
+    tokens = Dataset(np.arange(5), np.arange(5), "sequence", "text")
+    with pytest.raises(InputError, match="text: tokens cannot be standardised"):
+        Standardise.fit(tokens)
+    with pytest.raises(InputError, match="set: labels cannot be standardised; got classification"):
+        Standardise.fit(labelled((3, 3)), targets=True)
+    with pytest.raises(InputError, match="set: no rows to standardise by"):
+        Standardise.fit(measured(0))

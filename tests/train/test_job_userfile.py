@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import sys
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+
+from mpitrain._errors import JobError
+from mpitrain.train.userfile import load_object
+
+
+@pytest.fixture(autouse=True)
+def _clean_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+
+
+def failure(folder: Path, source: str, name: str = "build") -> str:
+    (folder / "my_model.py").write_text(source)
+    with pytest.raises(JobError) as caught:
+        load_object(f"my_model.py:{name}", folder)
+    found = str(caught.value)
+    assert "\n" not in found
+    assert found.startswith(f"{folder}/my_model.py")
+    return found.removeprefix(f"{folder}/my_model.py")
+
+
+def test_an_object_of_a_file_is_returned(tmp_path: Path):
+    (tmp_path / "my_model.py").write_text("def build(width): return 2 * width\n")
+    assert load_object("my_model.py:build", tmp_path)(3) == 6
+    assert load_object(f"{tmp_path}/my_model.py:build", Path("/elsewhere"))(3) == 6
+
+
+def test_a_file_may_import_its_neighbour_and_hold_dataclasses(tmp_path: Path):
+    (tmp_path / "a_neighbour_of_mine.py").write_text("WIDTH = 5\n")
+    source = "from __future__ import annotations\nfrom dataclasses import dataclass\nimport a_neighbour_of_mine as n\n"
+    (tmp_path / "m.py").write_text(f"{source}@dataclass\nclass Net:\n    width: int = n.WIDTH\n")
+    net = load_object("m.py:Net", tmp_path)
+    assert is_dataclass(net)
+    assert net().width == 5
+
+
+def test_a_file_is_run_once_until_it_changes(tmp_path: Path):
+    file = tmp_path / "m.py"
+    file.write_text("class Net: pass\nLoss = Net\n")
+    assert load_object("m.py:Net", tmp_path) is load_object("m.py:Loss", tmp_path)
+    file.write_text("class Net: pass\nLoss = None\n")
+    assert load_object("m.py:Loss", tmp_path) is None
+
+
+def test_a_name_that_is_not_there(tmp_path: Path):
+    found = failure(tmp_path, "def build(): pass\ndef other(): pass\n", "biuld")
+    assert found == ': there is no "biuld"; expected build, other; did you mean "build"?'
+
+
+def test_a_file_that_is_not_there(tmp_path: Path):
+    (tmp_path / "my_model.py").touch()
+    with pytest.raises(JobError, match=r'mymodel.py: no such file; .*; did you mean "my_model.py"\?'):
+        load_object("mymodel.py:build", tmp_path)
+    with pytest.raises(JobError, match="cannot be read"):
+        load_object(f"{tmp_path}:build", tmp_path)
+
+
+def test_an_exception_is_named_with_the_line_of_the_file(tmp_path: Path):
+    assert failure(tmp_path, "import json\n\njson.loads('{')\n").startswith(", line 3: ended by JSONDecodeError: ")
+    assert failure(tmp_path, "def f():\n    raise ValueError('a\\nb')\nf()\n") == ", line 2: ended by ValueError: a b"
+    assert failure(tmp_path, "raise SystemExit\n") == ", line 1: ended by SystemExit"
+    assert failure(tmp_path, "import no_such_thing\n").startswith(", line 1: ended by ModuleNotFoundError: No module")
+
+
+def test_a_file_that_is_not_python(tmp_path: Path):
+    assert failure(tmp_path, "x = 1\ndef build(:\n").startswith(", line 2: is not Python: ")
+    assert failure(tmp_path, "x = '\0'").startswith(": is not Python: ")
+
+
+def test_a_failed_file_can_be_mended(tmp_path: Path):
+    failure(tmp_path, "1 / 0\n")
+    failure(tmp_path, "1 / 0\n")
+    (tmp_path / "my_model.py").write_text("build = 1\n")
+    assert load_object("my_model.py:build", tmp_path) == 1
+
+
+@pytest.mark.parametrize("spec", ["", "build", "m.py:", ":build", "m.py:a b"])
+def test_a_specification_that_names_nothing(tmp_path: Path, spec: str):
+    with pytest.raises(JobError, match=r'expected "file\.py:name"'):
+        load_object(spec, tmp_path)
