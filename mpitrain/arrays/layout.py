@@ -177,8 +177,18 @@ class Layout:
         return replace(self, dtype=np.dtype(dtype))
 
     def select(self, names: Iterable[str]) -> Layout:
-        """Return a layout of its own for some of the tensors (a pipeline stage, an adapter's subset)."""
-        wanted = set(names)
+        """Return a layout of its own for some of the tensors (a pipeline stage, an adapter's subset).
+
+        Raises
+        ------
+        InputError
+            A name is not there.
+        """
+        asked = set(names)
+        unknown = sorted(asked - set(self._by_name) - set(self.ties))
+        if unknown:
+            raise InputError("layout: no such tensor", got=", ".join(unknown), expected=", ".join(self._by_name))
+        wanted = {self.ties.get(name, name) for name in asked}
         kept = [segment for segment in self.segments if segment.name in wanted]
         ties = {alias: name for alias, name in self.ties.items() if name in wanted}
         return Layout.build(kept, self.dtype, ties)
@@ -248,7 +258,7 @@ class Shard:
         for segment in self.layout.segments:
             if segment.size and (not starts or starts[-1][1] != segment.group):
                 starts.append((segment.offset, segment.group))
-        ends = [offset for offset, _ in starts[1:]] + [self.layout.size]
+        ends = [*(offset for offset, _ in starts), self.layout.size][1:]
         found = []
         for (offset, group), end in zip(starts, ends, strict=True):
             low, high = max(offset, self.start), min(end, self.stop)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mpitrain._errors import InputError
 from mpitrain._typing import Array, Shape
 from mpitrain.arrays.layout import Box
 from mpitrain.arrays.namespace import namespace
@@ -81,6 +82,10 @@ class Key:
         """Return the same stream's key at another step."""
         return replace(self, step=step)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.step <= _MASK:
+            raise InputError("key: the step is out of range", got=self.step, expected="0 to 2³² − 1")
+
     @property
     def words(self) -> tuple[int, int]:
         """The cipher's key: 64 bits of a hash of seed and purpose."""
@@ -107,7 +112,7 @@ class Key:
         low, high = first // 4, -(-last // 4)
         index = rows.astype(xp.uint64)[:, None]
         blocks = xp.arange(low, high, dtype=xp.uint64)[None, :]
-        words = philox4x32((blocks, index & _LOW, index >> _SHIFT, xp.uint64(self.step & _MASK)), self.words)
+        words = philox4x32((blocks, index & _LOW, index >> _SHIFT, xp.uint64(self.step)), self.words)
         shape = (rows.shape[0], high - low)
         table = xp.stack([xp.broadcast_to(w, shape) for w in words], axis=-1).astype(xp.uint32)
         found: Array = table.reshape(shape[0], 4 * (high - low))[:, first - 4 * low : last - 4 * low]

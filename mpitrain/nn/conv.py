@@ -12,7 +12,7 @@ from mpitrain.nn.layer import Call, Context, Layer, Parameter
 from mpitrain.nn.reductions import column_sums
 from mpitrain.nn.windows import offsets, output_size, window
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 1 << 20
 """Patches are gathered for so many bytes' worth of samples at a time: they stay in cache, and memory stays bounded."""
 
 

@@ -27,6 +27,8 @@ class Optimizer(ABC):
     def partials(self, params: Array, grads: Array, state: State, step: int, shard: Shard) -> Array | None:
         """Return what `update` needs of whole tensors, as sums over this shard; None if it needs nothing.
 
+        Called exactly once a step, before `update`; may change ``state``.
+
         Returns
         -------
         array of float64, shape (len(shard.layout), k), or None

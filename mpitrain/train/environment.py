@@ -61,7 +61,7 @@ def _node() -> dict[str, Any]:
         "host": socket.gethostname(),
         "cpu": _cpu_model(),
         "cpus_per_rank": len(os.sched_getaffinity(0)),
-        "threads": user_threads[1] if (user_threads := _env.user_threads()) else None,
+        "threads_set": "=".join(_env.user_threads() or ()),
         "blas": [
             {"library": pool["internal_api"], "version": pool["version"], "threads": pool["num_threads"]}
             for pool in threadpoolctl.threadpool_info()

@@ -98,6 +98,10 @@ class BuiltModel(Model):
     build: BuildText = Field(description='Where it is: `"my_model.py:build"`.')
     options: dict[str, Any] = Field({}, description="Keyword arguments that it is called with.")
 
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments for the user's function."""
+        return dict(self.options)
+
 
 ModelSection = Annotated[
     Mlp | Cnn | Linear | Bigram | BuiltModel, Field(discriminator="kind"), BeforeValidator(build_by_default)

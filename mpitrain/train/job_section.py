@@ -58,12 +58,8 @@ class KindSection(Section):
     kind: str
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments for the registry's entry: every field but the common ones.
-
-        An optional argument that is not given is left out, so that the entry's own default holds.
-        """
-        values = {name: getattr(self, name) for name in type(self).model_fields if name not in self.not_options}
-        return {name: value for name, value in values.items() if value is not None}
+        """Return the keyword arguments for the registry's entry: every field but the common ones."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in self.not_options}
 
 
 def choices(annotation: Any) -> list[type[Section]]:

@@ -77,7 +77,17 @@ class TensorEntry(_Strict):
 
 @dataclass(frozen=True)
 class Score:
-    """How good the model is by the metric that picks the best checkpoint."""
+    """How good the model is by the metric that picks the best checkpoint.
+
+    Parameters
+    ----------
+    metric : str
+        Its name.
+    value : float
+        Its value.
+    higher_is_better : bool
+        Which way is up.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 

@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 Series: TypeAlias = tuple[Sequence[int], Sequence[float]]
 """Steps, and a value at each."""
 
-_COLOURS = {"train": "#8aa9c9", "valid": "#c2571a", "test": "#1b7f5c"}
-_SMOOTH = "#1f5f99"
+_COLOURS = {"train": "#1f5f99", "valid": "#c2571a", "test": "#1b7f5c"}
 _INK = "#333333"
 _DECADES_FOR_LOG = 2.0
 _MANY_POINTS = 40
 _DPI = 144
 
 
-def curve(title: str, series: Mapping[str, Series], *, log: bool = False, from_zero: bool = False) -> bytes:
+def curve(
+    title: str, series: Mapping[str, Series], *, smooth: bool = False, log: bool = False, from_zero: bool = False
+) -> bytes:
     """Draw values over the steps of training.
 
     Parameters
@@ -37,7 +38,9 @@ def curve(title: str, series: Mapping[str, Series], *, log: bool = False, from_z
     title : str
         What is drawn, with its unit.
     series : mapping of {"train", "valid", "test"} to series
-        One line each; where training has many points, its running mean is drawn over them.
+        One line each.
+    smooth : bool
+        Where training has many points, draw their running mean over them.
     log : bool
         Use a logarithmic axis where the values span more than two decades.
     from_zero : bool
@@ -51,6 +54,8 @@ def curve(title: str, series: Mapping[str, Series], *, log: bool = False, from_z
     figure, axes = _blank(6.4, 3.4)
     for kind, (steps, values) in series.items():
         _line(axes, kind, steps, values)
+        if smooth and kind == "train" and len(steps) > _MANY_POINTS:
+            _mean(axes, steps, values)
     axes.set_title(_literal(title), loc="left", color=_INK, fontsize=11)
     axes.set_xlabel("step")
     axes.margins(x=0.02)
@@ -61,7 +66,7 @@ def curve(title: str, series: Mapping[str, Series], *, log: bool = False, from_z
         axes.set_ylim(bottom=0)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(axes.lines) > 1:
+    if set(series) != {"train"} or len(axes.lines) > 1:
         axes.legend(frameon=False, fontsize=9)
     return _png(figure)
 
@@ -120,23 +125,18 @@ def _blank(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _line(axes: Axes, kind: str, steps: Sequence[int], values: Sequence[float]) -> None:
-    many = len(steps) > _MANY_POINTS
-    marker = "o" if not many and kind != "train" or len(steps) == 1 else None
-    colour = _COLOURS[kind] if many or kind != "train" else _SMOOTH
-    smoothed = many and kind == "train"
-    label = f"{kind}, each step" if smoothed else kind
-    axes.plot(
-        steps, values, color=colour, linewidth=0.8 if smoothed else 1.6, marker=marker, markersize=3.5, label=label
-    )
-    if smoothed:
-        width = max(2, len(values) // _MANY_POINTS)
-        axes.plot(steps[width - 1 :], _running_mean(values, width), color=_SMOOTH, label=f"{kind}, mean of {width}")
+    marker = "o" if len(steps) <= _MANY_POINTS else None
+    axes.plot(steps, values, color=_COLOURS[kind], linewidth=1.4, marker=marker, markersize=3.5, label=kind)
 
 
-def _running_mean(values: Sequence[float], width: int) -> Array:
+def _mean(axes: Axes, steps: Sequence[int], values: Sequence[float]) -> None:
+    """Draw the running mean of the line drawn last, which steps back; each mean stands in the middle of its window."""
+    axes.lines[-1].set(linewidth=0.7, alpha=0.5)
+    width = 2 * (len(values) // (2 * _MANY_POINTS)) + 1
     total = np.cumsum([0.0, *values])
-    mean: Array = (total[width:] - total[:-width]) / width
-    return mean
+    mean = (total[width:] - total[:-width]) / width
+    middle = steps[width // 2 : len(steps) - width // 2]
+    axes.plot(middle, mean, color=_COLOURS["train"], linewidth=1.6, label=f"train, mean of {width}")
 
 
 def _literal(text: str) -> str:

@@ -39,7 +39,8 @@ h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; } h2 { margin: 2.2re
 .tile span, th { color: var(--soft); font-weight: 400; }
 .facts { width: 100%; padding: .4rem .6rem; border-collapse: separate; border-spacing: 0; }
 th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; } th { width: 10rem; white-space: nowrap; }
-td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; } code, pre { font: .86em/1.5 ui-monospace, monospace; }
+td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+pre { font: .86em/1.5 ui-monospace, monospace; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: .8rem; }
 .figure { margin: 0; padding: .6rem; background: #fff; text-align: center; }
 .figure img { max-width: 100%; max-height: 36rem; }
@@ -89,11 +90,11 @@ def write_report(run_dir: Path) -> Path:
 def _pictures(records: list[dict[str, Any]], result: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Give the name and the PNG of each picture for which there is something to draw."""
     if losses := _by_kind(records, "loss"):
-        yield "loss", plots.curve("Loss", losses, log=True)
+        yield "loss", plots.curve("Loss", losses, smooth=True, log=True)
     for metric in _metric_names(records):
-        yield _file_name(metric), plots.curve(metric.replace("_", " "), _by_kind(records, metric))
+        yield _file_name(metric), plots.curve(_title(metric), _by_kind(records, metric))
     if rates := _by_kind(records, "samples_per_s"):
-        yield "throughput", plots.curve("Throughput (samples/s)", rates, from_zero=True)
+        yield "throughput", plots.curve("Throughput (samples/s)", rates, smooth=True, from_zero=True)
     if lrs := _by_kind(records, "lr"):
         yield "learning_rate", plots.curve("Learning rate", lrs, from_zero=True)
     if result.get("confusion"):
@@ -142,7 +143,7 @@ def _page(
 {figures or "<p>No metrics yet.</p>"}
 </div>
 <h2>How it was run</h2>
-{_details("Job", run.job.read_text())}
+{_details("Job", run.job.read_text(encoding="utf-8", errors="replace"))}
 {_details("Environment", environment)}
 </body>
 </html>
@@ -161,7 +162,7 @@ def _tiles(result: Mapping[str, Any]) -> str:
     metrics = result.get("metrics") or {}
     shown = {name: value for name, value in metrics.items() if _is_number(value)}
     tiles = [
-        f'<div class="tile"><b>{_number(n, v)}</b><span>{escape(_words(n))}</span></div>' for n, v in shown.items()
+        f'<div class="tile"><b>{_number(n, v)}</b><span>{escape(_title(n))}</span></div>' for n, v in shown.items()
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
@@ -182,7 +183,7 @@ def _facts(run: RunDirectory, records: list[dict[str, Any]], result: Mapping[str
 
 def _figure(name: str, png: bytes) -> str:
     data = base64.b64encode(png).decode("ascii")
-    return f'<figure class="figure"><img alt="{escape(_words(name))}" src="data:image/png;base64,{data}"></figure>'
+    return f'<figure class="figure"><img alt="{escape(_title(name))}" src="data:image/png;base64,{data}"></figure>'
 
 
 def _details(title: str, text: str) -> str:
@@ -196,8 +197,9 @@ def _number(name: str, value: Any) -> str:
     return escape(str(value))
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
+def _title(name: str) -> str:
+    words = name.replace("_", " ")
+    return words[:1].upper() + words[1:]
 
 
 def _file_name(metric: str) -> str:

@@ -43,8 +43,6 @@ WRITER = textwrap.dedent("""
     LocalWorld(2).run(run)
 """)
 
-PHASES = ["created", "piece", "data", "manifest", "replaced", "renamed", "recorded", "discarded", "pruned"]
-
 
 def crash(directory, phase, occurrence, mode):
     command = [sys.executable, "-c", WRITER, str(directory), phase, str(occurrence), mode]
@@ -59,37 +57,50 @@ def assert_whole(path, value):
     np.testing.assert_array_equal(opened.read("params/bias"), np.full(10, value, np.float32))
 
 
-@pytest.mark.parametrize("mode", ["new", "replace"])
 @pytest.mark.parametrize(
-    ("phase", "occurrence"), [*((phase, 1) for phase in PHASES), ("created", 2), ("piece", 2), ("piece", 3)]
+    ("phase", "occurrence", "visible"),
+    [
+        ("created", 1, False),
+        ("created", 2, False),
+        ("piece", 1, False),
+        ("piece", 2, False),
+        ("piece", 3, False),
+        ("data", 1, False),
+        ("manifest", 1, False),
+        ("renamed", 1, True),
+        ("recorded", 1, True),
+        ("discarded", 1, True),
+        ("pruned", 1, True),
+    ],
 )
-def test_killed_at(tmp_path, phase, occurrence, mode):
-    done = crash(tmp_path, phase, occurrence, mode)
-    happens = not ((phase == "replaced" and mode == "new") or (phase == "discarded" and mode == "replace"))
-    assert done.returncode == (-signal.SIGKILL if happens else 0), done.stderr
-    visible = PHASES.index(phase) >= PHASES.index("renamed") or not happens
+def test_killed_while_writing_a_new_one(tmp_path, phase, occurrence, visible):
+    done = crash(tmp_path, phase, occurrence, "new")
+    assert done.returncode == -signal.SIGKILL, done.stderr
     newest = latest(tmp_path)  # as a reader sees it that changes nothing
-    if mode == "new":
-        assert newest.name == ("step-00000004" if visible else "step-00000003")
+    assert_whole(newest, 4 if visible else 3)
     clean_up(tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-    found = {path.name: path for path in checkpoints(tmp_path)}
-    expected = {"step-00000001": 1, "step-00000002": 2, "step-00000003": 3}  # 1 is the best, 2 and 3 the newest
-    if visible:
-        expected |= {"step-00000004" if mode == "new" else "step-00000003": 4}
-    if mode == "new" and phase in ("discarded", "pruned"):
-        del expected["step-00000002"]
-    if mode == "new" and not happens:
-        del expected["step-00000002"]
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        assert_whole(found[name], value)
+    expected = {1, 2, 3} | ({4} if visible else set())  # 1 is the best, 2 and 3 were the newest
+    if phase in ("discarded", "pruned"):
+        expected -= {2}
+    assert {path.name for path in checkpoints(tmp_path)} == {f"step-0000000{step}" for step in expected}
+    for step in expected:
+        assert_whole(tmp_path / f"step-0000000{step}", step)
 
 
-@pytest.mark.parametrize("phase", ["piece", "manifest", "replaced", "discarded"])
+@pytest.mark.parametrize(("phase", "value"), [("piece", 3), ("manifest", 3), ("replaced", 3), ("renamed", 4)])
+def test_killed_while_replacing(tmp_path, phase, value):
+    done = crash(tmp_path, phase, 1, "replace")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    clean_up(tmp_path)
+    names = [path.name for path in checkpoints(tmp_path)]
+    assert names == ["step-00000001", "step-00000002", "step-00000003"]
+    assert_whole(tmp_path / "step-00000003", value)
+
+
+@pytest.mark.parametrize("phase", ["piece", "discarded"])
 def test_the_next_checkpoint_cleans_up(tmp_path, phase):
-    mode = "replace" if phase == "replaced" else "new"
-    assert crash(tmp_path, phase, 1, mode).returncode == -signal.SIGKILL
+    assert crash(tmp_path, phase, 1, "new").returncode == -signal.SIGKILL
     assert crash(tmp_path, "never", 1, "new").returncode == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"step-00000001", "step-00000003", "step-00000004", "best.json"}

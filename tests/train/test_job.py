@@ -77,6 +77,7 @@ def test_the_resolved_file_says_every_default_and_loads_back_from_elsewhere(tmp_
     job = Job.from_dict(tables, tmp_path / "a.toml")
     assert job.data.arguments() == {"path": str(tmp_path / "points.csv"), "target": "y", "task": "regression"}
     assert job.model.build == f"{tmp_path}/sub/my_model.py:build"
+    assert job.model.arguments() == {"width": 3}
     assert job.model.loss == f"{tmp_path}/my_loss.py:huber"
     assert job.train.warm_start == str(tmp_path / "../runs/first")
     assert 'name = "a"' in job.to_toml()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpitrain.comm import LocalWorld
 from mpitrain.train.job import Job
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -28,10 +29,9 @@ def test_a_shipped_job_is_valid_and_says_what_it_shows(file: Path):
 
 
 def test_the_research_script_finds_the_first_component(monkeypatch: pytest.MonkeyPatch):
-    local = pytest.importorskip("mpitrain.comm.local")
     script = runpy.run_path(str(JOBS / "research_allreduce.py"))
     data = script["measurements"](400, 5)
     eigenvalues = np.linalg.eigvalsh(np.cov(data.T, bias=True))
     for size in (1, 3):
-        found = local.LocalWorld(size).run(lambda comm: script["first_component"](comm, data[comm.rank :: comm.size]))
+        found = LocalWorld(size).run(lambda comm: script["first_component"](comm, data[comm.rank :: comm.size]))
         assert [variance for variance, _, _ in found] == pytest.approx([eigenvalues[-1]] * size, rel=1e-9)

@@ -1,0 +1,186 @@
+"""Layers: closed forms, dtypes, initial values, and bad options and inputs."""
+
+import numpy as np
+import pytest
+
+from mpitrain import nn
+from mpitrain._errors import DataError, InputError
+from mpitrain.arrays import FlatBuffer, Key, Layout, Segment
+from mpitrain.nn.initial import he_uniform, normal
+
+
+def _forward(layer, x, params=None):
+    return layer.forward(params or {}, np.asarray(x), nn.Call())[0]
+
+
+def test_convolution_of_integers_is_exact():
+    x = np.arange(2 * 4 * 4 * 2, dtype=np.float32).reshape(2, 4, 4, 2)
+    kernel = np.arange(3 * 2 * 2 * 3, dtype=np.float32).reshape(3, 2, 2, 3)
+    y = _forward(nn.Conv2d(2, 3, (3, 2), bias=False), x, {"weight": kernel})
+    expected = np.zeros((2, 2, 3, 3))
+    for n, i, j in np.ndindex(2, 2, 3):
+        expected[n, i, j] = np.tensordot(x[n, i : i + 3, j : j + 2], kernel, axes=3)
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_convolution_in_many_blocks_is_the_same(monkeypatch):
+    random = np.random.default_rng(0)
+    x, kernel = random.integers(-4, 5, (7, 5, 5, 2)).astype(float), random.integers(-4, 5, (3, 3, 2, 3)).astype(float)
+    dy = random.integers(-4, 5, (7, 5, 5, 3)).astype(float)
+    layer = nn.Conv2d(2, 3, 3, padding=1, bias=False)
+
+    def both():
+        call = nn.Call()
+        y, context = layer.forward({"weight": kernel}, x, call)
+        grads = {"weight": np.zeros_like(kernel)}
+        layer.backward_weight(grads, context, dy, call)
+        return y.copy(), grads["weight"]
+
+    whole = both()
+    monkeypatch.setattr("mpitrain.nn.conv._BLOCK_BYTES", 2 * 25 * 18 * 8)
+    for found, expected in zip(both(), whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_pooling_closed_forms():
+    x = np.arange(16.0).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(_forward(nn.MaxPool2d(2), x)[0, :, :, 0], [[5, 7], [13, 15]])
+    np.testing.assert_array_equal(_forward(nn.AvgPool2d(2), x)[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])
+
+
+def test_first_of_equal_maxima_gets_the_gradient():
+    layer, call = nn.MaxPool2d(2), nn.Call()
+    _, context = layer.forward({}, np.zeros((1, 2, 2, 1)), call)
+    dx = layer.backward_input({}, context, np.full((1, 1, 1, 1), 3.0), call)
+    np.testing.assert_array_equal(dx[0, :, :, 0], [[3, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.GELU(), nn.Tanh(), nn.Sigmoid(), nn.MaxPool2d(1), nn.MaxPool2d(2)])
+def test_nan_is_passed_on(layer):
+    x = np.zeros((1, 2, 2, 1))
+    x[0, 1, 1, 0] = np.nan
+    assert np.isnan(_forward(layer, x)).any()
+
+
+def test_activations_at_known_points():
+    x = np.array([[-800.0, -1.0, 0.0, 1.0, 800.0]])
+    np.testing.assert_array_equal(_forward(nn.ReLU(), x), [[0, 0, 0, 1, 800]])
+    np.testing.assert_allclose(_forward(nn.Sigmoid(), x), [[0, 1 / (1 + np.e), 0.5, np.e / (1 + np.e), 1]], rtol=1e-15)
+    exact = [[0, -0.15865525393145707, 0, 0.8413447460685429, 800]]
+    np.testing.assert_allclose(_forward(nn.GELU(), x), exact, atol=5e-4)
+    assert _forward(nn.Sigmoid(), [[-40.0]])[0, 0] == pytest.approx(np.exp(-40.0), rel=1e-12)
+
+
+def test_embedding_adds_up_repeated_numbers():
+    layer, call = nn.Embedding(4, 2), nn.Call()
+    _, context = layer.forward({"weight": np.zeros((4, 2))}, np.array([2, 0, 2, 2]), call)
+    grads = {"weight": np.ones((4, 2))}
+    layer.backward_weight(grads, context, np.array([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0], [64.0, 128.0]]), call)
+    np.testing.assert_array_equal(grads["weight"], [[5, 9], [1, 1], [82, 163], [1, 1]])
+
+
+def test_he_uniform_bounds_and_spread():
+    segment = Segment("weight", (300, 200))
+    values = he_uniform(300)(Key(0), segment)
+    bound = np.sqrt(6 / 300)
+    assert values.min() >= -bound
+    assert values.max() < bound
+    assert values.var() == pytest.approx(2 / 300, rel=0.02)
+    assert abs(values.mean()) < 5 * np.sqrt(2 / 300 / values.size)
+
+
+@pytest.mark.parametrize("initialiser", [he_uniform(6), normal(0.5)])
+def test_initial_values_do_not_depend_on_the_box(initialiser):
+    whole = initialiser(Key(2), Segment("w", (6, 8)))
+    part = initialiser(Key(2), Segment("w", (6, 8), ((1, 4), (3, 7))))
+    np.testing.assert_array_equal(part, whole[1:4, 3:7])
+
+
+def test_normal_spread():
+    assert normal(0.5)(Key(1), Segment("w", (200, 200))).std() == pytest.approx(0.5, rel=0.02)
+
+
+def test_names_groups_and_shapes():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Residual(nn.Sequential(nn.LayerNorm(3)), nn.Linear(3, 3, bias=False)))
+    layout = Layout.build([p.segment() for p in net.parameters()])
+    assert {s.name: (s.shape, s.group) for s in layout} == {
+        "0.weight": ((4, 3), "decay"),
+        "0.bias": ((3,), "no_decay"),
+        "1.inner.0.gamma": ((3,), "no_decay"),
+        "1.inner.0.beta": ((3,), "no_decay"),
+        "1.shortcut.weight": ((3, 3), "decay"),
+    }
+
+
+def test_context_release_may_be_repeated():
+    pool = nn.Pool()
+    context = nn.Context(pool)
+    context.take((3,), np.dtype(float))
+    context.release()
+    context.release()
+    first, second = (pool.take((3,), np.dtype(float)) for _ in range(2))
+    assert first is not second
+    assert pool.misses == 2
+
+
+def test_pool_keeps_shapes_and_dtypes_apart():
+    pool = nn.Pool()
+    lent = pool.take((2, 3), np.dtype(np.float32))
+    pool.give(lent)
+    assert pool.take((2, 3), np.dtype(np.float64)) is not lent
+    assert pool.take((3, 2), np.dtype(np.float32)) is not lent
+    assert pool.take((2, 3), np.dtype(np.float32)) is lent
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.Linear(0, 3), "Linear: inputs is wrong; got 0; expected a whole number of at least 1"),
+        (lambda: nn.Linear(2, "ten"), "Linear: outputs is wrong; got 'ten'"),
+        (lambda: nn.Conv2d(1, 2, (3, 3, 3)), r"Conv2d: kernel_size is wrong; got \(3, 3, 3\); expected .*two"),
+        (lambda: nn.Conv2d(1, 2, 3, padding=-1), "Conv2d: padding is wrong; got -1; expected .* at least 0"),
+        (lambda: nn.Conv2d(1, 2, 3, stride=0), "Conv2d: stride is wrong; got 0"),
+        (lambda: nn.MaxPool2d(2.5), "MaxPool2d: kernel_size is wrong; got 2.5"),
+        (lambda: nn.AvgPool2d(2, stride=True), "AvgPool2d: stride is wrong; got True"),
+        (lambda: nn.LayerNorm(2, eps=-1), "LayerNorm: eps is wrong; got -1; expected a number above 0"),
+        (lambda: nn.Embedding(3, 0), "Embedding: features is wrong"),
+        (lambda: nn.CrossEntropy(label_smoothing=1), "CrossEntropy: label_smoothing is wrong; got 1"),
+    ],
+)
+def test_wrong_options_are_named(build, message):
+    with pytest.raises(InputError, match=message):
+        build()
+
+
+def _params(layer):
+    return FlatBuffer(Layout.build([p.segment() for p in layer.parameters()], np.float64)).tree
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "error", "message"),
+    [
+        (nn.Linear(4, 2), np.zeros((5, 3)), InputError, r"Linear: .* got shape \(5, 3\); expected shape \(n, …, 4\)"),
+        (nn.BatchNorm(4), np.zeros((5, 3)), InputError, "BatchNorm: the input does not fit"),
+        (nn.LayerNorm(4), np.zeros(4), InputError, r"LayerNorm: the input does not fit; got shape \(4,\)"),
+        (nn.Conv2d(1, 2, 3), np.zeros((5, 8, 8)), InputError, "Conv2d: the input is not images"),
+        (nn.Conv2d(1, 2, 3), np.zeros((5, 8, 8, 3)), InputError, "Conv2d: the input does not fit"),
+        (
+            nn.Conv2d(1, 2, 5),
+            np.zeros((5, 4, 8, 1)),
+            InputError,
+            "smaller than the window; got 4 × 8 .* at least 5 × 5",
+        ),
+        (nn.MaxPool2d(3), np.zeros((5, 2, 2, 1)), InputError, "MaxPool2d: the images are smaller than the window"),
+        (nn.Embedding(3, 2), np.zeros((2, 2)), DataError, "Embedding: the input is not integers; got float64"),
+        (
+            nn.Embedding(3, 2),
+            np.array([[0, 1], [3, 1]]),
+            DataError,
+            r"position \(1, 0\) has no vector; got 3; expected 0 to 2",
+        ),
+        (nn.Residual(nn.Linear(3, 2)), np.zeros((4, 3)), InputError, r"Residual: .* got \(4, 2\); expected \(4, 3\)"),
+    ],
+)
+def test_wrong_inputs_are_named(layer, x, error, message):
+    with pytest.raises(error, match=message):
+        layer.forward(_params(layer), x, nn.Call())

@@ -1,0 +1,135 @@
+"""The report: one file that needs no other, with all that is known of a run, whatever its names contain."""
+
+import base64
+import html.parser
+import io
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from mpitrain._errors import InputError, MissingExtraError
+from mpitrain.train.report import write_report
+from mpitrain.train.rundir import RunDirectory
+
+pytest.importorskip("matplotlib")
+PIL_Image = pytest.importorskip("PIL.Image")
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags and text, and checks that tags are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def sources(self):
+        return [value for _, attrs in self.tags for key, value in attrs.items() if key in ("src", "href")]
+
+
+def make(path, steps=60, finished=True, name="digits", metric="accuracy", classes=("zero", "one")):
+    path.mkdir()
+    run = RunDirectory(path)
+    run.write_job({"name": name})
+    run.write_environment({"ranks": 2, "host": name})
+    for step in range(1, steps + 1):
+        train = {"step": step, "kind": "train", "loss": 300 / step**2, "lr": 0.1, "samples_per_s": 100.0 + step}
+        run.append_metrics(train | {"epoch": step / 10, "seconds": step / 10})
+        if step % 10 == 0:
+            run.append_metrics({"step": step, "kind": "valid", "loss": 1 / step, metric: 1 - 1 / step})
+    if finished:
+        run.finish(
+            {
+                "job": name, "ranks": 2, "steps": steps, "seconds": 6.5, "loss": 0.25, "run_dir": str(path),
+                "metrics": {"test_accuracy": 0.98, "r2": np.nan}, "weights_sha256": "ab" * 32,
+                "confusion": [[9, 1], [0, 5]], "classes": list(classes), "stopped": "target reached",
+            }
+        )  # fmt: skip
+    return path
+
+
+def test_a_finished_run(tmp_path):
+    path = make(tmp_path / "run")
+    assert write_report(path) == path / "report.html"
+    page = Page((path / "report.html").read_text())
+    for part in ("digits", "Finished: target reached", "98.00 %", "Test accuracy", "0.25", "ab" * 32, "6.5"):
+        assert part in page.text
+    assert 'name = "digits"' in page.text
+    assert '"ranks": 2' in page.text
+    names = {file.name for file in path.glob("*.png")}
+    assert names == {"loss.png", "accuracy.png", "throughput.png", "learning_rate.png", "confusion.png"}
+
+
+def test_it_needs_no_other_file_nor_the_network(tmp_path):
+    path = make(tmp_path / "run")
+    page = Page(write_report(path).read_text())
+    assert len(page.sources()) == 5
+    for source in page.sources():
+        head, data = source.split(",", 1)
+        assert head == "data:image/png;base64"
+        picture = PIL_Image.open(io.BytesIO(base64.b64decode(data)))
+        assert picture.width > 400
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 20  # something is drawn
+    assert not re.search(r"https?://|@import|url\(|<script|<link", (path / "report.html").read_text())
+    assert {base64.b64decode(source.split(",", 1)[1]) for source in page.sources()} == {
+        file.read_bytes() for file in path.glob("*.png")
+    }
+
+
+def test_all_names_are_escaped(tmp_path):
+    bad = '<script>alert("x")</script>&$x_1$'
+    path = make(tmp_path / "run", name=bad, metric=f"../{bad}", classes=(bad, "$"))
+    text = write_report(path).read_text()
+    assert "<script" not in text
+    assert bad in Page(text).text
+    assert {file.parent for file in tmp_path.rglob("*.png")} == {path}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 41])
+def test_a_run_that_goes_on(tmp_path, steps):
+    path = make(tmp_path / "run", steps=steps, finished=False)
+    if steps:
+        with (path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 99, "ki')
+    text = Page(write_report(path).read_text()).text
+    assert "Not finished" in text
+    assert f"last metrics at step {steps}" in text if steps else "No metrics yet" in text
+
+
+def test_values_that_are_no_numbers_are_left_out(tmp_path):
+    path = make(tmp_path / "run", steps=3)
+    run = RunDirectory(path)
+    run.append_metrics({"step": 4, "kind": "train", "loss": np.inf, "lr": "high", "samples_per_s": None, "ok": True})
+    run.append_metrics({"step": 4, "kind": "other", "loss": 1.0})
+    assert write_report(path).exists()
+    assert not (path / "ok.png").exists()
+
+
+def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'mpitrain\[plot\]'"):
+        write_report(make(tmp_path / "run"))
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(InputError, match=r"report: .*nowhere: holds no run; name the directory with its job\.toml"):
+        write_report(tmp_path / "nowhere")
+    path = make(tmp_path / "run")
+    for text in ("{", "[1]"):
+        (path / "result.json").write_text(text)
+        with pytest.raises(InputError, match=r"report: .*result\.json: "):
+            write_report(path)
