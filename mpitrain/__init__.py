@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mpitrain._errors import MpitrainError
     from mpitrain.arrays import Batch, FlatBuffer, Key, Layout, Segment
     from mpitrain.comm import Communicator, LocalWorld, world
-    from mpitrain.data import Dataset, Loader
+    from mpitrain.data import Batches, Dataset
     from mpitrain.method import Method, Plan
     from mpitrain.nn import Layer, Model, Network
     from mpitrain.optim import Optimizer
@@ -23,6 +23,7 @@ __version__ = "0.1.0.dev0"
 
 _HOMES = {
     "Batch": "arrays",
+    "Batches": "data",
     "Communicator": "comm",
     "DataParallel": "parallel",
     "Dataset": "data",
@@ -31,7 +32,6 @@ _HOMES = {
     "Key": "arrays",
     "Layer": "nn",
     "Layout": "arrays",
-    "Loader": "data",
     "LocalWorld": "comm",
     "Method": "method",
     "Model": "nn",
@@ -46,6 +46,7 @@ _HOMES = {
 
 __all__ = [
     "Batch",
+    "Batches",
     "Communicator",
     "DataParallel",
     "Dataset",
@@ -54,7 +55,6 @@ __all__ = [
     "Key",
     "Layer",
     "Layout",
-    "Loader",
     "LocalWorld",
     "Method",
     "Model",

@@ -102,15 +102,20 @@ class _MpiHandle:
     def __init__(self, call: Call, request: MPI.Request) -> None:
         self._call, self._request = call, request
         self._status = MPI.Status()
+        self._done = False  # MPI forgets a completed request, and would overwrite its status
 
     def wait(self) -> None:
-        with _translated(self._call):
-            self._request.Wait(self._status)
+        if not self._done:
+            with _translated(self._call):
+                self._request.Wait(self._status)
+            self._done = True
         self._check_length()
 
     def test(self) -> bool:
-        with _translated(self._call):
-            return bool(self._request.Test(self._status))
+        if not self._done:
+            with _translated(self._call):
+                self._done = bool(self._request.Test(self._status))
+        return self._done
 
     def _check_length(self) -> None:
         recv = self._call.recv

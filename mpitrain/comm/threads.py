@@ -30,7 +30,7 @@ def set_blas_threads(comm: Communicator) -> int:
 
     Notes
     -----
-    Collective.
+    Collective.  To be called from the main thread: threadpoolctl lets one thread alone set OpenBLAS's number.
     """
     own = os.sched_getaffinity(0)
     everyones: list[set[int]] = comm.node.allgather_object(own)

@@ -1,5 +1,6 @@
 """Data: where samples come from, how they are split, who owns them, and which of them a step takes."""
 
+from mpitrain.data.batches import Batches
 from mpitrain.data.dataset import Dataset, Task
 from mpitrain.data.loader import Loader, evaluation_batches
 from mpitrain.data.partition import PARTITIONS, missing_classes, partition
@@ -14,6 +15,7 @@ __all__ = [
     "DATASETS",
     "PARTITIONS",
     "SAMPLINGS",
+    "Batches",
     "Dataset",
     "Loader",
     "Scaling",

@@ -163,6 +163,14 @@ class _Trial:
     def run(self, x: Array, *, fused: bool = False, start: float = 0.0) -> _Pass:
         return self.finish(*self.forward(x), fused=fused, start=start)
 
+    def weights_only(self, x: Array) -> dict[str, Array]:
+        """Return the gradients from a backward pass that is not asked for the input's."""
+        grads = FlatBuffer(self.params.layout)
+        _, context = self.forward(x)
+        self.layer.backward(self.params.tree, grads.tree, context, self.dy, self.call, want_dx=False)
+        context.release()
+        return grads.views
+
 
 def _check_manners(trial: _Trial, x: Array, first: _Pass) -> None:
     """Check everything but the values of the gradients."""
@@ -170,6 +178,8 @@ def _check_manners(trial: _Trial, x: Array, first: _Pass) -> None:
     _same_pass("a repeated pass", trial.run(x), first)
     _expect(trial.call.pool.misses == misses, "a repeated pass allocates")
     _same_pass("backward in one call", trial.run(x, fused=True), first)
+    for name, gradient in trial.weights_only(x).items():
+        _same(f"backward without the input gradient ({name})", gradient, first.grads[name])
     added = trial.run(x, start=1.0)
     for name, gradient in first.grads.items():
         _compare(f"{name}, added to ones,", added.grads[name] - 1.0, gradient, 1e-12)

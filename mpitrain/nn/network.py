@@ -62,9 +62,9 @@ class Network(Model):
         self, params: FlatBuffer, batch: Batch, grads: FlatBuffer, rng: Key, reduce: Reduce | None = None
     ) -> tuple[float, float]:
         """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`."""
-        xp, count = namespace(params.flat), self.loss.count(batch)
-        call = Call(xp, self.pool, True, rng, xp.asarray(batch.index), count, reduce)
-        outputs, context = self.layer.forward(params.tree, self._inputs(batch.inputs, params), call)
+        batch, count = self._prepared(batch, params), self.loss.count(batch)
+        call = Call(namespace(params.flat), self.pool, True, rng, batch.index, count, reduce)
+        outputs, context = self.layer.forward(params.tree, batch.inputs, call)
         loss_sum, loss_context = self.loss.forward(outputs, batch, self.pool)
         d_outputs = self.loss.backward(loss_context)
         self.layer.backward(params.tree, grads.tree, context, d_outputs, call, want_dx=False)
@@ -87,11 +87,18 @@ class Network(Model):
 
     def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
         """Return the sums over the batch from which `metrics` follow."""
+        batch = self._prepared(batch, params)
         return self.loss.sums(self.predict(params, batch.inputs), batch)
 
     def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
         """Turn added `sums` into the loss's metrics."""
         return self.loss.metrics(sums)
+
+    def _prepared(self, batch: Batch, params: FlatBuffer) -> Batch:
+        """Return the batch in the parameters' library, its inputs as the layer takes them."""
+        xp = namespace(params.flat)
+        weights = None if batch.weights is None else xp.asarray(batch.weights)
+        return Batch(self._inputs(batch.inputs, params), xp.asarray(batch.targets), xp.asarray(batch.index), weights)
 
     def _inputs(self, inputs: Array, params: FlatBuffer) -> Array:
         """Return the inputs contiguous, in the parameters' library, and unless they are indices in their dtype."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
+
 import numpy as np
 
 from mpitrain._typing import Array, DType, Shape, Tree
@@ -36,6 +39,23 @@ class _Pool2d(Layer):
         """Tell whether every pixel lies in exactly one window: its gradient is then written once, not added up."""
         return self.stride == self.kernel_size and shape[1] % self.stride[0] == 0 and shape[2] % self.stride[1] == 0
 
+    @abstractmethod
+    def _shares(self, context: Context, dy: Array, call: Call) -> Iterator[Array]:
+        """Yield the share of ``dy`` that goes to each place; an array is read before the next is asked for."""
+
+    def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
+        """Bring the shares of all windows together."""
+        dx = context.take(context["x"].shape, dy.dtype)
+        tiles = self._tiles(dx.shape)
+        if not tiles:
+            dx[...] = 0
+        for target, share in zip(self._places(dx, dy.shape), self._shares(context, dy, call), strict=True):
+            if tiles:
+                target[...] = share
+            else:
+                target += share
+        return dx
+
 
 class MaxPool2d(_Pool2d):
     """Take the maximum of each window: (n, H, W, channels) to (n, H', W', channels).
@@ -63,27 +83,19 @@ class MaxPool2d(_Pool2d):
         context["x"], context["y"] = x, y
         return y, context
 
-    def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
+    def _shares(self, context: Context, dy: Array, call: Call) -> Iterator[Array]:
         """Send each gradient to the pixel that was the maximum."""
-        xp, x, y = call.xp, context["x"], context["y"]
-        dx = context.take(x.shape, dy.dtype)
+        x, y = context["x"], context["y"]
         hit, free = call.take(y.shape, _BOOL), call.take(y.shape, _BOOL)
         share = call.take(y.shape, dy.dtype)
-        tiles = self._tiles(x.shape)
-        if not tiles:
-            dx[...] = 0
         free[...] = True
-        for place, target in zip(self._places(x, y.shape), self._places(dx, y.shape), strict=True):
-            xp.equal(place, y, out=hit)
+        for place in self._places(x, y.shape):
+            call.xp.equal(place, y, out=hit)
             hit &= free
             free ^= hit
-            if tiles:
-                xp.multiply(dy, hit, out=target)
-            else:
-                xp.multiply(dy, hit, out=share)
-                target += share
+            call.xp.multiply(dy, hit, out=share)
+            yield share
         call.give(hit, free, share)
-        return dx
 
 
 class AvgPool2d(_Pool2d):
@@ -106,22 +118,14 @@ class AvgPool2d(_Pool2d):
         for place in others:
             y += place
         y /= self.kernel_size[0] * self.kernel_size[1]
-        context["shape"] = x.shape
+        context["x"] = x
         return y, context
 
-    def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
+    def _shares(self, context: Context, dy: Array, call: Call) -> Iterator[Array]:
         """Share each gradient out evenly."""
-        shape = context["shape"]
-        dx = context.take(shape, dy.dtype)
+        area = self.kernel_size[0] * self.kernel_size[1]
         share = call.take(dy.shape, dy.dtype)
-        call.xp.divide(dy, self.kernel_size[0] * self.kernel_size[1], out=share)
-        tiles = self._tiles(shape)
-        if not tiles:
-            dx[...] = 0
-        for target in self._places(dx, dy.shape):
-            if tiles:
-                target[...] = share
-            else:
-                target += share
+        call.xp.divide(dy, area, out=share)
+        for _ in range(area):
+            yield share
         call.give(share)
-        return dx

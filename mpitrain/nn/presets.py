@@ -93,12 +93,13 @@ def cnn(
     height, width, depth = _image(input_shape)
     if checks.positive("cnn: kernel_size", kernel_size) % 2 == 0:
         raise InputError("cnn: kernel_size is even", got=kernel_size, expected="an odd number, which keeps the size")
+    checks.positive("cnn: pool_every", pool_every)
     layers: list[Layer] = []
     for number, size in enumerate(channels, start=1):
         layers.append(Conv2d(depth, size, kernel_size, padding=kernel_size // 2, bias=not batch_norm))
         layers += _hidden(size, activation, 0.0, batch_norm)
         depth = size
-        if number % checks.positive("cnn: pool_every", pool_every) == 0:
+        if number % pool_every == 0:
             layers.append(MaxPool2d(2))
             height, width = height // 2, width // 2
     if not height or not width:

@@ -19,7 +19,7 @@ from mpitrain._errors import DataError, JobError
 from mpitrain._typing import Array
 from mpitrain.arrays import Batch, Key, device, plain
 from mpitrain.comm import Communicator
-from mpitrain.data import Dataset, Loader, Standardise
+from mpitrain.data import Batches, Dataset, Standardise
 from mpitrain.method import Method, Plan
 from mpitrain.nn import Layer, Loss, Model, Network
 from mpitrain.parallel import DataParallel, ModelAveraging
@@ -47,44 +47,6 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class JobFeed:
-    """Cuts a job's global batches into the shares that a method asks for.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        The rows to train on.
-    job : Job
-        How they are sampled, batched and partitioned.
-    batch_size : int
-        Rows of a global batch.
-    weights : array of float, optional
-        For importance sampling.
-    """
-
-    dataset: Dataset
-    job: Job
-    batch_size: int
-    weights: Array | None = None
-
-    def share(self, rank: int, size: int, microbatches: int) -> Loader:
-        """Return one of ``size`` shares; see `mpitrain.method.Feed`."""
-        return Loader(
-            self.dataset,
-            self.batch_size,
-            seed=self.job.seed,
-            rank=rank,
-            size=size,
-            owner=_owner(self.job, self.dataset, size),
-            sampling=self.job.data.sampling,
-            sampling_weights=self.weights,
-            microbatches=microbatches,
-            drop_last=self.job.train.drop_last,
-            dtype=self.job.dtype,
-        )
-
-
-@dataclass(frozen=True)
 class Assembly:
     """The parts of a job, ready to train.
 
@@ -94,7 +56,7 @@ class Assembly:
         One line for people.
     samples : Samples
         The data.
-    feed : JobFeed
+    feed : Batches
         Batches for the method.
     model : Model
         What is trained.
@@ -112,7 +74,7 @@ class Assembly:
 
     title: str
     samples: Samples
-    feed: JobFeed
+    feed: Batches
     model: Model
     method: Method
     steps: int
@@ -139,19 +101,17 @@ def assemble(job: Job, comm: Communicator) -> Assembly:
     Collective: the method verifies that all ranks hold the same parameters.
     """
     samples = load_samples(job)
-    rows = len(samples.train)
-    batch_size = rows if job.train.batch_size == "full" else job.train.batch_size
-    feed = JobFeed(samples.train, job, batch_size, _sampling_weights(job))
+    feed = _batches(job, samples.train)
     steps_per_epoch = feed.share(comm.rank, comm.size, job.method.microbatches).steps_per_epoch
     steps = job.train.steps or (job.train.epochs or 1) * steps_per_epoch
     model = build_model(job, samples.facts)
     method = _method(job, comm)
-    method.setup(model, _optimizer(job), _plan(job, batch_size, steps))
+    method.setup(model, _optimizer(job), _plan(job, feed.batch_size, steps))
     batches = partial(data.evaluation_batches, batch_size=_EVALUATION_ROWS, rank=comm.rank, size=comm.size)
     held_out = {kind: partial(batches, part, dtype=job.dtype) for kind, part in samples.held_out.items()}
     title = (
-        f"{job.name}: {model.layout.parameter_count:,} parameters, {rows:,} samples, batches of {batch_size}, "
-        f"{steps:,} steps on {comm.size} rank{'s' if comm.size > 1 else ''}"
+        f"{job.name}: {model.layout.parameter_count:,} parameters, {len(samples.train):,} samples, "
+        f"batches of {feed.batch_size}, {steps:,} steps on {comm.size} rank{'s' if comm.size > 1 else ''}"
     )
     cadence = _cadence(job, steps, steps_per_epoch)
     return Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
@@ -161,12 +121,11 @@ def load_samples(job: Job) -> Samples:
     """Read the data set, hold parts of it out, and standardise by the rest."""
     section = job.data
     whole = _dataset(job)
-    stratified = section.stratified and whole.task == "classification"
-    train, test = data.split(whole, section.test, seed=job.seed, stratified=stratified)
+    train, test = data.split(whole, section.test, seed=job.seed, stratified=section.stratified)
     held_out = {"test": test}
     if section.valid:
         fraction = section.valid / (1 - section.test)
-        train, valid = data.split(train, fraction, seed=job.seed, stratified=stratified)
+        train, valid = data.split(train, fraction, seed=job.seed, stratified=section.stratified)
         held_out = {"valid": valid, "test": test}
     if not section.standardise:
         return Samples(train, held_out, None)
@@ -185,15 +144,22 @@ def _dataset(job: Job) -> Dataset:
             )  # fmt: skip
         found.check()
         return found
-    options = {**section.options, **({"path": section.path} if section.path else {})}
-    return data.load(section.source, options)
+    return data.load(section.source, section.arguments())
 
 
-def _owner(job: Job, dataset: Dataset, size: int) -> Array | None:
-    if job.data.partition == "none":
-        return None
-    options = job.data.partition_options.model_dump(exclude_none=True)
-    return data.partition(job.data.partition, dataset, size, seed=job.seed, options=options)
+def _batches(job: Job, train: Dataset) -> Batches:
+    section = job.data
+    return Batches(
+        train,
+        len(train) if job.train.batch_size == "full" else job.train.batch_size,
+        job.seed,
+        owners=None if section.partition == "none" else section.partition,
+        owner_options=section.partition_options.model_dump(exclude_none=True),
+        sampling=section.sampling,
+        sampling_weights=_sampling_weights(job),
+        drop_last=job.train.drop_last,
+        dtype=job.dtype,
+    )
 
 
 def _sampling_weights(job: Job) -> Array | None:
@@ -292,4 +258,4 @@ def _cadence(job: Job, steps: int, steps_per_epoch: int) -> Cadence:
     )
 
 
-__all__ = ["Assembly", "JobFeed", "Samples", "assemble", "build_model", "load_samples"]
+__all__ = ["Assembly", "Samples", "assemble", "build_model", "load_samples"]

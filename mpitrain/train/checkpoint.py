@@ -396,7 +396,7 @@ def _check_files(path: Path, manifest: Manifest, rank: int = 0, size: int = 1) -
                 found = checksum(_chunks(stream, piece.nbytes))
         except OSError as error:
             raise CheckpointError(f"{file}: {error.strerror}") from error
-        if False:
+        if found != piece.checksum:
             raise CheckpointError(f"{file}: damaged, checksum differs at bytes {piece.offset} to {piece.end}")
 
 

@@ -47,6 +47,10 @@ LAYERS = {
     "sequential-empty": (lambda: nn.Sequential(), (2, 3)),
     "residual": (lambda: nn.Residual(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), (3, 4)),
     "residual-shortcut": (lambda: nn.Residual(nn.Linear(4, 3), nn.Linear(4, 3, bias=False)), (3, 4)),
+    "residual-of-sequential-shortcuts": (
+        lambda: nn.Residual(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), nn.Sequential(nn.Flatten(), nn.Linear(4, 3))),
+        (3, 2, 2),
+    ),
     "residual-of-residuals": (
         lambda: nn.Sequential(
             nn.Flatten(), nn.Residual(nn.Residual(nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()))), nn.Tanh()

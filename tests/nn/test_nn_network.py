@@ -85,6 +85,7 @@ def test_predict_gives_new_arrays_of_any_length():
     kept = whole.copy()
     assert whole.shape == (600, 10)
     np.testing.assert_allclose(net.predict(params, batch.inputs[590:]), whole[590:], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(net.predict(params, batch.inputs[:10]), whole[:10], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(whole, kept)
     assert net.predict(params, batch.inputs[:0]).shape == (0, 10)
 
