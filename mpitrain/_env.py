@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 
 _WORLD_SIZE = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+_WORLD_RANK = ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
@@ -20,6 +21,12 @@ def launched_size() -> tuple[str, int] | None:
     """
     found = _first(_WORLD_SIZE)
     return (found[0], int(found[1])) if found and found[1].isdigit() else None
+
+
+def launched_rank() -> int | None:
+    """Return this process's rank as the launcher says it; None without a launcher, or where it says nothing."""
+    found = _first(_WORLD_RANK)
+    return int(found[1]) if found and found[1].isdigit() else None
 
 
 def launched_local_size() -> int | None:
@@ -41,6 +48,17 @@ def set_default(name: str, value: str) -> None:
 def snapshot() -> dict[str, str]:
     """Return a copy of the environment, for a child process."""
     return dict(os.environ)
+
+
+def mpi_settings() -> dict[str, str]:
+    """Return the variables by which a user or a module file steers an MPI library."""
+    families = ("OMPI_MCA_", "OPAL_PREFIX", "I_MPI_", "MPI4PY_")
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(families)}
+
+
+def temporary_directory() -> str:
+    """Return where MPI libraries put temporary files, whether it exists or not."""
+    return os.environ.get("TMPDIR") or "/tmp"
 
 
 def slurm_job() -> dict[str, str]:

@@ -22,7 +22,7 @@ the input, 1 else.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 _UNSET: Any = object()
 
@@ -42,7 +42,7 @@ class MpitrainError(Exception):
         What the user can do about it.
     """
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(
         self,

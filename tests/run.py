@@ -21,7 +21,6 @@ from processes import run_limited
 from mpitrain.comm.launch import launch_command
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = ROOT / ".test-output"
 TEST_TIMEOUT_S = 60
 TAIL_LINES = 60
 NOTHING_COLLECTED = 5
@@ -30,13 +29,14 @@ NOTHING_COLLECTED = 5
 def main() -> int:
     options, pytest_arguments = _parser().parse_known_args()
     os.chdir(ROOT)
-    shutil.rmtree(OUTPUT, ignore_errors=True)
-    OUTPUT.mkdir()
+    output = options.output
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
     only = "" if options.slow else " and not slow"
-    totals = _unit(["-m", f"not mpi{only}", *pytest_arguments], options.timeout)
+    totals = _unit(output / "unit.xml", ["-m", f"not mpi{only}", *pytest_arguments], options.timeout)
     mpi_tests: Counter[str] = Counter()
     for ranks in options.ranks:
-        mpi_tests += _under_mpi(ranks, ["-m", f"mpi{only}", *pytest_arguments], options.timeout)
+        mpi_tests += _under_mpi(ranks, output / f"n{ranks}", ["-m", f"mpi{only}", *pytest_arguments], options.timeout)
     totals += mpi_tests
     if options.ranks and not mpi_tests.total():
         print("error: no MPI test ran")
@@ -49,19 +49,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="sizes of the MPI launches")
     parser.add_argument("--slow", action="store_true", help="the slow tests too")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for each launch")
+    parser.add_argument("--output", type=Path, default=ROOT / ".test-output", help="folder; emptied first")
     return parser
 
 
-def _unit(arguments: list[str], timeout_s: float) -> Counter[str]:
-    report = OUTPUT / "unit.xml"
+def _unit(report: Path, arguments: list[str], timeout_s: float) -> Counter[str]:
     print("== unit tests", flush=True)
     argv = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
     code = run_limited(argv, dict(os.environ), timeout_s)
     return _verdict("the unit tests", code, [report])
 
 
-def _under_mpi(ranks: int, arguments: list[str], timeout_s: float) -> Counter[str]:
-    folder = OUTPUT / f"n{ranks}"
+def _under_mpi(ranks: int, folder: Path, arguments: list[str], timeout_s: float) -> Counter[str]:
     folder.mkdir()
     print(f"== MPI tests on {ranks} ranks", flush=True)
     fixed = ["--with-mpi", "-p", "no:cacheprovider", f"--timeout={TEST_TIMEOUT_S}", "--timeout-method=thread"]
@@ -119,7 +118,7 @@ def _merge(ranks: list[dict[str, str]]) -> Counter[str]:
 
 def _print_tails(folder: Path) -> None:
     for log in sorted(folder.glob("*.log")):
-        print(f"---- {log.relative_to(ROOT)}")
+        print(f"---- {log}")
         print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:]))
 
 

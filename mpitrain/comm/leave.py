@@ -38,7 +38,9 @@ def leave_together(comm: Communicator, patience_s: float = PATIENCE_S) -> Iterat
     assert meeting is not None
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # a rank that just exits leaves the others waiting
+        if meeting.size == 1 and not isinstance(error, Exception):
+            raise
         if isinstance(error, AbortError) or not _met(meeting, patience_s):
             print(guard.report(error, comm), file=sys.stderr, flush=True)
             comm.abort(guard.exit_code(error))
@@ -59,8 +61,8 @@ def _met(meeting: Communicator, patience_s: float) -> bool:
     return True
 
 
-def _print_together(error: Exception, meeting: Communicator) -> None:
-    own = None if isinstance(error, PeerError) else guard.describe(error)
+def _print_together(error: BaseException, meeting: Communicator) -> None:
+    own = None if isinstance(error, PeerError) else _describe(error)
     failures = meeting.allgather_object((own, guard.exit_code(error)))
     if meeting.rank == 0:
         texts = [text for text, _ in failures]
@@ -69,3 +71,7 @@ def _print_together(error: Exception, meeting: Communicator) -> None:
             where = "" if len(ranks) == meeting.size else f" (rank {', '.join(map(str, ranks))} of {meeting.size})"
             print(f"mpitrain: {text}{where}", file=sys.stderr, flush=True)
     sys.exit(max(code for _, code in failures))
+
+
+def _describe(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else guard.describe(error)

@@ -121,10 +121,13 @@ def load_samples(job: Job) -> Samples:
     """Read the data set, hold parts of it out, and standardise by the rest."""
     section = job.data
     whole = _dataset(job)
-    train, test = data.split(whole, section.test, seed=job.seed, stratified=section.stratified)
+    if section.folds:
+        train, test = list(data.folds(whole, section.folds, seed=job.seed, stratified=section.stratified))[section.fold]
+    else:
+        train, test = data.split(whole, section.test, seed=job.seed, stratified=section.stratified)
     held_out = {"test": test}
     if section.valid:
-        fraction = section.valid / (1 - section.test)
+        fraction = section.valid / (1 - section.held_out)
         train, valid = data.split(train, fraction, seed=job.seed, stratified=section.stratified)
         held_out = {"valid": valid, "test": test}
     if not section.standardise:

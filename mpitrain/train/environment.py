@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import threadpoolctl  # type: ignore[import-untyped]
+import threadpoolctl
 
 from mpitrain import _env
 from mpitrain.comm import Communicator

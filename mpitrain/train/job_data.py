@@ -15,6 +15,7 @@ from mpitrain.data import DATASETS, Task
 from mpitrain.train.job_names import did_you_mean
 from mpitrain.train.job_section import (
     BuildText,
+    Count,
     Fraction,
     NonNegative,
     PathText,
@@ -97,6 +98,10 @@ class Data(Section):
     path: PathText | None = Field(None, description="The file; a relative path starts at the job file's folder.")
     options: dict[str, Any] = Field({}, description="Further arguments of the source, e.g. the column of the labels.")
     test: float = Field(0.2, gt=0, lt=1, description="Fraction of the samples that is held out for testing.")
+    folds: Count | None = Field(
+        None, description="Cross-validation: cut the samples into so many folds and test on one of them, not on `test`."
+    )
+    fold: int = Field(0, ge=0, description="Which fold to test on, from 0.")
     valid: Fraction = Field(
         0.0,
         description="Fraction of the samples that is held out for choosing: with it, stopping and the best checkpoint "
@@ -127,6 +132,11 @@ class Data(Section):
         """What is known of the data before they are read; None for files of unknown content."""
         return KNOWN.get(self.source)
 
+    @property
+    def held_out(self) -> float:
+        """Fraction of the samples that is tested on."""
+        return 1 / self.folds if self.folds else self.test
+
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments for the source's function.
 
@@ -154,8 +164,10 @@ class Data(Section):
         yield from self._problems_of_source()
         yield from self._problems_of_options()
         yield from self._problems_of_partition()
-        if self.test + self.valid >= 1:
-            expected = f"less than 1 - test = {1 - self.test:.6g}"
+        if self.folds is not None and not self.fold < self.folds >= 2:
+            yield Problem("fold", "is not one of the folds", self.fold, f"less than data.folds = {self.folds}, at least 2")
+        if self.held_out + self.valid >= 1:
+            expected = f"less than {1 - self.held_out:.6g}"
             yield Problem("valid", "leaves nothing to train on", self.valid, expected)
         if self.sampling == "importance" and self.weights is None:
             yield Problem("weights", "is missing", expected='a .npy file, as sampling = "importance"')

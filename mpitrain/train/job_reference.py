@@ -93,7 +93,7 @@ def _common(sections: Sequence[type[Section]]) -> dict[str, FieldInfo]:
 
 def _table(heading: str, section: type[Section], fields: dict[str, FieldInfo]) -> Iterator[str]:
     rows = [_row(name, field) for name, field in fields.items() if not choices(field.annotation)]
-    yield from (f"### {heading}", "", inspect.cleandoc(section.__doc__ or ""), "")
+    yield from (f"## {heading}", "", inspect.cleandoc(section.__doc__ or ""), "")
     if rows:
         yield from ("| key | type | default | meaning |", "|---|---|---|---|", *rows, "")
 

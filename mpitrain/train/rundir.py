@@ -134,9 +134,13 @@ class RunDirectory:
             with disk("remove", path):
                 path.unlink(missing_ok=True)
 
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Keep the result, from which the report is made."""
+        write_atomic(self.result, _json(result, indent=2))
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Keep the result, then mark the run as completed."""
-        write_atomic(self.result, _json(result, indent=2))
+        self.write_result(result)
         write_atomic(self.completed, time.strftime("%Y-%m-%dT%H:%M:%S%z\n").encode())
 
     def _lines(self) -> Iterator[tuple[dict[str, Any], bytes]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mpitrain.train.job import Job
 from mpitrain.train.observer import Observer
 from mpitrain.train.report import write_report
 from mpitrain.train.rundir import RunDirectory
-from mpitrain.train.trainer import Trainer
+from mpitrain.train.trainer import Trainer, single_numbers
 
 _MAY_CHANGE = ("name", "train.steps", "train.epochs", "train.log_every_steps", "train.checkpoint", "train.stop")
 
@@ -81,19 +81,18 @@ def train_job(
     with agree(comm):
         if resume is not None and comm.rank == 0:
             _check_same_job(job, resume)
-    directory = RunDirectory.create(comm, job.name, path=run_dir, resume=resume)
     parts = assemble(job, comm)
+    directory = RunDirectory.create(comm, job.name, path=run_dir, resume=resume)
     trainer = Trainer(job, comm, parts, directory, observer, on_phase)
+    resumed = resume is not None and _restore(trainer, directory, comm)
+    if job.train.warm_start and not resumed:
+        _warm_start(parts, Path(job.train.warm_start), comm)
     environment = describe_environment(comm, comm.library)
     with agree(comm):
         if comm.rank == 0:
             directory.write_job(job.model_dump(exclude_none=True))
             directory.write_environment(environment)
             parts.samples.facts.write(directory.path)
-    if resume is not None:
-        _restore(trainer, directory, comm)
-    elif job.train.warm_start:
-        _warm_start(parts, Path(job.train.warm_start), comm)
     stopped = trainer.run()
     return _finish(job, comm, trainer, directory, stopped)
 
@@ -123,43 +122,52 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _restore(trainer: Trainer, directory: RunDirectory, comm: Communicator) -> None:
+def _restore(trainer: Trainer, directory: RunDirectory, comm: Communicator) -> bool:
     """Continue from the newest checkpoint; a run that was killed before its first one starts anew."""
-    newest = comm.broadcast_object(str(checkpoint.latest(directory.checkpoints) or "") if comm.rank == 0 else "")
+    newest = _agreed_path(comm, lambda: checkpoint.latest(directory.checkpoints))
     if newest:
-        trainer.restore(checkpoint.load(Path(newest), comm, trainer.method.params.layout))
+        trainer.restore(checkpoint.load(newest, comm, trainer.method.params.layout))
     with agree(comm):
         if comm.rank == 0:
             directory.rewind(trainer.method.step)
+    return newest is not None
 
 
 def _warm_start(parts: Assembly, run: Path, comm: Communicator) -> None:
     """Begin with another run's weights: its best checkpoint, with a new optimizer at step 0."""
     directory = RunDirectory(run).checkpoints
-    found = checkpoint.best(directory) or checkpoint.latest(directory)
-    with agree(comm):
-        if found is None:
-            raise JobError(f"{run}: holds no checkpoint", operation="warm start", expected="the directory of a run")
-    assert found is not None
+    found = _agreed_path(comm, lambda: checkpoint.best(directory) or checkpoint.latest(directory))
+    if found is None:
+        raise JobError(f"{run}: holds no checkpoint", operation="train.warm_start", expected="the directory of a run")
     parts.method.load_parameters(checkpoint.load(found, comm, parts.method.params.layout).read)
+
+
+def _agreed_path(comm: Communicator, find: Callable[[], Path | None]) -> Path | None:
+    """Return what rank 0 finds: another run may be writing there."""
+    found: Path | None = None
+    with agree(comm):
+        if comm.rank == 0:
+            found = find()
+    path = comm.broadcast_object(str(found) if found else "")
+    return Path(path) if path else None
 
 
 def _finish(job: Job, comm: Communicator, trainer: Trainer, directory: RunDirectory, stopped: str) -> dict[str, Any]:
     """Evaluate once more, write result and report."""
     metrics = {kind: trainer.final(kind) for kind in trainer.parts.held_out}
-    train_loss = trainer.last.get("train", {}).get("loss")
+    numbers = {
+        f"{kind}_{name}": value
+        for kind, found in metrics.items()
+        for name, value in single_numbers(found).items()
+        if name != "step"
+    }
     result: dict[str, Any] = {
         "job": job.name,
         "ranks": comm.size,
         "steps": trainer.method.step,
         "seconds": round(trainer.standing.seconds, 3),
-        "loss": train_loss,
-        "metrics": {
-            f"{kind}_{name}": value
-            for kind, found in metrics.items()
-            for name, value in found.items()
-            if name != "step" and isinstance(value, int | float)
-        },
+        "loss": trainer.standing.loss,
+        "metrics": numbers,
         "weights_sha256": trainer.method.params.sha256(),
         "run_dir": str(directory.path),
         "report": None,
@@ -168,10 +176,17 @@ def _finish(job: Job, comm: Communicator, trainer: Trainer, directory: RunDirect
     if "confusion" in metrics["test"]:
         result["confusion"] = metrics["test"]["confusion"].tolist()
         result["classes"] = list(trainer.parts.samples.train.class_names)
+    return _keep(result, comm, directory, trainer.observer)
+
+
+def _keep(result: dict[str, Any], comm: Communicator, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
+    """Write result and report, which is made from the result and then named in it."""
     with agree(comm):
         if comm.rank == 0:
+            directory.write_result(result)
+            result["report"] = _report(directory, observer)
             directory.finish(result)
-            result["report"] = _report(directory, trainer.observer)
+    result["report"] = comm.broadcast_object(result["report"])
     return result
 
 

@@ -9,12 +9,19 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
+from math import isfinite
+from types import FrameType
 from typing import Any
 
+import numpy as np
+
+from mpitrain._errors import JobError
 from mpitrain.comm import Communicator
+from mpitrain.comm.guard import agree
 from mpitrain.method import Progress, State
 from mpitrain.train import checkpoint
 from mpitrain.train.assembly import Assembly
@@ -24,7 +31,8 @@ from mpitrain.train.job_train import lower_is_better
 from mpitrain.train.observer import Observer
 from mpitrain.train.rundir import RunDirectory
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C, what launchers send to the ranks when they get it, and what Slurm is told to send ahead of a time limit."""
 
 
 @dataclass
@@ -32,6 +40,8 @@ class Standing:
     """What the loop itself must remember over a resumption; part of each checkpoint."""
 
     seconds: float = 0.0  # trained so far, over all resumptions
+    loss: float | None = None  # of the newest training record
+    watched: dict[str, float] | None = None  # newest evaluation of the set that steers the run
     best: float | None = None  # of the metric that `patience` watches; larger is better
     stale: int = 0  # evaluations since the best one
 
@@ -68,40 +78,60 @@ class Trainer:
         self.observer = observer or Observer()
         self.method = assembly.method
         self.standing = Standing()
-        self.last: dict[str, dict[str, Any]] = {}  # newest metrics by kind
+        self._last: dict[str, dict[str, Any]] = {}  # newest metrics by kind
+        self._recorded: dict[str, int] = {}  # newest step in the metrics file by kind; on rank 0
         self._on_phase = on_phase
         self._asked: str | None = None  # why this rank was asked to stop
-        self._saved_at = -1
 
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint of this or another number of ranks."""
         self.method.load(saved.scalars["method"], saved.read)
         self.standing = Standing(**saved.scalars["standing"])
-        self._saved_at = self.method.step
 
     def run(self) -> str:
-        """Train to the end, or until something stops it; save; return why it stopped."""
+        """Train to the end, or until something stops it; save; return why it stopped.
+
+        Raises
+        ------
+        JobError
+            The job names a metric that the model does not give.
+        """
+        self._check_metrics()
+        if self.comm.rank == 0:
+            self._recorded = {record["kind"]: record["step"] for record in self.run_dir.read_metrics()}
         self._began = time.monotonic() - self.standing.seconds
         self.observer.on_start(self.parts.title, self.parts.steps, self.method.step)
         try:
             with self._stop_on_signals(), self._stop_after_wall_time():
-                reason = self._loop()
+                return self._loop()
         finally:
             self.observer.on_end()
-        if self._saved_at != self.method.step:
-            self._save(None)
-        return reason
+
+    def _check_metrics(self) -> None:
+        """Refuse, before the first step, names of metrics that an evaluation of one batch does not give."""
+        stop = self.job.train.stop
+        named = {"train.checkpoint.best": self.job.train.checkpoint.best}
+        named |= {"train.stop.metric": stop.metric} if stop.patience else {}
+        named |= {"train.stop.target.metric": stop.target.metric} if stop.target else {}
+        given = self.method.evaluate(islice(self.parts.held_out[self.parts.watched](), 1))
+        known = sorted(single_numbers(given))
+        for key, metric in named.items():
+            if metric not in known:
+                raise JobError(
+                    "the model gives no such metric", operation=key, got=metric, expected=" or ".join(known)
+                )  # fmt: skip
 
     def _loop(self) -> str:
         cadence = self.parts.cadence
-        reason = None
+        reason = self._verdict()  # a run that was killed after its last checkpoint has nothing left to do
         while reason is None and self.method.step < self.parts.steps:
             before, began = self.method.step, time.monotonic()
             progress = self.method.advance(self.parts.feed, cadence.next_event(before))
             self._log(progress, time.monotonic() - began)
             if cadence.crossed("evaluate", before, progress.step):
-                reason = self._judge(self.evaluate(self.parts.watched))
-            if progress.stop_requested:
+                self._judge(self.evaluate(self.parts.watched))
+                reason = self._verdict()
+            if progress.stop_requested and reason is None and progress.step < self.parts.steps:
                 reason = self._agreed_reason()
             if reason or cadence.crossed("checkpoint", before, progress.step):
                 self._save(self._score())
@@ -109,16 +139,18 @@ class Trainer:
 
     def _log(self, progress: Progress, seconds: float) -> None:
         rate = progress.samples / max(seconds, 1e-9)
+        self.standing.loss = progress.loss if isfinite(progress.loss) else None
         self._record("train", {"loss": progress.loss, "lr": progress.lr, "samples_per_s": rate})
 
     def final(self, kind: str) -> dict[str, Any]:
         """Return the metrics of a held-out set as things stand, from the last evaluation if nothing moved since."""
-        newest = self.last.get(kind)
+        newest = self._last.get(kind)
         return newest if newest and newest["step"] == self.method.step else self.evaluate(kind)
 
     def evaluate(self, kind: str) -> dict[str, Any]:
         """Evaluate on a held-out set, ``"valid"`` or ``"test"``, and record it."""
         metrics = self.method.evaluate(self.parts.held_out[kind]())
+        self._last[kind] = {**metrics, "step": self.method.step}
         self._record(kind, metrics)
         return metrics
 
@@ -126,36 +158,45 @@ class Trainer:
         step = self.method.step
         self.standing.seconds = time.monotonic() - self._began
         epoch, seconds = round(step / self.parts.steps_per_epoch, 4), round(self.standing.seconds, 3)
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        record = {"kind": kind, "step": step, "epoch": epoch, "seconds": seconds, **numbers}
-        self.last[kind] = {**metrics, "step": step}
-        if self.comm.rank == 0:
-            self.run_dir.append_metrics(record)
+        record = {"kind": kind, "step": step, "epoch": epoch, "seconds": seconds, **single_numbers(metrics)}
+        with agree(self.comm):  # the disk may be full, which rank 0 alone finds out
+            if self.comm.rank == 0 and self._recorded.get(kind) != step:
+                self.run_dir.append_metrics(record)
+        self._recorded[kind] = step
         self.observer.on_metrics(record)
 
-    def _judge(self, metrics: dict[str, Any]) -> str | None:
-        """Tell why to stop after an evaluation: the target is reached, or nothing improves any more."""
-        stop = self.job.train.stop
-        target = stop.target
-        if target is not None and target.reached(metrics):
-            return f"{target.metric} reached its target"
-        if stop.patience is None:
-            return None
-        value = -metrics[stop.metric] if stop.minimise else metrics[stop.metric]
-        if self.standing.best is None or value > self.standing.best + stop.min_delta:
-            self.standing.best, self.standing.stale = value, 0
+    def _judge(self, metrics: dict[str, Any]) -> None:
+        """Take an evaluation into account."""
+        stop, standing = self.job.train.stop, self.standing
+        standing.watched = {name: value for name, value in single_numbers(metrics).items() if isfinite(value)}
+        value = standing.watched.get(stop.metric)
+        if value is None:  # not finite, or not there, which `_check_metrics` has allowed where nothing asks for it
+            standing.stale += 1
+            return
+        value = -value if stop.minimise else value
+        if standing.best is None or value > standing.best + stop.min_delta:
+            standing.best, standing.stale = value, 0
         else:
-            self.standing.stale += 1
-        stale = self.standing.stale >= stop.patience
-        return f"{stop.metric} has not improved in {stop.patience} evaluations" if stale else None
+            standing.stale += 1
+
+    def _verdict(self) -> str | None:
+        """Tell why to stop, going by the evaluations so far: the target is reached, or nothing improves any more."""
+        stop, standing = self.job.train.stop, self.standing
+        target = stop.target
+        if target is not None and target.metric in (standing.watched or {}) and target.reached(standing.watched or {}):
+            return f"{target.metric} reached its target"
+        if stop.patience is not None and standing.stale >= stop.patience:
+            return f"{stop.metric} has not improved in {stop.patience} evaluations"
+        return None
 
     def _agreed_reason(self) -> str:
         reasons = self.comm.allgather_object(self._asked)
         return next((reason for reason in reasons if reason), "asked to stop")
 
     def _score(self) -> Score | None:
+        """Return how good the model is, if it was evaluated at this step."""
         metric = self.job.train.checkpoint.best
-        newest = self.last.get(self.parts.watched)
+        newest = self._last.get(self.parts.watched)
         if newest is None or newest["step"] != self.method.step:
             return None
         return Score(metric, float(newest[metric]), not lower_is_better(metric))
@@ -174,7 +215,6 @@ class Trainer:
             keep=self.job.train.checkpoint.keep,
             on_phase=self._on_phase,
         )
-        self._saved_at = self.method.step
 
     def ask_to_stop(self, reason: str) -> None:
         """Ask all ranks to save and stop at the next commit point; local, and safe in a signal handler."""
@@ -183,12 +223,23 @@ class Trainer:
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGUSR1 ask for a stop; only the main thread may, so elsewhere (LocalWorld) they do not."""
-        before = {}
-        with suppress(ValueError):
-            for number in STOP_SIGNALS:
-                name = signal.Signals(number).name
-                before[number] = signal.signal(number, lambda *_, name=name: self.ask_to_stop(f"stopped by {name}"))
+        """Let signals ask for a stop; only the main thread may, so elsewhere (LocalWorld) they do not.
+
+        A second Ctrl-C does what it did before.  That is not so for SIGUSR1, of which launchers may send two.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            found = signal.Signals(number)
+            self.ask_to_stop(f"stopped by {found.name}")
+            if found != signal.SIGUSR1:
+                signal.signal(found, before[found])
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, ask)
         try:
             yield
         finally:
@@ -208,3 +259,9 @@ class Trainer:
             yield
         finally:
             timer.cancel()
+
+
+def single_numbers(metrics: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return the metrics that are single numbers, as Python's."""
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
+    return {name: value for name, value in plain.items() if isinstance(value, int | float)}

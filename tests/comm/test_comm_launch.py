@@ -104,7 +104,7 @@ def test_one_world_of_more_ranks_than_cpus_under_a_long_tmpdir(launch: Launch, t
 
 def test_a_hung_launch_is_killed_with_all_its_ranks(launch: Launch, tmp_path: Path) -> None:
     source = "import time, sys\nfrom mpitrain.comm import world\nworld().barrier()\ntime.sleep(600)"
-    code, _ = launch(2, source, timeout_s=4)
+    code, _ = launch(2, source, timeout_s=3)
     assert code is None
     left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(p)]
     assert left == []

@@ -170,7 +170,7 @@ def test_all_problems_are_listed_a_line_each():
             "optimizer.betas=[0.9, 1]",
             "optimizer.betas[1]: is too large; got 1; expected array of 2 (number ≥ 0",
         ),
-        ("data.valid=0.8", "data.valid: leaves nothing to train on; got 0.8; expected less than 1 - test = 0.8"),
+        ("data.valid=0.8", "data.valid: leaves nothing to train on; got 0.8; expected less than 0.8"),
         ("reproducible=true", "reproducible: unknown key"),
     ],
 )
