@@ -52,10 +52,8 @@ class Communicator(ABC):
 
     With p ranks, latency α and time per byte β, n bytes cost at least: broadcast, reduce α log₂p + βn; allreduce
     2α log₂p + 2(p−1)/p βn; allgather, reduce_scatter, scatter, gather, alltoall (n: the larger side)
-    α log₂p + (p−1)/p βn [1]_.
-
-    .. [1] R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations in MPICH",
-       IJHPCA 19 (2005), section 4.
+    α log₂p + (p−1)/p βn (R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations
+    in MPICH", IJHPCA 19, 2005, section 4).
     """
 
     library = ""
