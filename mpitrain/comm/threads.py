@@ -36,6 +36,11 @@ def set_blas_threads(comm: Communicator) -> int:
     everyones: list[set[int]] = comm.node.allgather_object(own)
     if _env.user_threads() is None:
         threadpool_limits(share(own, everyones, cpu_quota()))
+    return blas_threads()
+
+
+def blas_threads() -> int:
+    """Return how many threads BLAS uses in this process."""
     return max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
 
 

@@ -5,7 +5,7 @@ Each works on a contiguous shard of the flat range, which for data-parallel SGD 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -43,25 +43,32 @@ def reduce_gradients(comm: Communicator, grads: FlatBuffer, buckets: tuple[tuple
         comm.allreduce(bucket, out=bucket)
 
 
-def check_finite(comm: Communicator, good: bool, own_good: bool, grads: Array, shard: Shard, step: int) -> None:
+def check_finite(
+    comm: Communicator, good: bool, grads: Array, shard: Shard, step: int, own_part_finite: Callable[[], bool]
+) -> None:
     """End the run if the loss or gradient of a step is not finite.
 
     Parameters
     ----------
     good : bool
         The verdict, which must be the same on all ranks.
-    own_good : bool
-        Whether this rank's own part was finite; only names the culprits.
+    grads : array, shape (shard.size,)
+        The gradient that was judged; it may differ between ranks.
+    own_part_finite : callable
+        Tells whether what this rank's samples gave was finite; called only to name the culprits, so it may be slow and
+        overwrite ``grads``.
 
     Raises
     ------
     NonFiniteError
-        On all ranks, naming the step, the ranks at fault, and the tensors.
+        The same on all ranks, naming the step, the ranks at fault, and the tensors.
     """
     if good:
         return
-    ranks = [rank for rank, well in enumerate(comm.allgather_object(own_good)) if not well]
-    names = [shard.layout.segments[number].name for number, part in shard.pieces if not finite(grads[part])]
+    bad = {number for number, part in shard.pieces if not finite(grads[part])}
+    findings = comm.allgather_object((own_part_finite(), bad))
+    ranks = [rank for rank, (well, _) in enumerate(findings) if not well]
+    names = [shard.layout.segments[number].name for number in sorted(set().union(*(found for _, found in findings)))]
     raise NonFiniteError(
         f"the loss or gradient of step {step} is not finite",
         got=f"ranks whose own samples gave it: {ranks or 'none'}; tensors: {', '.join(names) or 'none'}",

@@ -11,7 +11,6 @@ from mpitrain._errors import InputError
 from mpitrain.arrays import Batch
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Plan
-from mpitrain.method.steps import check_finite
 from mpitrain.nn.model import Model
 from mpitrain.optim import Optimizer, finite
 from mpitrain.parallel.data import DataParallel, Tally
@@ -56,8 +55,8 @@ class ModelAveraging(DataParallel):
         own = self._gradients(microbatches, None)
         own = replace(own, bad=float(own.bad or not finite(self.grads.flat)))
         total = self._sum(own)
+        self._check_finite(not total.bad, microbatches)
         self.step += 1
-        check_finite(self.comm, not total.bad, not own.bad, self.grads.flat, self.shard, self.step)
         if own.count:
             self._update(own.count)
         self._seen += own.count

@@ -6,6 +6,7 @@ a single rank would take on the whole batch, however unevenly it is shared.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -65,7 +66,7 @@ class DataParallel(Method):
     Notes
     -----
     Cost of a step beyond the gradient: an allreduce of the gradients, 2(p−1)/p · n bytes moved per rank where the
-    library uses a ring, and one of four numbers.
+    library uses a ring, and one of five numbers.
     """
 
     def __init__(
@@ -127,12 +128,21 @@ class DataParallel(Method):
         """Take one step; return its sums over all ranks."""
         own = self._gradients(microbatches, self._reduce)
         total = self._sum(own)
-        self.step += 1
         reduce_gradients(self.comm, self.grads, self.buckets)
         good = not total.bad and finite(self.grads.flat)
-        check_finite(self.comm, good, not own.bad, self.grads.flat, self.shard, self.step)
+        self._check_finite(good, microbatches)
+        self.step += 1
         self._update(total.count)
         return total
+
+    def _check_finite(self, good: bool, microbatches: list[Batch]) -> None:
+        """End the run unless all is well; else compute this rank's part again by itself, to see who is at fault."""
+
+        def own_part_finite() -> bool:
+            alone = self._gradients(microbatches, None)  # BatchNorm spread one rank's trouble to all
+            return not alone.bad and finite(self.grads.flat)
+
+        check_finite(self.comm, good, self.grads.flat, self.shard, self.step + 1, own_part_finite)
 
     def _sum(self, own: Tally) -> Tally:
         return Tally(*self.comm.allreduce(np.array(astuple(own), np.float64)).tolist())
@@ -144,7 +154,8 @@ class DataParallel(Method):
         loss_sum = count = 0.0
         for number, batch in enumerate(microbatches):
             key = rng.child(f"microbatch{number}")
-            loss, weight = self.model.loss_and_gradients(self.params, batch, self.grads, key, reduce)
+            found = self.model.loss_and_gradients(self.params, batch, self.grads, key, reduce)
+            loss, weight = _two_numbers(found)
             loss_sum, count = loss_sum + loss, count + weight
         samples = sum(len(batch) for batch in microbatches)
         return Tally(loss_sum, count, samples, float(self._stop), float(not np.isfinite(loss_sum)))
@@ -190,3 +201,15 @@ class DataParallel(Method):
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""
         fill("params", self.params.flat, self.shard, read)
+
+
+def _two_numbers(found: Any) -> tuple[float, float]:
+    """Return what a model, perhaps a user's, gave as loss and count."""
+    try:
+        loss_sum, count = map(float, found)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            "the model's loss_and_gradients gave no loss", got=reprlib.repr(found),
+            expected="(loss_sum, count), two numbers",
+        ) from error  # fmt: skip
+    return loss_sum, count

@@ -1,0 +1,155 @@
+"""The gradient of n ranks is the serial float64 gradient of the concatenated batch, however it is shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parallel_cases import (
+    BATCH,
+    IMAGES,
+    IMPORTANCE,
+    ROWS,
+    STEPS_PER_EPOCH,
+    KeptKeys,
+    Recorder,
+    RowsFeed,
+    by_label,
+    cnn,
+    last_rank,
+    mlp,
+    plan,
+    same_on_all,
+)
+from parallel_reference import assert_close, buffer, mlp_mean_gradient, network_mean_gradient
+
+from mpitrain.arrays import FlatBuffer
+from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.parallel import DataParallel
+
+BOUNDS = {"float64": 1e-12, "float32": 1e-5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the batches are shared out, and whether by microbatches."""
+
+    feed: RowsFeed
+    microbatches: int = 1
+
+
+CASES = {
+    "even": Case(RowsFeed()),
+    "microbatches": Case(RowsFeed(), 3),
+    "by label": Case(RowsFeed(owner=by_label)),
+    "by label, microbatches": Case(RowsFeed(owner=by_label), 3),
+    "all on the last rank": Case(RowsFeed(owner=last_rank)),
+    "importance": Case(RowsFeed(importance=IMPORTANCE)),
+    "importance by label, microbatches": Case(RowsFeed(owner=by_label, importance=IMPORTANCE), 3),
+}
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+both_dtypes = pytest.mark.parametrize("dtype", BOUNDS)
+
+Expected = Callable[[FlatBuffer, int], tuple[float, FlatBuffer]]
+"""Gives the mean loss and gradient at some parameters and step."""
+
+
+def train(comm: Communicator, case: Case, network: KeptKeys, bucket_bytes: int = 1 << 20) -> tuple[Any, ...]:
+    """Take an epoch's steps, a short batch included, without moving; return what was seen on the way."""
+    recorder = Recorder()
+    method = DataParallel(comm, microbatches=case.microbatches, bucket_bytes=bucket_bytes)
+    method.setup(network, recorder, plan(STEPS_PER_EPOCH))
+    feed = replace(case.feed, dtype=network.layout.dtype)
+    losses = [method.advance(feed, until=step + 1).loss for step in range(STEPS_PER_EPOCH)]
+    return method, recorder, losses
+
+
+def compare(comm: Communicator, method: Any, recorder: Recorder, losses: list[float], expected: Expected) -> None:
+    layout = method.params.layout
+    params = buffer(layout, method.params.flat)
+    assert len(recorder.seen) == STEPS_PER_EPOCH
+    for step, seen in enumerate(recorder.seen):
+        loss, grads = expected(params, step)
+        assert_close(buffer(layout, seen), grads, BOUNDS[layout.dtype.name])
+        assert losses[step] == pytest.approx(loss, rel=BOUNDS[layout.dtype.name])
+    same_on_all(comm, [losses, *(seen.tobytes() for seen in recorder.seen)])
+
+
+def check_mlp(comm: Communicator, case: Case, dtype: str) -> None:
+    found = train(comm, case, mlp(dtype))
+    compare(comm, *found, lambda params, step: mlp_mean_gradient(params, case.feed.whole(step)[0]))
+
+
+def check_cnn(comm: Communicator, case: Case, dtype: str) -> None:
+    network = cnn(dtype)
+    found = train(comm, case, network, bucket_bytes=256)
+    exact, m = cnn(), case.microbatches
+
+    def expected(params: FlatBuffer, step: int) -> tuple[float, FlatBuffer]:
+        whole = case.feed.whole(step, m)
+        return network_mean_gradient(exact, params, whole, network.keys[step * m : (step + 1) * m])
+
+    assert len(set(network.keys)) == STEPS_PER_EPOCH * m  # other elements are dropped in each microbatch
+    compare(comm, *found, expected)
+
+
+@both_dtypes
+@every_case
+def test_mlp_equals_the_closed_form(on_ranks, case, dtype):
+    on_ranks(check_mlp, case, dtype)
+
+
+@both_dtypes
+@every_case
+def test_cnn_with_batchnorm_and_dropout_equals_the_serial_run(on_ranks, case, dtype):
+    on_ranks(check_cnn, case, dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(owner=st.lists(st.integers(0, 2), min_size=ROWS, max_size=ROWS), microbatches=st.integers(1, BATCH))
+def test_any_owners_and_microbatches_give_the_closed_form(owner, microbatches):
+    case = Case(RowsFeed(owner=lambda size: np.array(owner)), microbatches)
+    LocalWorld(3, timeout_s=20).run(check_mlp, case, "float64")
+
+
+def torch_gradients(params: FlatBuffer, labels: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
+    """The gradients of `cnn` without dropout, and what its running statistics follow, by PyTorch's autograd."""
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+    p = {name: torch.tensor(view.copy(), requires_grad=True) for name, view in params.views.items()}
+    statistics = {}
+
+    def block(x: Any, conv: str, norm: str) -> Any:
+        y = functional.conv2d(x, p[f"{conv}.weight"].permute(3, 2, 0, 1), padding=1)
+        mean, var = torch.zeros(y.shape[1], dtype=y.dtype), torch.ones(y.shape[1], dtype=y.dtype)
+        scale, shift = p[f"{norm}.gamma"], p[f"{norm}.beta"]
+        y = functional.batch_norm(y, mean, var, scale, shift, training=True, momentum=1.0)
+        statistics.update({f"{norm}.running_mean": mean.numpy(), f"{norm}.running_var": var.numpy()})
+        return functional.relu(y)
+
+    x = block(block(torch.tensor(images).permute(0, 3, 1, 2), "0", "1"), "3", "4")
+    x = functional.max_pool2d(x, 2).permute(0, 2, 3, 1).flatten(1)
+    hidden = functional.relu(x @ p["8.weight"] + p["8.bias"])
+    functional.cross_entropy(hidden @ p["10.weight"] + p["10.bias"], torch.tensor(labels)).backward()
+    return statistics | {name: tensor.grad.numpy() for name, tensor in p.items() if tensor.grad is not None}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_cnn_with_batchnorm_equals_pytorch(size):
+    pytest.importorskip("torch")
+    feed = RowsFeed(batch_size=ROWS, owner=by_label)
+
+    def gradients(comm: Communicator) -> tuple[np.ndarray, np.ndarray]:
+        recorder, method, network = Recorder(), DataParallel(comm), cnn(dropout=0.0)
+        method.setup(network, recorder, plan(1))
+        method.advance(feed, until=1)
+        return buffer(network.layout, method.params.flat), buffer(network.layout, recorder.seen[0])
+
+    params, found = LocalWorld(size, timeout_s=20).run(gradients)[0]
+    assert_close(found.views, torch_gradients(params, IMAGES.targets, IMAGES.inputs), 1e-12)

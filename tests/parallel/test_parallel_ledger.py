@@ -1,0 +1,85 @@
+"""What a step sends is what the layout says, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from parallel_cases import STEPS_PER_EPOCH, RowsFeed, by_label, cnn, mlp, plan
+
+from mpitrain.comm import Communicator, Count
+from mpitrain.data import evaluation_batches
+from mpitrain.optim import make_optimizer
+from mpitrain.parallel import DataParallel, ModelAveraging
+
+TALLY_BYTES = 5 * 8  # loss, count, samples, ranks asked to stop, ranks whose numbers are not finite
+FEED = RowsFeed(owner=by_label)
+
+
+def spent(comm: Communicator, work: Callable[[], object]) -> dict[str, Count]:
+    """Return what some work communicated, by operation."""
+    comm.ledger.reset()
+    work()
+    assert {axis for axis, _ in comm.ledger.snapshot()} <= {comm.ledger.axis}
+    return {operation: count for (_, operation), count in comm.ledger.snapshot().items()}
+
+
+def check_mlp(comm: Communicator, bucket_bytes: int) -> None:
+    method = DataParallel(comm, bucket_bytes=bucket_bytes)
+    # Neither clipping nor LAMB's norms cost anything where every rank holds the whole gradient.
+    method.setup(mlp(np.float32), make_optimizer("lamb"), plan(2, clip_norm=1.0, clip_value=1.0))
+    layout = method.params.layout
+    buckets = -(-layout.nbytes // bucket_bytes)
+    assert buckets == len(method.buckets)
+    calls = STEPS_PER_EPOCH * (buckets + 1)
+    expected = Count(calls, calls, STEPS_PER_EPOCH * (layout.nbytes + TALLY_BYTES))
+    assert spent(comm, lambda: method.advance(FEED, until=STEPS_PER_EPOCH)) == {"allreduce": expected}
+
+
+@pytest.mark.parametrize("bucket_bytes", [4 << 20, 1024, 64])
+def test_a_step_sends_each_gradient_once_and_a_tally(on_ranks, bucket_bytes):
+    on_ranks(check_mlp, bucket_bytes)
+
+
+def check_cnn(comm: Communicator, microbatches: int) -> None:
+    method = DataParallel(comm, microbatches=microbatches)
+    method.setup(cnn(), make_optimizer("sgd"), plan(1))
+    channels = (3, 4)
+    norms = sum(8 * (features + 1 + features + 2 * features) for features in channels)
+    calls = 1 + 1 + microbatches * 3 * len(channels)
+    expected = Count(calls, calls, method.params.layout.nbytes + TALLY_BYTES + microbatches * norms)
+    assert spent(comm, lambda: method.advance(FEED, until=1)) == {"allreduce": expected}
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_batchnorm_adds_three_small_reductions_a_microbatch(on_ranks, microbatches):
+    on_ranks(check_cnn, microbatches)
+
+
+def check_averaging(comm: Communicator) -> None:
+    every, steps = 4, 10
+    method = ModelAveraging(comm, average_every=every)
+    method.setup(cnn(), make_optimizer("adam"), plan(steps))
+    commits, arrays = 3, 3  # at steps 4, 8 and 10; parameters, m and v
+    calls = steps + commits * (1 + arrays)
+    nbytes = steps * TALLY_BYTES + commits * (8 + arrays * method.params.layout.nbytes)
+    assert spent(comm, lambda: method.advance(FEED, until=steps)) == {"allreduce": Count(calls, calls, nbytes)}
+
+
+def test_averaging_sends_a_tally_a_step_and_the_model_at_commit_points(on_ranks):
+    on_ranks(check_averaging)
+
+
+def check_evaluation(comm: Communicator) -> None:
+    method = DataParallel(comm)
+    method.setup(mlp(), make_optimizer("sgd"), plan(1))
+    batches = list(evaluation_batches(FEED.dataset, 3, comm.rank, comm.size, np.float64))
+    sums = 8 * (1 + 1 + 1 + 9)  # loss, count, correct and the confusion matrix
+    assert spent(comm, lambda: method.evaluate(batches)) == {"allreduce": Count(1, 1, sums)}
+    assert spent(comm, lambda: method.predict(FEED.dataset.inputs)) == {}
+    assert spent(comm, method.state) == {}
+
+
+def test_evaluation_is_one_reduction_and_predicting_none(on_ranks):
+    on_ranks(check_evaluation)

@@ -1,0 +1,91 @@
+"""All ranks begin with the same parameters, those of one rank; a model that breaks this is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from parallel_cases import cnn, mlp, plan, same_on_all, set_up
+
+from mpitrain import nn
+from mpitrain._errors import InputError, MismatchError
+from mpitrain.arrays import FlatBuffer, Key
+from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.nn import Network
+from mpitrain.optim import SGD
+from mpitrain.parallel import DataParallel, ModelAveraging
+
+
+def initial_hash(comm: Communicator, dtype: str) -> str:
+    found = set_up(comm, cnn(dtype), 1).params.sha256()
+    same_on_all(comm, found)
+    return str(found)
+
+
+def check_initial_parameters(comm: Communicator, dtype: str) -> None:
+    assert initial_hash(comm, dtype) == LocalWorld(1).run(initial_hash, dtype)[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_initial_parameters_are_those_of_one_rank(on_ranks, dtype):
+    on_ranks(check_initial_parameters, dtype)
+
+
+class OneBitOff(Network):
+    """Breaks the contract: its initial values depend on the rank."""
+
+    def __init__(self, off: bool) -> None:
+        super().__init__(nn.Linear(3, 2), nn.MeanSquaredError())
+        self.off = off
+
+    def initialise(self, params: FlatBuffer, key: Key) -> None:
+        super().initialise(params, key)
+        if self.off:
+            bias = params.views["bias"]
+            bias[-1] = np.nextafter(bias[-1], np.float32(1))
+
+
+def check_mismatch(comm: Communicator, method: DataParallel) -> None:
+    wrong = {comm.size - 1, 1}
+    with pytest.raises(MismatchError, match="initial parameters differ") as caught:
+        method.setup(OneBitOff(comm.rank in wrong), SGD(), plan(1))
+    assert f"on ranks {sorted(wrong)}" in str(caught.value)
+    assert "initialise()" in str(caught.value)
+
+
+def check_mismatch_of_both_methods(comm: Communicator) -> None:
+    if comm.size == 1:
+        DataParallel(comm).setup(OneBitOff(True), SGD(), plan(1))  # there is nobody to differ from
+        return
+    check_mismatch(comm, DataParallel(comm))
+    check_mismatch(comm, ModelAveraging(comm, average_every=2))
+
+
+def test_differing_initial_parameters_name_the_ranks(on_ranks):
+    on_ranks(check_mismatch_of_both_methods)
+
+
+def check_setup_twice(comm: Communicator) -> None:
+    """A method that is set up again begins anew."""
+    method = set_up(comm, mlp(), 1)
+    first = method.params.sha256()
+    method.params.flat += 1
+    method.step = 7
+    method.setup(mlp(), SGD(), plan(1))
+    assert (method.params.sha256(), method.step) == (first, 0)
+
+
+def test_setup_begins_anew(on_ranks):
+    on_ranks(check_setup_twice)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda comm: DataParallel(comm, microbatches=0), "microbatches is too small; got 0; expected at least 1"),
+        (lambda comm: DataParallel(comm, bucket_bytes=0), "bucket_bytes is too small; got 0; expected at least 1"),
+        (lambda comm: ModelAveraging(comm, average_every=0), "average_every is too small; got 0; expected at least 1"),
+    ],
+)
+def test_unusable_options_are_named(build, message):
+    with pytest.raises(InputError, match=message):
+        LocalWorld(1).run(build)

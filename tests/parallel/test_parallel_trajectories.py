@@ -1,0 +1,198 @@
+"""Ten steps on n ranks go where a serial float64 run goes; where arithmetic is exact, to the last bit."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from parallel_cases import (
+    ROWS,
+    Recorder,
+    RowsFeed,
+    by_label,
+    cnn,
+    last_rank,
+    mlp,
+    plan,
+    same_on_all,
+    schedule,
+    set_up,
+)
+from parallel_reference import assert_close, buffer, descend, mlp_mean_gradient, network_mean_gradient
+
+from mpitrain import nn
+from mpitrain.arrays import FlatBuffer
+from mpitrain.comm import Communicator
+from mpitrain.data import Dataset
+from mpitrain.method import Plan
+from mpitrain.nn import Network
+from mpitrain.optim import OPTIMIZERS, SGD, Optimizer, make_optimizer
+from mpitrain.parallel import DataParallel
+
+STEPS = 10
+BOUND = 1e-9
+CLIPPING = {"not clipped": {}, "by norm": {"clip_norm": 0.2}, "by value": {"clip_value": 0.02}}
+CLIPPING["by both"] = CLIPPING["by norm"] | CLIPPING["by value"]
+
+FEED = RowsFeed(owner=by_label)
+
+
+def trained(comm: Communicator, network: Network, optimizer: Optimizer, settings: Plan) -> tuple[Any, FlatBuffer]:
+    """Train to the end of the plan; return the method, and where it began."""
+    method = DataParallel(comm)
+    method.setup(network, optimizer, settings)
+    start = buffer(network.layout, method.params.flat)
+    assert method.advance(FEED, until=settings.steps).step == settings.steps
+    same_on_all(comm, method.params.sha256())
+    return method, start
+
+
+def check_mlp(comm: Communicator, optimizer: Optimizer, limits: dict[str, float]) -> None:
+    method, start = trained(comm, mlp(), optimizer, plan(STEPS, **limits))
+
+    def mean_gradient(params: FlatBuffer, step: int) -> FlatBuffer:
+        return mlp_mean_gradient(params, FEED.whole(step)[0])[1]
+
+    assert_close(method.params, descend(start, optimizer, mean_gradient, STEPS, schedule, **limits), BOUND)
+
+
+def check_cnn(comm: Communicator, optimizer: Optimizer, limits: dict[str, float]) -> None:
+    network, exact = cnn(), cnn()
+    method, start = trained(comm, network, optimizer, plan(STEPS, **limits))
+
+    def mean_gradient(params: FlatBuffer, step: int) -> FlatBuffer:
+        return network_mean_gradient(exact, params, FEED.whole(step), [network.keys[step]])[1]
+
+    assert_close(method.params, descend(start, optimizer, mean_gradient, STEPS, schedule, **limits), BOUND)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer_goes_where_the_serial_run_goes(on_ranks, name):
+    on_ranks(check_mlp, make_optimizer(name, weight_decay=0.01), {})
+
+
+@pytest.mark.parametrize("limits", CLIPPING.values(), ids=CLIPPING.keys())
+@pytest.mark.parametrize("name", ["sgd", "lamb"])
+def test_clipping_takes_the_norm_of_the_whole_gradient(on_ranks, name, limits):
+    on_ranks(check_mlp, make_optimizer(name), limits)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "lamb"])
+def test_batchnorm_and_dropout_go_where_the_serial_run_goes(on_ranks, name):
+    on_ranks(check_cnn, make_optimizer(name), CLIPPING["by both"])
+
+
+def check_clipping_bites(comm: Communicator) -> None:
+    """The limits above are below what the gradients reach, so that they do something."""
+    recorder = Recorder()
+    trained(comm, mlp(), recorder, plan(STEPS))
+    assert all(np.linalg.norm(seen) > CLIPPING["by norm"]["clip_norm"] for seen in recorder.seen)
+    assert all(np.abs(seen).max() > CLIPPING["by value"]["clip_value"] for seen in recorder.seen)
+
+
+def test_the_limits_of_clipping_are_reached(on_ranks):
+    on_ranks(check_clipping_bites)
+
+
+# Small integers, learning rates and batches that are powers of two: float32 is exact in any order of summation.
+
+INPUTS, OUTPUTS = 3, 2
+WEIGHT = np.array([[1, -2], [0, 3], [-1, 1]])
+BIAS = np.array([2, -1])
+
+
+def integers(low: int, high: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(4).integers(low, high, shape)
+
+
+TABLE = Dataset(integers(-2, 3, 8, INPUTS), integers(-4, 5, 8, OUTPUTS), "regression", "table")
+
+
+def integer_run(comm: Communicator, feed: RowsFeed, steps: int, microbatches: int = 1) -> DataParallel:
+    """Train a linear model on half the squared error, from integers, in float32."""
+    method = DataParallel(comm, microbatches=microbatches, bucket_bytes=8)
+    method.setup(
+        Network(nn.Linear(INPUTS, OUTPUTS), nn.MeanSquaredError()), SGD(), plan(steps, schedule=lambda step: 0.25)
+    )
+    method.load_parameters({"params/weight": WEIGHT.astype("f4"), "params/bias": BIAS.astype("f4")}.__getitem__)
+    method.advance(feed, until=steps)
+    return method
+
+
+def check_exact(comm: Communicator, feed: RowsFeed, microbatches: int) -> None:
+    """Compare with rational arithmetic."""
+    steps = 3
+    method = integer_run(comm, feed, steps, microbatches)
+    exact = np.vectorize(Fraction, otypes=[object])
+    weight, bias = exact(WEIGHT), exact(BIAS)
+    x, targets = exact(np.asarray(TABLE.inputs)), exact(np.asarray(TABLE.targets))
+    for _ in range(steps):
+        errors = x @ weight + bias - targets
+        weight, bias = weight - Fraction(1, 32) * (x.T @ errors), bias - Fraction(1, 32) * errors.sum(0)
+    assert (exact(method.params.views["weight"].astype(float)) == weight).all()
+    assert (exact(method.params.views["bias"].astype(float)) == bias).all()
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("owner", [None, lambda size: np.arange(8) ** 2 % size, lambda size: np.full(8, size - 1)])
+def test_integers_are_exact(on_ranks, owner, microbatches):
+    on_ranks(check_exact, RowsFeed(TABLE, 8, owner, dtype=np.float32), microbatches)
+
+
+def check_rounded_once(comm: Communicator) -> None:
+    """A seventh is no float32 number, but of exact sums it is the same one wherever they were summed."""
+    table = Dataset(TABLE.inputs[:7], TABLE.targets[:7], "regression", "table")
+    method = integer_run(comm, RowsFeed(table, 7, dtype=np.float32), 1)
+    total = table.inputs.T @ (table.inputs @ WEIGHT + BIAS - table.targets)
+    step = total.astype(np.float32) / np.float32(7) * np.float32(0.25)
+    np.testing.assert_array_equal(method.params.views["weight"], WEIGHT.astype(np.float32) - step)
+
+
+def test_seven_rows_are_divided_once(on_ranks):
+    on_ranks(check_rounded_once)
+
+
+def check_progress(comm: Communicator) -> None:
+    """What `advance` tells is over all ranks: the mean loss of each step at its own parameters, and all rows."""
+    params = []
+
+    class Watched(SGD):
+        def update(self, p: Any, *args: Any, **options: Any) -> None:
+            params.append(p.copy())
+            super().update(p, *args, **options)
+
+    network, feed = mlp(), RowsFeed(owner=last_rank)
+    progress = set_up(comm, network, 3, Watched()).advance(feed, until=3)
+    batches = [feed.whole(step)[0] for step in range(3)]
+    losses = [
+        mlp_mean_gradient(buffer(network.layout, flat), batch)[0] * len(batch)
+        for flat, batch in zip(params, batches, strict=True)
+    ]
+    assert progress.samples == ROWS + 7
+    assert progress.loss == pytest.approx(sum(losses) / progress.samples, rel=1e-12)
+    assert (progress.step, progress.lr, progress.stop_requested) == (3, schedule(3), False)
+    same_on_all(comm, progress)
+
+
+def test_progress_counts_all_ranks(on_ranks):
+    on_ranks(check_progress)
+
+
+def check_feeds_in_turn(comm: Communicator) -> None:
+    """A method may be handed another feed at any time."""
+    feeds = [RowsFeed(owner=by_label), RowsFeed(batch_size=ROWS)]
+    method = set_up(comm, mlp(), 2)
+    start = buffer(method.params.layout, method.params.flat)
+    for step, feed in enumerate(feeds):
+        assert method.advance(feed, until=step + 1).samples == feed.batch_size
+
+    def mean_gradient(params: FlatBuffer, step: int) -> FlatBuffer:
+        return mlp_mean_gradient(params, feeds[step].whole(step)[0])[1]
+
+    assert_close(method.params, descend(start, SGD(), mean_gradient, 2, schedule), 1e-12)
+
+
+def test_another_feed_may_follow(on_ranks):
+    on_ranks(check_feeds_in_turn)
