@@ -1,0 +1,145 @@
+"""Whether MPI starts, and whether ranks that are started together see each other: tried, not guessed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpitrain import _env
+from mpitrain.cli.checks.finding import Finding, fail, ok, warn
+from mpitrain.cli.checks.survey import Survey
+from mpitrain.cli.checks.world import plural
+from mpitrain.comm.launch import launch_command
+from mpitrain.comm.support import support
+
+LIMIT_S = 30.0
+_RANKS = 2
+_GRACE_S = 5.0
+"""Ranks end by themselves so much before the limit, to tell where they hung."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of starting ranks.
+
+    Parameters
+    ----------
+    code : int or None
+        Exit code; None if it was ended at the limit.
+    seconds : float
+        Wall time.
+    output : str
+        All that was printed, standard error included.
+    """
+
+    code: int | None
+    seconds: float
+    output: str
+
+    @property
+    def worlds(self) -> list[dict[str, Any]]:
+        """What rank 0 of each world printed."""
+        return [json.loads(line) for line in self.output.splitlines() if line.startswith('{"size"')]
+
+    @property
+    def ending(self) -> str:
+        """How it ended, in a few words."""
+        if self.code is None:
+            return f"no end after {self.seconds:.0f} s"
+        lines = [line.strip() for line in self.output.splitlines() if any(map(str.isalnum, line))]
+        error = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no output")
+        return f"exit code {self.code}: {error}"
+
+    def keep(self) -> Path:
+        """Write the output to a file that stays."""
+        with tempfile.NamedTemporaryFile(
+            "w", errors="replace", prefix="mpitrain-doctor-", suffix=".log", delete=False
+        ) as log:
+            log.write(self.output)
+        return Path(log.name)
+
+
+def try_ranks(ranks: int | None, limit_s: float = LIMIT_S) -> Trial:
+    """Start the smallest MPI job on ``ranks`` ranks, or as one process without a launcher, and wait for its end."""
+    rank = [sys.executable, "-m", "mpitrain.comm.trial", str(max(limit_s - _GRACE_S, limit_s / 2))]
+    argv, env = (rank, _env.snapshot()) if ranks is None else launch_command(ranks, rank)
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        began = time.monotonic()
+        code = _run(argv, env, limit_s, log.fileno())
+        seconds = time.monotonic() - began
+        log.seek(0)
+        return Trial(code, seconds, log.read())
+
+
+def _run(argv: Sequence[str], env: dict[str, str], limit_s: float, output: int) -> int | None:
+    child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        return child.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        child.terminate()  # a launcher that is killed at once leaves its ranks behind
+        return None
+    finally:
+        _end(child)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    try:
+        child.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def start(survey: Survey) -> Finding | None:
+    """Whether MPI starts in one process, and what it can do."""
+    if survey.problem is not None:
+        return None  # `launch` tells
+    if survey.comm is not None:
+        can = support()
+        return _able(can.standard, can.threads, can.cuda_aware)
+    trial = try_ranks(None)
+    if trial.code == 0 and trial.worlds:
+        world = trial.worlds[0]
+        return _able(world["standard"], world["threads"], world["cuda_aware"])
+    return fail(f"MPI does not start: {trial.ending}", f"read {trial.keep()}")
+
+
+def _able(standard: str, threads: str, cuda_aware: bool | None) -> Finding:
+    memory = {True: "host and CUDA memory", False: "host memory", None: "host memory, CUDA unknown"}[cuda_aware]
+    text = f"MPI {standard}, thread level {threads}, {memory}"
+    if threads in ("multiple", "serialized"):
+        return ok(text)
+    return warn(text, "take an MPI library with thread support: threads of a rank cannot call this one")
+
+
+def launch(survey: Survey) -> Finding:
+    """Whether ranks that are started together form one world."""
+    if survey.problem is not None:
+        return fail(str(survey.problem))
+    if survey.comm is not None:
+        return _launched(survey.comm.size)
+    trial = try_ranks(_RANKS)
+    worlds = [(world["size"], world["total"]) for world in trial.worlds]
+    if trial.code == 0 and worlds == [(_RANKS, _RANKS * (_RANKS + 1) // 2)]:
+        return ok(f"mpiexec -n {_RANKS}: one world of {_RANKS}, in {trial.seconds:.1f} s")
+    if len(worlds) > 1:
+        problem, remedy = f"{len(worlds)} worlds of one rank", "install one MPI library and its own mpiexec; "
+    else:
+        problem, remedy = trial.ending, ""
+    return fail(f"mpiexec -n {_RANKS}: {problem}", f"{remedy}read {trial.keep()}")
+
+
+def _launched(size: int) -> Finding:
+    """Compare the world with what the launcher says."""
+    variable, expected = _env.launched_size() or ("", size)
+    text = f"{variable}={expected}, one world of {plural(size, 'rank')}"
+    if expected == size:
+        return ok(text)
+    return warn(text, f"unset {variable} if it is left from a launcher further out; else some ranks stand apart")
