@@ -98,7 +98,9 @@ def test_refuses_no_ranks() -> None:
 def test_one_world_of_more_ranks_than_cpus_under_a_long_tmpdir(launch: Launch, tmp_path: Path) -> None:
     long = tmp_path / ("x" * 60) / ("y" * 60)
     long.mkdir(parents=True)
-    code, output = launch(5, "from mpitrain.comm import world\nprint(world().allreduce(1))", TMPDIR=str(long))
+    code, output = launch(
+        5, "from mpitrain.comm import world\nprint(f'{world().allreduce(1)} ', end='')", TMPDIR=str(long)
+    )
     assert (code, output.split()) == (0, ["5"] * 5)
 
 
