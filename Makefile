@@ -1,7 +1,7 @@
 # make train    install into .venv and train the digits CNN on 2 ranks
 # make test     the whole suite: unit tests, and MPI tests on 1, 2, 3 and 4 ranks
 # make test-all the same with the long suites
-# make lint     ruff, mypy --strict, import-linter
+# make lint     ruff, mypy --strict, import-linter, shellcheck
 # make docs     the documentation, warnings as errors
 #
 # MPI=mpich takes PyPI's MPICH instead of Open MPI; MPI= (empty) takes the MPI library of the site.
@@ -41,6 +41,7 @@ lint: $(VENV)/.with-lint
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck slurm/*.sbatch .ci/run
 
 docs: $(VENV)/.with-docs
 	$(BIN)/python -m sphinx -n -W --keep-going -b html docs docs/_build/html
