@@ -7,8 +7,8 @@ from importlib import import_module
 
 import click
 
-from mpitrain import __version__
-from mpitrain._errors import MpitrainError
+from mpitrain import __version__, _env
+from mpitrain._errors import LaunchError, MpitrainError
 
 _COMMANDS = {
     "doctor": "Check this machine: Python, MPI, launcher, threads, shared memory, GPU.",
@@ -47,13 +47,20 @@ def main() -> None:
     try:
         cli.main(prog_name="mpitrain", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if _speaks():
+            error.show()
         sys.exit(2)
     except click.Abort:
         sys.exit(130)
     except MpitrainError as error:
-        click.echo(f"mpitrain: error: {error}", err=True)
+        if _speaks() or not isinstance(error, LaunchError):
+            click.echo(f"mpitrain: error: {error}", err=True)
         sys.exit(error.exit_code)
+
+
+def _speaks() -> bool:
+    """Tell whether this process complains about how it was called, which all ranks of a launch find wrong alike."""
+    return not _env.launched_rank()
 
 
 __all__ = ["cli", "main"]

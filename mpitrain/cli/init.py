@@ -35,6 +35,9 @@ def _first_comment(path: Path) -> str:
 @click.option("--force", is_flag=True, help="Overwrite files that are there.")
 def command(name: str | None, gpu: bool, force: bool) -> None:
     """Copy the job file NAME and its sbatch file into this folder.  Without NAME: list what there is."""
+    from mpitrain.train.job_names import did_you_mean
+    from mpitrain.train.storage import disk
+
     jobs = job_names()
     if name is None:
         width = max(map(len, jobs))
@@ -42,14 +45,17 @@ def command(name: str | None, gpu: bool, force: bool) -> None:
             click.echo(f"{job:{width}}  {_first_comment(path)}")
         return
     if name not in jobs:
-        raise InputError("no such job is shipped", got=name, expected=", ".join(jobs))
+        raise InputError(
+            "no such job is shipped", got=name, expected=", ".join(jobs), remedy=did_you_mean(name, list(jobs))
+        )
     sbatch = shipped("slurm") / ("gpu.sbatch" if gpu else "cpu.sbatch")
     sources = [jobs[name], *([sbatch] if jobs[name].suffix == ".toml" else [])]
     there = [path.name for path in sources if Path(path.name).exists()]
     if there and not force:
         raise InputError(f"{', '.join(there)} already in this folder", remedy="pass --force to overwrite")
     for path in sources:
-        shutil.copy(path, path.name)
+        with disk("copy", Path(path.name)):
+            shutil.copy(path, path.name)
     click.echo(f"wrote {' and '.join(path.name for path in sources)}")
     if len(sources) == 2:
         click.echo(f"run it:  mpitrain run -n 2 {sources[0].name}    or    sbatch {sbatch.name} {sources[0].name}")

@@ -24,13 +24,15 @@ def command(run: Path, inputs: Path, output: Path | None, latest: bool, as_json:
     Prints the class, or the predicted numbers, of each sample.
     """
     from mpitrain.train.predictor import Predictor
+    from mpitrain.train.storage import disk
 
+    if output is not None and output.suffix != ".npy":
+        raise InputError("--output writes NumPy files", got=str(output), expected="a name that ends in .npy")
     predictor = Predictor(run, latest=latest)
     outputs = predictor.outputs(predictor.read(inputs))
     if output is not None:
-        if output.suffix != ".npy":
-            raise InputError("--output writes NumPy files", got=str(output), expected="a name that ends in .npy")
-        np.save(output, outputs)
+        with disk("write outputs", output):
+            np.save(output, outputs)
     answers = predictor.answers(outputs)
     if as_json:
         click.echo(json.dumps({"run": str(run), "checkpoint": predictor.checkpoint, "predictions": answers}))

@@ -7,15 +7,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mpitrain import _env
-from mpitrain._errors import LaunchError
+from mpitrain._errors import JobError, LaunchError
 from mpitrain.cli.display import STYLES, headline, observer
+
+if TYPE_CHECKING:
+    from mpitrain.comm import Communicator
+
+_SHOW_CURSOR = "\x1b[?25h"
 
 
 @click.command("run", short_help="Train: run a job file on one rank, on N, or under mpirun and srun.")
@@ -28,35 +35,78 @@ from mpitrain.cli.display import STYLES, headline, observer
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--progress", type=click.Choice(STYLES), default="auto", show_default=True)
 @click.option("--width", type=int, hidden=True, help="Columns of the terminal that the launcher hides.")
-def command(ranks: int | None, **options: Any) -> None:
+@click.option("--exit-code", type=click.Path(path_type=Path), hidden=True, help="File that takes the exit code.")
+def command(ranks: int | None, quiet: bool, exit_code: Path | None, **options: Any) -> None:
     """Train what the file JOB (TOML) says.
 
     Without -n this is one rank, or one of those that mpirun or srun has started.
     """
-    if options.pop("quiet"):
+    if options["run_dir"] and options["resume"]:
+        raise click.UsageError("--resume goes on in the run's own directory; leave out --run-dir.")
+    _check_no_launcher(ranks)
+    if quiet:
         options["progress"] = "none"
     if ranks is None or ranks == 1:
-        _run_rank(**options)
+        _run_rank(exit_code, **options)
     else:
         sys.exit(_launch(ranks, options))
 
 
-def _run_rank(
-    job: str, overrides: tuple[str, ...], run_dir: Path | None, resume: Path | None, as_json: bool, progress: str,
-    width: int | None,
-) -> None:  # fmt: skip
+def _check_no_launcher(ranks: int | None) -> None:
+    launched = _env.launched_size()
+    if ranks is not None and launched is not None and launched[1] > 1:
+        raise LaunchError(
+            "-n starts ranks, but a launcher has already started some", got=f"{launched[0]}={launched[1]}",
+            remedy="leave out -n under mpirun or srun",
+        )  # fmt: skip
+
+
+def _run_rank(exit_code: Path | None, **options: Any) -> None:
     """Train as one rank of the world, and leave together with the others."""
     from mpitrain.comm import abort_on_uncaught, leave_together, world
-    from mpitrain.train import Observer, load_job, train_job
 
+    signal.signal(signal.SIGUSR1, signal.default_int_handler)  # until training begins, there is nothing to save
     comm = world()
     abort_on_uncaught(comm)
-    with leave_together(comm):
-        loaded = load_job(job, overrides, comm)
-        watcher = observer(progress, width) if comm.rank == 0 else Observer()
-        result = train_job(loaded, comm, run_dir=run_dir, resume=resume, observer=watcher)
-        if comm.rank == 0:
-            _print_result(result, as_json)
+    try:
+        with leave_together(comm):
+            _train(comm, **options)
+    except SystemExit as leaving:
+        if exit_code is None or not _hand_over(comm, leaving, exit_code):
+            raise
+
+
+def _train(
+    comm: Communicator, job: str, overrides: tuple[str, ...], run_dir: Path | None, resume: Path | None, as_json: bool,
+    progress: str, width: int | None,
+) -> None:  # fmt: skip
+    from mpitrain.train import Observer, load_job, train_job
+
+    _check_job_file(job, comm.size)
+    loaded = load_job(job, overrides, comm)
+    watcher = observer(progress, width) if comm.rank == 0 else Observer()
+    result = train_job(loaded, comm, run_dir=run_dir, resume=resume, observer=watcher)
+    if comm.rank == 0:
+        _print_result(result, as_json)
+
+
+def _check_job_file(job: str, ranks: int) -> None:
+    if Path(job).suffix == ".py":
+        launcher = f"mpirun -n {ranks} " if ranks > 1 else ""
+        raise JobError(
+            "is a Python script", operation=job, expected="a job file (TOML)",
+            remedy=f"start it with: {launcher}python {job}",
+        )  # fmt: skip
+
+
+def _hand_over(comm: Communicator, leaving: SystemExit, path: Path) -> bool:
+    """Tell the parent the exit code in a file: launchers comment on any other than 0, at length.  Collective."""
+    written = False
+    if comm.rank == 0:
+        with suppress(OSError):  # the parent may be on another node
+            path.write_text(str(leaving.code))
+            written = True
+    return bool(comm.broadcast_object(written))
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
@@ -70,6 +120,9 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     click.echo(f"{headline(result['metrics'])}")
     click.echo(f"weights   {result['weights_sha256']}")
     click.echo(f"report    {result['report'] or 'not written: pip install mpitrain[plot]'}")
+    if not result["completed"]:
+        run_dir = result["run_dir"]
+        click.echo(f"go on     mpitrain run {run_dir}/job.toml --resume {run_dir}")
 
 
 def _launch(ranks: int, options: dict[str, Any]) -> int:
@@ -77,18 +130,19 @@ def _launch(ranks: int, options: dict[str, Any]) -> int:
     from mpitrain.comm.launch import launch_command
     from mpitrain.train import Job
 
-    launched = _env.launched_size()
-    if launched is not None and launched[1] > 1:
-        raise LaunchError(
-            "-n starts ranks, but a launcher has already started some", got=f"{launched[0]}={launched[1]}",
-            remedy="leave out -n under mpirun or srun",
-        )  # fmt: skip
+    _check_job_file(options["job"], ranks)
     Job.load(options["job"], options["overrides"])  # a mistake in it ends here, in one line
-    command_line, env = launch_command(ranks, [sys.executable, "-m", "mpitrain", "run", *_arguments(options)])
-    # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to stop at the next step.
-    with subprocess.Popen(command_line, env=env, start_new_session=True) as child:
-        _forward_signals(child)
-        return _exit_code(child.wait())
+    with TemporaryDirectory(prefix="mpitrain-") as folder:
+        told = Path(folder) / "exit-code"
+        arguments = ["run", *_arguments(options), f"--exit-code={told}"]
+        command_line, env = launch_command(ranks, [sys.executable, "-m", "mpitrain", *arguments])
+        # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to stop at the next step.
+        with subprocess.Popen(command_line, env=env, start_new_session=True) as child:
+            _forward_signals(child)
+            code = _wait(child)
+        if sys.stderr.isatty():
+            sys.stderr.write(_SHOW_CURSOR)  # a rank that was killed had no time to
+        return int(told.read_text()) if code == 0 and told.exists() else _exit_code(code)
 
 
 def _arguments(options: dict[str, Any]) -> list[str]:
@@ -101,6 +155,13 @@ def _arguments(options: dict[str, Any]) -> list[str]:
     return [*found, f"--progress={style}", f"--width={shutil.get_terminal_size().columns}"]
 
 
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Wait in slices: a signal may reach a thread of the BLAS library, and is acted on when this thread next wakes."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(1.0)
+
+
 def _forward_signals(child: subprocess.Popen[bytes]) -> None:
     """Turn the first Ctrl-C into SIGUSR1, which every launcher passes on; let the second end the job."""
 
@@ -111,7 +172,9 @@ def _forward_signals(child: subprocess.Popen[bytes]) -> None:
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGUSR1, lambda *_: child.send_signal(signal.SIGUSR1))
-    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, lambda *_: child.terminate())
 
 
 def _exit_code(code: int) -> int:

@@ -5,9 +5,11 @@ Every rank builds the same parts by itself; the only communication is the method
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,28 @@ def assemble(job: Job, comm: Communicator) -> Assembly:
         f"batches of {feed.batch_size}, {steps:,} steps on {comm.size} rank{'s' if comm.size > 1 else ''}"
     )
     cadence = _cadence(job, steps, steps_per_epoch)
-    return Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
+    parts = Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
+    _check_metrics(job, parts)
+    return parts
+
+
+def _check_metrics(job: Job, parts: Assembly) -> None:
+    """Refuse, before the first step, names of metrics that an evaluation of one batch does not give."""
+    stop = job.train.stop
+    named = {"train.checkpoint.best": job.train.checkpoint.best}
+    named |= {"train.stop.metric": stop.metric} if stop.patience else {}
+    named |= {"train.stop.target.metric": stop.target.metric} if stop.target else {}
+    given = single_numbers(parts.method.evaluate(islice(parts.held_out[parts.watched](), 1)))
+    for key, metric in named.items():
+        if metric not in given:
+            expected = " or ".join(sorted(given))
+            raise JobError("the model gives no such metric", operation=key, got=metric, expected=expected)
+
+
+def single_numbers(metrics: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return the metrics that are single numbers, as Python's."""
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
+    return {name: value for name, value in plain.items() if isinstance(value, int | float)}
 
 
 def load_samples(job: Job) -> Samples:
@@ -139,7 +162,7 @@ def load_samples(job: Job) -> Samples:
 def _dataset(job: Job) -> Dataset:
     section = job.data
     if section.build:
-        found = load_object(section.build, Path())(**section.options)
+        found = _built(section.build, section.options)
         if not isinstance(found, Dataset):
             raise JobError(
                 "data.build gave no data set", operation=section.build, got=type(found).__name__,
@@ -180,7 +203,7 @@ def build_model(job: Job, facts: Facts) -> Model:
     section = job.model
     built: Any = _preset(job, facts)
     if isinstance(section, BuiltModel):
-        built = load_object(section.build, Path())(**section.options)
+        built = _built(section.build, section.options)
     if isinstance(built, Layer):
         return Network(built, _loss(job, facts), job.dtype)
     if isinstance(built, Model):
@@ -204,11 +227,22 @@ def _preset(job: Job, facts: Facts) -> Layer | None:
     return nn.MODELS[kind](prod(facts.sample_shape), outputs, **options)
 
 
+def _built(spec: str, options: Mapping[str, Any]) -> Any:
+    """Return what the user's own function gives."""
+    function = load_object(spec, Path())
+    try:
+        inspect.signature(function).bind(**options)
+    except (TypeError, ValueError) as error:
+        got = ", ".join(options) or "no options"
+        raise JobError(f"cannot be called with the job's options: {error}", operation=spec, got=got) from error
+    return function(**options)
+
+
 def _loss(job: Job, facts: Facts) -> Loss:
     name = job.model.loss or LOSS_OF_TASK[facts.task]
     if ":" not in name:
         return nn.LOSSES[name]()
-    built = load_object(name, Path())()
+    built = _built(name, {})
     if not isinstance(built, Loss):
         raise JobError("model.loss gave no loss", operation=name, got=type(built).__name__, expected="mpitrain.nn.Loss")
     return built
@@ -261,4 +295,4 @@ def _cadence(job: Job, steps: int, steps_per_epoch: int) -> Cadence:
     )
 
 
-__all__ = ["Assembly", "Samples", "assemble", "build_model", "load_samples"]
+__all__ = ["Assembly", "Samples", "assemble", "build_model", "load_samples", "single_numbers"]

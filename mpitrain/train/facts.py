@@ -65,8 +65,10 @@ class Facts:
         Raises
         ------
         InputError
-            The samples have another shape.
+            The samples have another shape, or are not numbers.
         """
+        if inputs.dtype.kind not in "fiub":
+            raise InputError("the samples are not numbers", got=inputs.dtype, expected="floats or integers")
         if inputs.shape[1:] != self.sample_shape:
             raise InputError("the samples have the wrong shape", got=inputs.shape[1:], expected=self.sample_shape)
         if self.mean is None or self.scale is None:

@@ -11,14 +11,14 @@ from mpitrain._errors import JobError, MissingExtraError
 from mpitrain.comm import Communicator
 from mpitrain.comm.guard import agree
 from mpitrain.train import checkpoint
-from mpitrain.train.assembly import Assembly, assemble
-from mpitrain.train.checkpoint import OnPhase
+from mpitrain.train.assembly import Assembly, assemble, single_numbers
+from mpitrain.train.checkpoint import Checkpoint, OnPhase
 from mpitrain.train.environment import describe_environment
 from mpitrain.train.job import Job
 from mpitrain.train.observer import Observer
 from mpitrain.train.report import write_report
 from mpitrain.train.rundir import RunDirectory
-from mpitrain.train.trainer import Trainer, single_numbers
+from mpitrain.train.trainer import Trainer
 
 _MAY_CHANGE = ("name", "train.steps", "train.epochs", "train.log_every_steps", "train.checkpoint", "train.stop")
 
@@ -72,7 +72,7 @@ def train_job(
     -------
     dict
         What ``result.json`` holds: ``job, ranks, steps, seconds, loss, metrics, weights_sha256, run_dir, report,
-        stopped``, and for a classification ``confusion`` and ``classes``.  The same on all ranks.
+        stopped, completed``, and for a classification ``confusion`` and ``classes``.  The same on all ranks.
 
     Notes
     -----
@@ -82,17 +82,16 @@ def train_job(
         if resume is not None and comm.rank == 0:
             _check_same_job(job, resume)
     parts = assemble(job, comm)
-    directory = RunDirectory.create(comm, job.name, path=run_dir, resume=resume)
-    trainer = Trainer(job, comm, parts, directory, observer, on_phase)
-    resumed = resume is not None and _restore(trainer, directory, comm)
-    if job.train.warm_start and not resumed:
+    directory = RunDirectory.create(comm, job.name, resume=resume) if resume is not None else None
+    saved = _newest(directory, parts, comm) if directory else None
+    if saved is None and job.train.warm_start:
         _warm_start(parts, Path(job.train.warm_start), comm)
-    environment = describe_environment(comm, comm.library)
-    with agree(comm):
-        if comm.rank == 0:
-            directory.write_job(job.model_dump(exclude_none=True))
-            directory.write_environment(environment)
-            parts.samples.facts.write(directory.path)
+    # a new directory is made when all else is well, so that nothing is left of a run that never began
+    directory = directory or RunDirectory.create(comm, job.name, path=run_dir)
+    trainer = Trainer(job, comm, parts, directory, observer, on_phase)
+    if saved is not None:
+        trainer.restore(saved)
+    _keep_what_runs(job, comm, trainer, directory)
     stopped = trainer.run()
     return _finish(job, comm, trainer, directory, stopped)
 
@@ -122,15 +121,21 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _restore(trainer: Trainer, directory: RunDirectory, comm: Communicator) -> bool:
-    """Continue from the newest checkpoint; a run that was killed before its first one starts anew."""
+def _newest(directory: RunDirectory, parts: Assembly, comm: Communicator) -> Checkpoint | None:
+    """Open the newest checkpoint of a run; None if the run was killed before its first one, and starts anew."""
     newest = _agreed_path(comm, lambda: checkpoint.latest(directory.checkpoints))
-    if newest:
-        trainer.restore(checkpoint.load(newest, comm, trainer.method.params.layout))
+    return checkpoint.load(newest, comm, parts.method.params.layout) if newest else None
+
+
+def _keep_what_runs(job: Job, comm: Communicator, trainer: Trainer, directory: RunDirectory) -> None:
+    """Write job and environment, and forget what came after the step at which training goes on."""
+    environment = describe_environment(comm, comm.library)
     with agree(comm):
         if comm.rank == 0:
             directory.rewind(trainer.method.step)
-    return newest is not None
+            directory.write_job(job.model_dump(exclude_none=True))
+            directory.write_environment(environment)
+            trainer.parts.samples.facts.write(directory.path)
 
 
 def _warm_start(parts: Assembly, run: Path, comm: Communicator) -> None:
@@ -172,6 +177,7 @@ def _finish(job: Job, comm: Communicator, trainer: Trainer, directory: RunDirect
         "run_dir": str(directory.path),
         "report": None,
         "stopped": stopped,
+        "completed": trainer.completed,
     }
     if "confusion" in metrics["test"]:
         result["confusion"] = metrics["test"]["confusion"].tolist()
@@ -185,9 +191,10 @@ def _keep(result: dict[str, Any], comm: Communicator, directory: RunDirectory, o
         if comm.rank == 0:
             directory.write_result(result)
             result["report"] = _report(directory, observer)
-            directory.finish(result)
-    result["report"] = comm.broadcast_object(result["report"])
-    return result
+            keep = directory.finish if result["completed"] else directory.write_result
+            keep(result)
+    kept: dict[str, Any] = comm.broadcast_object(result)  # each rank has a clock of its own
+    return kept
 
 
 def _report(directory: RunDirectory, observer: Observer) -> str | None:

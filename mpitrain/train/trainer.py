@@ -9,22 +9,18 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from math import isfinite
 from types import FrameType
 from typing import Any
 
-import numpy as np
-
-from mpitrain._errors import JobError
 from mpitrain.comm import Communicator
 from mpitrain.comm.guard import agree
 from mpitrain.method import Progress, State
 from mpitrain.train import checkpoint
-from mpitrain.train.assembly import Assembly
+from mpitrain.train.assembly import Assembly, single_numbers
 from mpitrain.train.checkpoint import Checkpoint, OnPhase, Score
 from mpitrain.train.job import Job
 from mpitrain.train.job_train import lower_is_better
@@ -89,14 +85,7 @@ class Trainer:
         self.standing = Standing(**saved.scalars["standing"])
 
     def run(self) -> str:
-        """Train to the end, or until something stops it; save; return why it stopped.
-
-        Raises
-        ------
-        JobError
-            The job names a metric that the model does not give.
-        """
-        self._check_metrics()
+        """Train to the end, or until something stops it; save; return why it stopped."""
         if self.comm.rank == 0:
             self._recorded = {record["kind"]: record["step"] for record in self.run_dir.read_metrics()}
         self._began = time.monotonic() - self.standing.seconds
@@ -107,19 +96,10 @@ class Trainer:
         finally:
             self.observer.on_end()
 
-    def _check_metrics(self) -> None:
-        """Refuse, before the first step, names of metrics that an evaluation of one batch does not give."""
-        stop = self.job.train.stop
-        named = {"train.checkpoint.best": self.job.train.checkpoint.best}
-        named |= {"train.stop.metric": stop.metric} if stop.patience else {}
-        named |= {"train.stop.target.metric": stop.target.metric} if stop.target else {}
-        given = self.method.evaluate(islice(self.parts.held_out[self.parts.watched](), 1))
-        known = sorted(single_numbers(given))
-        for key, metric in named.items():
-            if metric not in known:
-                raise JobError(
-                    "the model gives no such metric", operation=key, got=metric, expected=" or ".join(known)
-                )  # fmt: skip
+    @property
+    def completed(self) -> bool:
+        """Whether nothing is left to do: a run that a signal or the wall time ended may go on."""
+        return self.method.step >= self.parts.steps or self._verdict() is not None
 
     def _loop(self) -> str:
         cadence = self.parts.cadence
@@ -170,7 +150,7 @@ class Trainer:
         stop, standing = self.job.train.stop, self.standing
         standing.watched = {name: value for name, value in single_numbers(metrics).items() if isfinite(value)}
         value = standing.watched.get(stop.metric)
-        if value is None:  # not finite, or not there, which `_check_metrics` has allowed where nothing asks for it
+        if value is None:  # not finite, or not there, where nothing asks for it
             standing.stale += 1
             return
         value = -value if stop.minimise else value
@@ -259,9 +239,3 @@ class Trainer:
             yield
         finally:
             timer.cancel()
-
-
-def single_numbers(metrics: Mapping[str, Any]) -> dict[str, int | float]:
-    """Return the metrics that are single numbers, as Python's."""
-    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
-    return {name: value for name, value in plain.items() if isinstance(value, int | float)}

@@ -1,0 +1,130 @@
+"""Signals and terminals: Ctrl-C and what launchers send end a run with a checkpoint, from which it goes on exactly."""
+
+import signal
+import time
+
+import pytest
+from commands import JOB, metrics, mpitrain, started, write_job
+
+MODEL = """
+import time
+from mpitrain import nn
+
+
+class Slow(nn.Network):
+    def loss_and_gradients(self, *arguments):
+        time.sleep(self.seconds if self.begun else 0)
+        self.begun = True
+        return super().loss_and_gradients(*arguments)
+
+
+def build(seconds=0.03):
+    layers = nn.Linear(5, 12), nn.BatchNorm(12), nn.Dropout(0.2), nn.Linear(12, 3)
+    model = Slow(nn.Sequential(*layers), nn.CrossEntropy())
+    model.seconds, model.begun = seconds, False
+    return model
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A slow job of 40 steps, and in ``whole`` its uninterrupted run."""
+    folder = tmp_path_factory.mktemp("stop")
+    (folder / "model.py").write_text(MODEL)
+    head, _, tail = JOB.partition('kind = "mlp"')
+    text = head + 'build = "model.py:build"\n' + tail.partition("dropout = 0.2\n")[2]
+    write_job(folder, text.replace("log_every_steps = 4", "log_every_steps = 1").replace("steps = 24", "steps = 40"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The result of the uninterrupted run on two ranks."""
+    done = mpitrain("run", "-n", "2", "job.toml", "--json", "--quiet", "--run-dir", "whole", cwd=folder)
+    assert done.code == 0, done.err
+    return done.result
+
+
+def interrupt(folder, name, number, *arguments, under=0):
+    """Start the job, send a signal at step 4, and return how it ended."""
+    run = folder / name
+    options = ("--json", "--progress=lines", "--run-dir", run)
+    with started("run", *arguments, "job.toml", *options, under=under, cwd=folder) as running:
+        running.wait_for(lambda: any(record["step"] >= 4 for record in metrics(run)))
+        running.process.send_signal(number)
+        return running.end()
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "arguments", "under"),
+    [
+        ("ctrl-c", signal.SIGINT, ("-n", "2"), 0),
+        pytest.param("usr1", signal.SIGUSR1, (), 2, marks=pytest.mark.slow),
+        pytest.param("usr1-n", signal.SIGUSR1, ("-n", "2"), 0, marks=pytest.mark.slow),
+    ],
+)
+def test_stops_with_a_checkpoint_and_goes_on_exactly(folder, whole, name, number, arguments, under):
+    done = interrupt(folder, name, number, *arguments, under=under)
+    assert done.code == 0, done.err
+    stopped = done.result
+    assert stopped["stopped"] == "stopped by SIGUSR1"
+    assert not stopped["completed"]
+    assert 4 <= stopped["steps"] < 40
+    told = "stopping at the next step; Ctrl-C again to end at once"
+    assert (told in done.err) == (number == signal.SIGINT)
+    again = mpitrain("run", "-n", "2", "job.toml", "--json", "--quiet", "--resume", name, cwd=folder)
+    assert again.code == 0, again.err
+    assert again.result["weights_sha256"] == whole["weights_sha256"]
+    records = [(record["kind"], record["step"]) for record in metrics(folder / name)]
+    assert len(set(records)) == len(records)
+    assert {step for kind, step in records if kind == "train"} == set(range(1, 41))
+
+
+def test_ctrl_c_on_one_rank(folder):
+    done = interrupt(folder, "one", signal.SIGINT)
+    assert done.code == 0, done.err
+    assert done.result["stopped"] == "stopped by SIGINT"
+    assert (folder / "one" / "checkpoints" / f"step-{done.result['steps']:08d}").is_dir()
+
+
+def test_what_mpirun_sends_at_ctrl_c_still_saves(folder):
+    """It ends its ranks with SIGTERM, and soon after with SIGKILL: the checkpoint is all there is time for."""
+    rare = "--set=train.checkpoint.every_steps=1000"
+    done = interrupt(folder, "mpirun", signal.SIGINT, rare, under=2)
+    assert done.code != 0  # as mpirun says
+    assert "Traceback" not in done.err
+    assert list((folder / "mpirun" / "checkpoints").glob("step-*"))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(folder):
+    run = folder / "twice"
+    slow = "--set=model.options.seconds=40"
+    with started("run", "-n", "2", "job.toml", slow, "--quiet", "--run-dir", run, cwd=folder) as running:
+        running.wait_for(lambda: bool(metrics(run)))
+        began = time.monotonic()
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        running.process.send_signal(signal.SIGINT)
+        done = running.end()
+    assert time.monotonic() - began < 20
+    assert done.code == 1
+    assert "stopping at the next step" in done.err
+    assert [record["step"] for record in metrics(run)] == [1]
+
+
+def test_a_signal_is_not_lost_on_a_stopped_process(folder):
+    """The kernel then gives it to any thread, and Python acts on it in the main one, which waits for the child."""
+    run = folder / "frozen"
+    with started("run", "-n", "2", "job.toml", "--json", "--quiet", "--run-dir", run, cwd=folder) as running:
+        running.wait_for(lambda: bool(metrics(run)))
+        for number in (signal.SIGSTOP, signal.SIGUSR1, signal.SIGCONT):
+            running.process.send_signal(number)
+        assert running.end().result["steps"] < 40
+
+
+def test_a_stopped_run_says_how_to_go_on(folder):
+    run = folder / "says"
+    done = mpitrain("run", "job.toml", "--quiet", "--set=train.stop.wall_time_s=0.2", "--run-dir", run, cwd=folder)
+    assert done.code == 0
+    assert "(wall time of 0.2 s is over)" in done.out
+    assert done.out.splitlines()[-1] == f"go on     mpitrain run {run}/job.toml --resume {run}"

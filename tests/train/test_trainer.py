@@ -1,0 +1,371 @@
+"""The trainer on ranks that are threads: exact resumption, early stops, warm starts, the best checkpoint."""
+
+import json
+import time
+import tomllib
+
+import numpy as np
+import pytest
+from commands import metrics, write_job
+
+from mpitrain._errors import CheckpointError, InputError, JobError, PeerError, StorageError
+from mpitrain.comm import LocalWorld
+from mpitrain.train import Job, Observer, checkpoint, session, train_job
+from mpitrain.train.assembly import assemble
+from mpitrain.train.predictor import Predictor
+from mpitrain.train.rundir import RunDirectory
+from mpitrain.train.trainer import Trainer
+
+PATIENCE_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """The report has tests of its own, and pictures take long."""
+    monkeypatch.setattr(session, "write_report", lambda path: path / "report.html")
+
+
+@pytest.fixture
+def job_file(tmp_path):
+    return write_job(tmp_path)
+
+
+@pytest.fixture
+def load(job_file):
+    """Return a function that loads the job with changes: ``load(train__steps=3)``."""
+
+    def load(**changes):
+        text = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+        return Job.load(job_file, text)
+
+    return load
+
+
+def train(job, ranks=2, **options):
+    """Run a job on threads; return rank 0's result, which all have."""
+    results = LocalWorld(ranks, timeout_s=PATIENCE_S).run(lambda comm: train_job(job, comm, **options))
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+class Stopper(Observer):
+    """Asks for a stop as soon as a step is recorded."""
+
+    def __init__(self, step):
+        self.step, self.trainer = step, None
+
+    def on_metrics(self, record):
+        if record["step"] >= self.step:
+            self.trainer.ask_to_stop("the test says so")
+
+
+def train_until_asked(job, ranks, path, step):
+    """Run a job in which the last rank is asked to stop once ``step`` is recorded; return (reason, step)."""
+
+    def run(comm):
+        last = comm.rank == comm.size - 1
+        observer = Stopper(step) if last else Observer()
+        directory = RunDirectory.create(comm, job.name, path=path)
+        trainer = Trainer(job, comm, assemble(job, comm), directory, observer)
+        if last:
+            observer.trainer = trainer
+        if comm.rank == 0:
+            directory.write_job(job.model_dump(exclude_none=True))
+        return trainer.run(), trainer.method.step
+
+    results = LocalWorld(ranks, timeout_s=PATIENCE_S).run(run)
+    assert len(set(results)) == 1
+    return results[0]
+
+
+def without_clock(records):
+    """Return the losses and metrics by kind and step, of which there is one each."""
+    clock = ("seconds", "samples_per_s")
+    found = {(r["kind"], r["step"]): {k: v for k, v in r.items() if k not in clock} for r in records}
+    assert len(found) == len(records), "a step is there twice"
+    return found
+
+
+VARIANTS = {
+    "adam, dropout, batch norm": {},
+    "momentum": {"optimizer__kind": "momentum", "optimizer__clip_norm": 1.0},
+    "lamb": {"optimizer__kind": "lamb"},
+    "adagrad in float64": {"optimizer__kind": "adagrad", "dtype": "float64"},
+    "two microbatches": {"method__microbatches": 2},
+    "partitioned by label": {"data__partition": "by_feature"},
+    "local SGD": {"method__average_every": 3},
+    "validated": {"data__valid": 0.2},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_stopped_by_steps_and_resumed_is_uninterrupted(load, tmp_path, changes):
+    whole = train(load(**changes), run_dir=tmp_path / "whole")
+    part = train(load(**changes, train__steps=15), run_dir=tmp_path / "parts")
+    assert (part["steps"], part["completed"]) == (15, True)
+    assert part["weights_sha256"] != whole["weights_sha256"]
+    resumed = train(load(**changes), resume=tmp_path / "parts")
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert resumed["metrics"] == whole["metrics"]
+    one, two = (without_clock(metrics(tmp_path / name)) for name in ("whole", "parts"))
+    assert {key: two[key] for key in one if key[1] % 6 == 0 and key[0] != "train"} == {
+        key: one[key] for key in one if key[1] % 6 == 0 and key[0] != "train"
+    }
+    assert two.keys() - one.keys() <= {("train", 15), ("test", 15), ("valid", 15)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"method__average_every": 5}], ids=["each step", "local SGD"])
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+def test_asked_to_stop_and_resumed_is_uninterrupted(load, tmp_path, changes, schedule):
+    changes = {**changes, "optimizer__schedule__kind": schedule, "optimizer__schedule__warmup_steps": 3}
+    if schedule == "step":
+        changes["optimizer__schedule__every"] = 7
+    whole = train(load(**changes), ranks=3, run_dir=tmp_path / "whole")
+    reason, step = train_until_asked(load(**changes), 3, tmp_path / "parts", 8)
+    assert reason == "the test says so"
+    assert step == (15 if "method__average_every" in changes else 9)  # the next commit point
+    resumed = train(load(**changes), ranks=3, resume=tmp_path / "parts")
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    without_clock(metrics(tmp_path / "parts"))
+
+
+def test_resuming_what_is_complete_changes_nothing(load, tmp_path):
+    job = load(data__valid=0.2)
+    first = train(job, run_dir=tmp_path / "run")
+    before = metrics(tmp_path / "run")
+    again = train(job, resume=tmp_path / "run")
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    assert metrics(tmp_path / "run") == before
+
+
+def test_resuming_on_another_number_of_ranks(load, tmp_path):
+    job = load(dtype="float64")
+    whole = train(job, ranks=1, run_dir=tmp_path / "whole")
+    train(load(dtype="float64", train__steps=12), ranks=3, run_dir=tmp_path / "parts")
+    resumed = train(job, ranks=2, resume=tmp_path / "parts")
+    assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-9)
+    assert resumed["steps"] == 24
+
+
+class Crash(BaseException):
+    """Ends a rank as a kill does: nothing may catch it and tidy up."""
+
+
+def crash_at(phase, occurrence):
+    """Return an ``on_phase`` that crashes at some phase of a checkpoint."""
+    told = []
+
+    def on_phase(found):
+        told.append(found)
+        if told.count(phase) == occurrence:
+            raise Crash
+
+    return on_phase
+
+
+@pytest.mark.parametrize("phase", ["created", "data", "manifest", "renamed", "recorded", "pruned"])
+def test_crashed_in_a_checkpoint_and_resumed_is_uninterrupted(load, tmp_path, phase):
+    """By the third checkpoint the metrics are ahead of the second: what is done again must not be there twice."""
+    whole = train(load(), ranks=1, run_dir=tmp_path / "whole")
+    with pytest.raises(Crash):
+        train(load(), ranks=1, run_dir=tmp_path / "run", on_phase=crash_at(phase, 3))
+    assert max(record["step"] for record in metrics(tmp_path / "run")) == 18
+    resumed = train(load(), ranks=1, resume=tmp_path / "run")
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert without_clock(metrics(tmp_path / "run")) == without_clock(metrics(tmp_path / "whole"))
+
+
+def test_what_ended_early_is_not_trained_further_after_a_crash(load, tmp_path):
+    """The last checkpoint is there, the result is not: the run must not go on beyond where it had stopped."""
+    job = load(train__stop__patience=1, train__stop__min_delta=100.0)
+    whole = train(job, ranks=1, run_dir=tmp_path / "whole")
+    assert (whole["steps"], whole["stopped"]) == (12, "loss has not improved in 1 evaluations")
+    with pytest.raises(Crash):
+        train(job, ranks=1, run_dir=tmp_path / "run", on_phase=crash_at("pruned", 2))
+    assert not (tmp_path / "run" / "result.json").exists()
+    resumed = train(job, ranks=1, resume=tmp_path / "run")
+    assert (resumed["steps"], resumed["stopped"]) == (12, whole["stopped"])
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    further = train(load(), ranks=1, resume=tmp_path / "run")  # without the reason to stop
+    assert further["steps"] == 24
+
+
+def test_a_warm_start_is_not_lost_in_a_crash(load, tmp_path):
+    train(load(seed=5), run_dir=tmp_path / "first")
+    job = load(train__warm_start=str(tmp_path / "first"))
+    whole = train(job, run_dir=tmp_path / "whole")
+    cold = train(load(), run_dir=tmp_path / "cold")
+    assert whole["weights_sha256"] != cold["weights_sha256"]
+    with pytest.raises(Crash):
+        train(job, ranks=1, run_dir=tmp_path / "run", on_phase=crash_at("created", 1))
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None
+    assert train(job, resume=tmp_path / "run")["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_a_warm_start_takes_the_best_weights_and_nothing_else(load, tmp_path):
+    train(load(), run_dir=tmp_path / "first")
+    directory = tmp_path / "first" / "checkpoints"
+    best = checkpoint.load(checkpoint.best(directory))
+
+    def first_parameters(comm):
+        job = load(train__warm_start=str(tmp_path / "first"), train__steps=1)
+        parts = assemble(job, comm)
+        session._warm_start(parts, tmp_path / "first", comm)
+        state = {slot: float(abs(array).max()) for slot, array in parts.method.optimizer_state.items()}
+        return parts.method.step, state, {name: view.copy() for name, view in parts.method.params.views.items()}
+
+    for step, state, views in LocalWorld(2).run(first_parameters):
+        assert step == 0
+        assert set(state.values()) == {0.0}
+        for name, view in views.items():
+            np.testing.assert_array_equal(view, best.read(f"params/{name}"))
+
+
+def test_a_warm_start_from_another_model(load, tmp_path):
+    train(load(model__hidden=[7]), run_dir=tmp_path / "first")
+    job = load(train__warm_start=str(tmp_path / "first"))
+    with pytest.raises(CheckpointError, match=r"another model: .*\(5, 7\), not \(5, 12\)"):
+        train(job, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_target(load, tmp_path):
+    whole = train(load(), run_dir=tmp_path / "whole")
+    losses = [(r["step"], r["loss"]) for r in metrics(tmp_path / "whole") if r["kind"] == "test"]
+    bound = losses[1][1]
+    stopped = train(
+        load(train__stop__target__metric="loss", train__stop__target__at_most=bound),
+        run_dir=tmp_path / "run",
+    )
+    expected = next(step for step, loss in losses if loss <= bound)
+    assert (stopped["steps"], stopped["stopped"], stopped["completed"]) == (expected, "loss reached its target", True)
+    assert stopped["steps"] < whole["steps"]
+
+
+def test_patience_counts_from_the_best(load, tmp_path):
+    changes = {"optimizer__lr": 1e-30, "model__batch_norm": False, "train__steps": 60}  # nothing moves
+    stopped = train(load(**changes, train__stop__patience=3), run_dir=tmp_path / "run")
+    assert stopped["stopped"] == "loss has not improved in 3 evaluations"
+    assert stopped["steps"] == 24  # the first evaluation is the best, three more are not
+
+
+def test_wall_time(load, tmp_path):
+    began = time.monotonic()
+    job = load(train__steps=10**6, train__checkpoint__every_steps=10**6, train__stop__wall_time_s=0.5)
+    stopped = train(job, run_dir=tmp_path / "run")
+    assert stopped["stopped"] == "wall time of 0.5 s is over"
+    assert not stopped["completed"]
+    assert not (tmp_path / "run" / "COMPLETED").exists()
+    assert 0.5 < time.monotonic() - began < 10
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == f"step-{stopped['steps']:08d}"
+
+
+def test_the_best_checkpoint_is_kept_and_used(load, tmp_path):
+    """Training climbs away from its best loss, which the newest checkpoints therefore do not have."""
+    run = tmp_path / "run"
+    job = load(optimizer__kind="sgd", optimizer__lr=3.0, train__checkpoint__keep=2, train__steps=48)
+    train(job, run_dir=run)
+    losses = {r["step"]: r["loss"] for r in metrics(run) if r["kind"] == "test"}
+    best = min(losses, key=losses.get)
+    names = {path.name for path in checkpoint.checkpoints(run / "checkpoints")}
+    assert best not in (42, 48), "the job must have its best before the end"
+    assert names == {f"step-{step:08d}" for step in (best, 42, 48)}
+    assert Predictor(run).checkpoint == f"step-{best:08d}"
+    assert Predictor(run, latest=True).checkpoint == "step-00000048"
+
+
+def test_predictions_are_those_of_the_model(load, tmp_path):
+    result = train(load(data__standardise=True), run_dir=tmp_path / "run")
+    held_out = assemble_samples(load(data__standardise=True))
+    predictor = Predictor(tmp_path / "run", latest=True)
+    with np.load(tmp_path / "data.npz") as data:
+        raw, labels = data["inputs"], data["targets"]
+    answers = np.array(predictor.answers(predictor.outputs(raw)))
+    rows = [int(np.flatnonzero((raw == sample).all(axis=1))[0]) for sample in held_out]
+    accuracy = (answers[rows] == labels[rows]).mean()
+    assert accuracy == pytest.approx(result["metrics"]["test_accuracy"])
+
+
+def assemble_samples(job):
+    """Return the raw inputs of a job's test part."""
+    samples = LocalWorld(1).run(lambda comm: assemble(job, comm).samples)[0]
+    scaling = samples.standardise.inputs
+    scaled = samples.held_out["test"].rows(np.arange(len(samples.held_out["test"])))[0]
+    raw = scaled * scaling.scale + scaling.mean
+    with np.load(job.data.path) as data:
+        every = data["inputs"]
+    return [every[np.abs(every - sample).max(axis=1).argmin()] for sample in raw]
+
+
+def test_the_result_is_kept(load, tmp_path):
+    result = train(load(), run_dir=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    kept = tomllib.loads((tmp_path / "run" / "job.toml").read_text())
+    assert kept["train"]["steps"] == 24
+    assert Job.load(tmp_path / "run" / "job.toml") == load()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__batch_size": 2}, "batch is smaller than the number of ranks; got batch_size 2, 3 ranks"),
+        ({"train__batch_size": 97}, "batch does not fit the data set"),
+        ({"train__checkpoint__best": "acuracy"}, "train.checkpoint.best: the model gives no such metric; got acuracy"),
+        ({"train__stop__patience": 1, "train__stop__metric": "r2"}, "train.stop.metric: .* accuracy or loss"),
+        ({"optimizer__schedule__warmup_steps": 5, "train__epochs": 1, "train__batch_size": 96}, "warmup_steps"),
+    ],
+)
+def test_what_does_not_fit_is_refused_on_all_ranks(load, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        train(load(**changes), ranks=3, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__hidden": [8]}, r"model.hidden = \(8,\)"),
+        ({"optimizer__lr": 0.5}, "optimizer.lr = 0.5, the run has 0.01"),
+    ],
+)
+def test_resuming_with_another_job(load, tmp_path, changes, message):
+    train(load(), run_dir=tmp_path / "run")
+    kept = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    with pytest.raises(JobError, match=message):
+        train(load(**changes), ranks=1, resume=tmp_path / "run")
+    assert kept == {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+
+
+def test_a_full_disk_is_agreed_on(load, tmp_path, monkeypatch):
+    """Rank 0 alone writes, and all ranks leave with the same verdict."""
+
+    def full(self, record):
+        raise StorageError("disk is full", operation="append metrics")
+
+    monkeypatch.setattr(RunDirectory, "append_metrics", full)
+
+    def run(comm):
+        try:
+            train_job(load(), comm, run_dir=tmp_path / "run")
+        except (StorageError, PeerError) as error:
+            return type(error), error.exit_code
+        return None
+
+    assert LocalWorld(3, timeout_s=PATIENCE_S).run(run) == [(StorageError, 1), (PeerError, 1), (PeerError, 1)]
+
+
+def test_an_observer_sees_the_metrics_file(load, tmp_path):
+    class Watcher(Observer):
+        def __init__(self):
+            self.records, self.ended = [], 0
+
+        def on_metrics(self, record):
+            self.records.append(record)
+
+        def on_end(self):
+            self.ended += 1
+
+    watcher = Watcher()
+    train(load(), ranks=1, run_dir=tmp_path / "run", observer=watcher)
+    assert watcher.records == metrics(tmp_path / "run")
+    assert watcher.ended == 1
