@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import accuracy  # noqa: E402
+import accuracy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
