@@ -110,6 +110,7 @@ def started(
     argv, env = [*program, *map(str, arguments)], dict(os.environ)
     if under:
         argv, env = launch_command(under, argv)
+    env.setdefault("OMP_NUM_THREADS", "1")  # BLAS threads of small models wait for each other where cores are busy
     env.setdefault("OMPI_MCA_btl", "^ofi")  # Open MPI else looks a second long for networks
     running = Running(argv, env, cwd)
     try:

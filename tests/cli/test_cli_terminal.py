@@ -20,7 +20,7 @@ def at_a_terminal(cwd, *arguments, stdout_too=True):
     """Run the command line at a terminal; return (exit code, what the terminal got, standard output if elsewhere)."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
-    env = dict(os.environ, TERM="xterm-256color", OMPI_MCA_btl="^ofi")
+    env = dict(os.environ, TERM="xterm-256color", OMPI_MCA_btl="^ofi", OMP_NUM_THREADS="1")
     out = cwd / "stdout"
     with out.open("wb") as elsewhere:
         process = subprocess.Popen(
