@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from importlib import import_module
 
 import click
@@ -17,6 +18,8 @@ _COMMANDS = {
     "report": "Write the report of a run again.",
     "run": "Train: run a job file on one rank, on N, or under mpirun and srun.",
 }
+
+_PATIENCE_S = 3.0
 
 
 class _Lazy(click.Group):
@@ -47,20 +50,26 @@ def main() -> None:
     try:
         cli.main(prog_name="mpitrain", standalone_mode=False)
     except click.ClickException as error:
-        if _speaks():
+        if _speaks_first():
             error.show()
         sys.exit(2)
     except click.Abort:
         sys.exit(130)
     except MpitrainError as error:
-        if _speaks() or not isinstance(error, LaunchError):
+        if not isinstance(error, LaunchError) or _speaks_first():
             click.echo(f"mpitrain: error: {error}", err=True)
         sys.exit(error.exit_code)
 
 
-def _speaks() -> bool:
-    """Tell whether this process complains about how it was called, which all ranks of a launch find wrong alike."""
-    return not _env.launched_rank()
+def _speaks_first() -> bool:
+    """Tell whether this process complains about how it was called, which all ranks of a launch find wrong alike.
+
+    The others wait: launchers end all ranks, rank 0 perhaps before it has spoken, once the first has left.
+    """
+    if not _env.launched_rank():
+        return True
+    time.sleep(_PATIENCE_S)
+    return False
 
 
 __all__ = ["cli", "main"]

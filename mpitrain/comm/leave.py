@@ -70,6 +70,7 @@ def _print_together(error: BaseException, meeting: Communicator) -> None:
             ranks = [rank for rank, found in enumerate(texts) if found == text]
             where = "" if len(ranks) == meeting.size else f" (rank {', '.join(map(str, ranks))} of {meeting.size})"
             print(f"mpitrain: {text}{where}", file=sys.stderr, flush=True)
+    meeting.barrier()  # launchers end all ranks, rank 0 perhaps before it has spoken, once the first has left
     sys.exit(max(code for _, code in failures))
 
 
