@@ -39,6 +39,8 @@ def _load() -> Any:
     """Import mpi4py, which starts MPI, with the settings that it reads at that moment."""
     # One-sided communication through UCX prints a line per rank where there is no such network.
     _env.set_default("OMPI_MCA_osc", "^ucx")
+    # Open MPI looks for such networks for a second; only its one-sided communication would use what it finds here.
+    _env.set_default("OMPI_MCA_btl", "^ofi")
     if (_env.launched_local_size() or 1) > len(os.sched_getaffinity(0)):
         _env.set_default("OMPI_MCA_mpi_yield_when_idle", "1")
     try:

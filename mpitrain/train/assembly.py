@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -42,7 +42,7 @@ class Samples:
     held_out: dict[str, Dataset]  # by kind: "valid" if the job asks for it, and "test"
     standardise: Standardise | None
 
-    @property
+    @cached_property
     def facts(self) -> Facts:
         """What the model must know of them."""
         return Facts.of(self.train, self.standardise)

@@ -5,6 +5,7 @@ Kept in the run directory, so that a prediction needs the run and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,8 +34,10 @@ class Facts:
         Numbers that a model gives for a sample: classes, tokens, or values.
     class_names, feature_names : tuple of str
         Names, where there are any.
-    mean, scale : tuple, optional
+    mean, scale : list of float, optional
         Inputs were standardised as ``(inputs - mean) / scale``; nested as the sample is.
+    fingerprint : str
+        SHA-256 of the rows that were trained on.
     """
 
     task: Task
@@ -44,6 +47,7 @@ class Facts:
     feature_names: tuple[str, ...] = ()
     mean: list[float] | None = None
     scale: list[float] | None = None
+    fingerprint: str = ""
 
     @classmethod
     def of(cls, dataset: Dataset, standardise: Standardise | None = None) -> Facts:
@@ -57,6 +61,7 @@ class Facts:
             dataset.feature_names,
             scaling.mean.tolist() if scaling else None,
             scaling.scale.tolist() if scaling else None,
+            _fingerprint(dataset),
         )
 
     def prepare(self, inputs: Array) -> Array:
@@ -98,3 +103,13 @@ class Facts:
             raise InputError(
                 f"{path}: cannot be read", got=str(error), remedy="name a run directory that mpitrain wrote"
             ) from error
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    """Hash the values of a data set, a block at a time."""
+    digest = hashlib.sha256()
+    for _, inputs, targets in dataset.blocks():
+        for block in (inputs, targets):
+            digest.update(f"{block.dtype} {block.shape}".encode())
+            digest.update(np.ascontiguousarray(block).view(np.uint8).data)
+    return digest.hexdigest()

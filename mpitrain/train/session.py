@@ -10,17 +10,27 @@ from typing import Any
 from mpitrain._errors import JobError, MissingExtraError
 from mpitrain.comm import Communicator
 from mpitrain.comm.guard import agree
+from mpitrain.comm.threads import set_blas_threads
 from mpitrain.train import checkpoint
 from mpitrain.train.assembly import Assembly, assemble, single_numbers
 from mpitrain.train.checkpoint import Checkpoint, OnPhase
 from mpitrain.train.environment import describe_environment
+from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
 from mpitrain.train.observer import Observer
 from mpitrain.train.report import write_report
 from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.trainer import Trainer
 
-_MAY_CHANGE = ("name", "train.steps", "train.epochs", "train.log_every_steps", "train.checkpoint", "train.stop")
+_MAY_CHANGE = (
+    "name",
+    "data.path",  # what is there is compared
+    "train.steps",
+    "train.epochs",
+    "train.log_every_steps",
+    "train.checkpoint",
+    "train.stop",
+)
 
 
 def load_job(path: str | PathLike[str], overrides: Iterable[str], comm: Communicator) -> Job:
@@ -82,7 +92,10 @@ def train_job(
         if resume is not None and comm.rank == 0:
             _check_same_job(job, resume)
     parts = assemble(job, comm)
+    set_blas_threads(comm)  # of libraries, too, that came with the data set
     directory = RunDirectory.create(comm, job.name, resume=resume) if resume is not None else None
+    if directory:
+        _check_same_data(parts, directory, comm)
     saved = _newest(directory, parts, comm) if directory else None
     if saved is None and job.train.warm_start:
         _warm_start(parts, Path(job.train.warm_start), comm)
@@ -114,6 +127,16 @@ def _check_same_job(job: Job, resume: Path) -> None:
         )  # fmt: skip
 
 
+def _check_same_data(parts: Assembly, directory: RunDirectory, comm: Communicator) -> None:
+    """Refuse to continue a run on other data, wherever they lie now."""
+    with agree(comm):
+        if comm.rank == 0 and Facts.read(directory.path).fingerprint != parts.samples.facts.fingerprint:
+            raise JobError(
+                "the data are not those that the run was started with", operation=f"resume {directory.path}",
+                remedy="restore them, or start anew with train.warm_start",
+            )  # fmt: skip
+
+
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
@@ -133,9 +156,9 @@ def _keep_what_runs(job: Job, comm: Communicator, trainer: Trainer, directory: R
     with agree(comm):
         if comm.rank == 0:
             directory.rewind(trainer.method.step)
-            directory.write_job(job.model_dump(exclude_none=True))
-            directory.write_environment(environment)
             trainer.parts.samples.facts.write(directory.path)
+            directory.write_environment(environment)
+            directory.write_job(job.model_dump(exclude_none=True))  # last: it makes the directory one of a run
 
 
 def _warm_start(parts: Assembly, run: Path, comm: Communicator) -> None:

@@ -6,7 +6,7 @@ import tomllib
 
 import numpy as np
 import pytest
-from commands import metrics, write_job
+from commands import metrics, write_data, write_job
 
 from mpitrain._errors import CheckpointError, InputError, JobError, PeerError, StorageError
 from mpitrain.comm import LocalWorld
@@ -71,6 +71,7 @@ def train_until_asked(job, ranks, path, step):
             observer.trainer = trainer
         if comm.rank == 0:
             directory.write_job(job.model_dump(exclude_none=True))
+            trainer.parts.samples.facts.write(path)
         return trainer.run(), trainer.method.step
 
     results = LocalWorld(ranks, timeout_s=PATIENCE_S).run(run)
@@ -369,3 +370,10 @@ def test_an_observer_sees_the_metrics_file(load, tmp_path):
     train(load(), ranks=1, run_dir=tmp_path / "run", observer=watcher)
     assert watcher.records == metrics(tmp_path / "run")
     assert watcher.ended == 1
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path, load):
+    LocalWorld(1).run(lambda comm: train_job(load(train__steps=6), comm, run_dir=tmp_path / "run"))
+    write_data(tmp_path, rows=121)
+    with pytest.raises(JobError, match="the data are not those that the run was started with"):
+        LocalWorld(1).run(lambda comm: train_job(load(train__steps=6), comm, resume=tmp_path / "run"))
