@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from mpitrain._errors import AbortError, CommunicationError, MismatchError
+from mpitrain._errors import AbortError, CommunicationError, MismatchError, PeerError
 from mpitrain._typing import Array
 from mpitrain.comm.calls import Call
 from mpitrain.comm.local_collectives import COLLECTIVES
@@ -76,8 +76,8 @@ class Hub:
             self._changed.notify_all()
 
     def raise_first(self) -> None:
-        """Raise what the first rank to fail raised; an abort that only followed from it comes last."""
-        ordered = sorted(self._failures, key=lambda each: isinstance(each[1], AbortError))
+        """Raise what the first rank to fail raised; what only followed from another rank's failure comes last."""
+        ordered = sorted(self._failures, key=lambda each: isinstance(each[1], AbortError | PeerError))
         if ordered:
             rank, error = ordered[0]
             error.add_note(f"raised on rank {rank} of {self._size}")
