@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator
 
 from mpitrain._errors import JobError
+from mpitrain._names import did_you_mean
 from mpitrain.data import DATASETS, Task
-from mpitrain.train.job_names import did_you_mean
 from mpitrain.train.job_section import (
     BuildText,
     Count,
@@ -165,7 +165,9 @@ class Data(Section):
         yield from self._problems_of_options()
         yield from self._problems_of_partition()
         if self.folds is not None and not self.fold < self.folds >= 2:
-            yield Problem("fold", "is not one of the folds", self.fold, f"less than data.folds = {self.folds}, at least 2")
+            yield Problem(
+                "fold", "is not one of the folds", self.fold, f"less than data.folds = {self.folds}, at least 2"
+            )
         if self.held_out + self.valid >= 1:
             expected = f"less than {1 - self.held_out:.6g}"
             yield Problem("valid", "leaves nothing to train on", self.valid, expected)
