@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpitrain._errors import MpitrainError
     from mpitrain.arrays import Batch, FlatBuffer, Key, Layout, Segment
-    from mpitrain.comm import Communicator, LocalWorld, world
+    from mpitrain.comm import Communicator, LocalWorld, ProcessMesh, world
     from mpitrain.data import Batches, Dataset
     from mpitrain.method import Method, Plan
     from mpitrain.nn import Layer, Model, Network
@@ -39,6 +39,7 @@ _HOMES = {
     "Network": "nn",
     "Optimizer": "optim",
     "Plan": "method",
+    "ProcessMesh": "comm",
     "Segment": "arrays",
     "Trainer": "train",
     "world": "comm",
@@ -62,6 +63,7 @@ __all__ = [
     "Network",
     "Optimizer",
     "Plan",
+    "ProcessMesh",
     "Segment",
     "Trainer",
     "world",

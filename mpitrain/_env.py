@@ -61,6 +61,11 @@ def temporary_directory() -> str:
     return os.environ.get("TMPDIR") or "/tmp"
 
 
+def cache_directory() -> str:
+    """Return where programs keep what they can make again, by the XDG convention, whether it exists or not."""
+    return os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+
+
 def slurm_job() -> dict[str, str]:
     """Return the ``SLURM_*`` variables that identify a job, for the record of a run."""
     keys = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
@@ -71,3 +76,23 @@ def allocated_nodes() -> int:
     """Return how many nodes Slurm allocated to this job; 1 outside of one."""
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
     return int(nodes) if nodes.isdigit() else 1
+
+
+def debug() -> bool:
+    """Tell whether ``MPITRAIN_DEBUG`` asks for every collective to be checked before it runs."""
+    return os.environ.get("MPITRAIN_DEBUG", "0") not in ("", "0")
+
+
+def timeout_s() -> str | None:
+    """Return ``MPITRAIN_TIMEOUT_S``: how long a collective may wait, in seconds; None where it is not set."""
+    return os.environ.get("MPITRAIN_TIMEOUT_S") or None
+
+
+def transport() -> str | None:
+    """Return ``MPITRAIN_TRANSPORT``: which transport to use whatever would be chosen; None where it is not set."""
+    return os.environ.get("MPITRAIN_TRANSPORT") or None
+
+
+def ranks_per_node() -> str | None:
+    """Return ``MPITRAIN_RANKS_PER_NODE``: into parts of how many ranks each node is cut, to try many nodes on one."""
+    return os.environ.get("MPITRAIN_RANKS_PER_NODE") or None

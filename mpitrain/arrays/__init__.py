@@ -1,6 +1,7 @@
 """Arrays: which library they belong to, how tensors lie in memory, and random values that no layout changes."""
 
 from mpitrain.arrays.batch import Batch
+from mpitrain.arrays.fixed_point import FixedPoint, exponents
 from mpitrain.arrays.flatbuffer import Allocator, FlatBuffer, device, plain
 from mpitrain.arrays.layout import Box, Group, Layout, Segment, Shard
 from mpitrain.arrays.namespace import by_device, is_cupy, namespace, to_host
@@ -10,6 +11,7 @@ __all__ = [
     "Allocator",
     "Batch",
     "Box",
+    "FixedPoint",
     "FlatBuffer",
     "Group",
     "Key",
@@ -18,6 +20,7 @@ __all__ = [
     "Shard",
     "by_device",
     "device",
+    "exponents",
     "is_cupy",
     "namespace",
     "philox4x32",

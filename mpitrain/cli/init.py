@@ -35,7 +35,7 @@ def _first_comment(path: Path) -> str:
 @click.option("--force", is_flag=True, help="Overwrite files that are there.")
 def command(name: str | None, gpu: bool, force: bool) -> None:
     """Copy the job file NAME and its sbatch file into this folder.  Without NAME: list what there is."""
-    from mpitrain.train.job_names import did_you_mean
+    from mpitrain._names import did_you_mean
     from mpitrain.train.storage import disk
 
     jobs = job_names()

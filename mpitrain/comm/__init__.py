@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from mpitrain.comm.communicator import Communicator
 from mpitrain.comm.guard import abort_on_uncaught, agree
+from mpitrain.comm.lanes import LaneSum, lane_reduce_scatter, lane_sum
 from mpitrain.comm.leave import leave_together
 from mpitrain.comm.ledger import Count, Ledger
 from mpitrain.comm.local import LocalWorld
+from mpitrain.comm.mesh import Grid, ProcessMesh
 from mpitrain.comm.request import Request
 from mpitrain.comm.start import world
 
@@ -16,12 +18,17 @@ if TYPE_CHECKING:
 __all__ = [
     "Communicator",
     "Count",
+    "Grid",
+    "LaneSum",
     "Ledger",
     "LocalWorld",
     "MpiCommunicator",
+    "ProcessMesh",
     "Request",
     "abort_on_uncaught",
     "agree",
+    "lane_reduce_scatter",
+    "lane_sum",
     "leave_together",
     "world",
 ]

@@ -94,6 +94,8 @@ class Parcel:
         Of the caller's arrays.
     values : array, one-dimensional
         The packed values, in the type in which they are held on the way.
+    parts : list of array
+        Views of ``values``: each array in its shape.
     wire : array, one-dimensional
         The same memory as words that MPI knows.
     """
@@ -116,19 +118,19 @@ class Parcel:
         self.values: Array = np.empty(sum(sizes), held) if direct is None else direct
         self.wire = wire(self.values)
         ends = np.cumsum(sizes)
-        self._parts = [
+        self.parts = [
             self.values[end - size : end].reshape(shape) for end, size, shape in zip(ends, sizes, shapes, strict=True)
         ]
 
     def fill(self) -> None:
         """Copy the values of ``likes`` in; those that already lie here stay."""
-        for part, like, out in zip(self._parts, self._likes, self._outs, strict=True):
+        for part, like, out in zip(self.parts, self._likes, self._outs, strict=True):
             if like is not out or not np.may_share_memory(part, out):
                 part[...] = to_host(like)
 
     def results(self) -> list[Array]:
         """Return the arrays, each in the caller's library and dtype, or in its ``out``."""
-        return [self._result(*each) for each in zip(self._parts, self._likes, self._outs, strict=True)]
+        return [self._result(*each) for each in zip(self.parts, self._likes, self._outs, strict=True)]
 
     def _result(self, part: Array, like: Array, out: Array | None) -> Array:
         with np.errstate(over="ignore"):  # a float32 sum beyond float16 is infinite there

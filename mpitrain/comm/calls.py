@@ -34,6 +34,8 @@ class Call:
         Elements of each rank's share where shares differ; None: all shares are equal.
     recv_counts : tuple of int, optional
         Of a ragged ``alltoall``: elements that come from each rank (``counts``: that go to each).
+    algorithm : str, optional
+        One of `mpitrain.comm.algorithms` that performs it; None: the backend does.
     """
 
     operation: str
@@ -46,6 +48,7 @@ class Call:
     tag: int = 0
     counts: tuple[int, ...] | None = None
     recv_counts: tuple[int, ...] | None = None
+    algorithm: str | None = None
 
     @property
     def logical_bytes(self) -> int:
@@ -53,11 +56,19 @@ class Call:
         elements = max((side.size for side in (self.send, self.recv) if side is not None), default=0)
         return int(elements) * (self.dtype.itemsize if self.dtype else 0)
 
+    @property
+    def route(self) -> str:
+        """Which way a message goes; empty for a collective."""
+        if self.peer is None:
+            return ""
+        return f" {'to' if self.operation == 'send' else 'from'} rank {self.peer}, tag {self.tag}"
+
     def __str__(self) -> str:
         """Say what all ranks of a collective must agree on."""
         agreed: dict[str, Any] = {"op": self.op, "root": self.root}
         if self.operation != "alltoall":
             agreed["counts"] = list(self.counts) if self.counts is not None else None
+        agreed["algorithm"] = self.algorithm
         words = [f"{name}={value}" for name, value in agreed.items() if value is not None]
         if self.dtype is not None:
             words.insert(0, f"{self.dtype}{self._extent()}")
@@ -84,8 +95,21 @@ class Handle(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What one public method came down to: calls, and how their buffers become the result."""
+    """What one public method came down to: calls, and how their buffers become the result.
+
+    ``tree`` is what the caller handed in, whose structure and shapes debug mode compares; None where they say nothing.
+    That of ``sendrecv`` has both sides, as ``send`` and ``recv``.
+    """
 
     operation: str
     calls: list[Call]
     finish: Callable[[], Any]
+    tree: Any = None
+
+    def __str__(self) -> str:
+        """Say what was called; the calls below it are named where they are of another kind."""
+        if all(self.operation in (call.operation, f"i{call.operation}") for call in self.calls):
+            text = self.operation + " + ".join(str(call).removeprefix(call.operation) for call in self.calls)
+        else:
+            text = f"{self.operation}: {' + '.join(map(str, self.calls))}"
+        return text + " and".join(dict.fromkeys(call.route for call in self.calls))

@@ -8,8 +8,8 @@ from typing import Any
 
 from mpitrain._errors import InputError
 
-TAG_MAX = 32767
-"""Largest tag that every MPI library supports."""
+TAG_MAX = 32766
+"""Largest tag of callers: the largest that every MPI library supports, 32767, is that of our own algorithms."""
 
 
 def _index(operation: str, what: str, value: Any, expected: str) -> int:
@@ -63,4 +63,14 @@ def color(value: Any) -> int | None:
     found = _index("split", "color", value, "0 or more, or None")
     if found < 0:
         raise InputError("negative color", operation="split", got=found, expected="0 or more, or None to stay out")
+    return found
+
+
+def shape(operation: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    """Return ``value`` as the shape of an array; a number stands for one dimension."""
+    expected = "numbers of 0 or more"
+    extents = value if isinstance(value, Sequence) else (value,)
+    found = tuple(_index(operation, "an extent", extent, expected) for extent in extents)
+    if any(extent < 0 for extent in found):
+        raise InputError("negative extent", operation=operation, got=found, expected=expected)
     return found

@@ -7,20 +7,34 @@ and hands contiguous host memory to the backend.  So a backend is four methods, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 
 from mpitrain._errors import CommunicationError, InputError
-from mpitrain.comm import checks, objects, prepare
+from mpitrain._typing import Array
+from mpitrain.arrays.dtypes import accumulator
+from mpitrain.comm import algorithms, checks, dtypes, objects, plan, prepare
+from mpitrain.comm import reproducible as fixed
+from mpitrain.comm.buffers import wire
 from mpitrain.comm.calls import Call, Handle, Prepared
 from mpitrain.comm.ledger import Ledger
+from mpitrain.comm.plan import AllreducePlan
 from mpitrain.comm.prepare import Counts
 from mpitrain.comm.request import Request
+from mpitrain.comm.transports.host import HostTransport
+from mpitrain.comm.transports.transport import Transport
+from mpitrain.comm.watchdog import Watch, checked_timeout, watchdog
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from mpitrain.comm.debug import Checker
+    from mpitrain.comm.tuning import Table
 
 
 class Communicator(ABC):
@@ -34,6 +48,8 @@ class Communicator(ABC):
         What this rank has communicated.
     library : str
         What the MPI library underneath calls itself; empty where there is none.
+    tuning : Table or None
+        Chooses the algorithm of a call that names none; None: the backend's own way.  The same on all ranks.
 
     Notes
     -----
@@ -54,18 +70,27 @@ class Communicator(ABC):
     2α log₂p + 2(p−1)/p βn; allgather, reduce_scatter, scatter, gather, alltoall (n: the larger side)
     α log₂p + (p−1)/p βn (R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations
     in MPICH", IJHPCA 19, 2005, section 4).
+
+    *Algorithms*: ``algorithm`` names one of mpitrain's own (see `mpitrain.comm.algorithms`), ``"default"`` the
+    backend's way; it must be the same on all ranks.  None leaves it to ``tuning``.  Methods that begin with ``i`` are
+    always performed by the backend.
     """
 
     library = ""
 
-    def __init__(self, rank: int, size: int, ledger: Ledger) -> None:
+    def __init__(self, rank: int, size: int, ledger: Ledger, watch: Watch | None = None) -> None:
         self.rank = rank
         self.size = size
         self.ledger = ledger
+        self._watch = watch or Watch(ledger.axis)
+        self._checker: Checker | None = None
         self._freed = False
-        self._under_way: list[Request] = []
+        self._under_way: list[Handle] = []
         self._node: Communicator | None = None
         self._leaders: tuple[Communicator | None] | None = None
+        self.tuning: Table | None = None
+        self._transport: Transport | None = None
+        self._links = algorithms.Links(self)
 
     # What a backend fills in.
 
@@ -93,6 +118,57 @@ class Communicator(ABC):
     def _free(self) -> None:
         """Release what the backend holds."""
 
+    def _choose_transport(self) -> Transport:
+        """Return what reduces large arrays; called once, by all ranks.  A backend that has a better one says so."""
+        return HostTransport()
+
+    def _bind(self, values: Array, op: str) -> Callable[[], None]:
+        """Return what reduces a flat array in place, over and over, checked already."""
+        dtype = values.dtype
+        if accumulator(dtype) != dtype:  # it travels in another type, through memory of its own each time
+            return lambda: self._complete(self._allreduce("allreduce_plan", values, op, values))
+        call = Call("allreduce", dtype=dtype, recv=wire(values), op=op)
+        return partial(self._run, call)
+
+    def _meet(self, call: Call) -> None:
+        """Refuse a call of one of our own algorithms that other ranks perform otherwise, where that can be told."""
+        return
+
+    def _new_checker(self) -> Checker | None:
+        """Return what checks calls in debug mode; None for a backend that always does."""
+        return None
+
+    # Guard.
+
+    @property
+    def debug(self) -> bool:
+        """Whether every call is checked against those of the other ranks before it runs.
+
+        Set it on all ranks at the same point of the program; ``MPITRAIN_DEBUG=1`` sets it from the start.  What is
+        split from this communicator afterwards inherits it.
+        """
+        return self._checker is not None
+
+    @debug.setter
+    def debug(self, on: bool) -> None:
+        self._checker = self._new_checker() if on else None
+        self._watch.debug = self.debug
+        watchdog.nudge()
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds that a call may wait for other ranks; 0: for ever.
+
+        After that it raises in debug mode; without, the watchdog ends the job.  600 by default, 60 in debug mode, else
+        what ``MPITRAIN_TIMEOUT_S`` says.  What is split from this communicator afterwards inherits it.
+        """
+        return self._watch.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, value: float) -> None:
+        self._watch.chosen_s = checked_timeout("timeout_s", value)
+        watchdog.nudge()
+
     # Groups.
 
     @staticmethod
@@ -106,7 +182,8 @@ class Communicator(ABC):
     def node(self) -> Communicator:
         """The communicator of the ranks on this node; kept.  Collective over all ranks at its first use."""
         if self._node is None:
-            self._node = self._split_node()
+            with self._together(Prepared("node", [], lambda: None)):
+                self._node = self._split_node()
         return self._node
 
     @property
@@ -129,11 +206,15 @@ class Communicator(ABC):
             Name under which the ledger counts it.
         """
         self._check_open("split")
-        return self._split(checks.color(color), key, axis)
+        color = checks.color(color)
+        with self._together(Prepared(f"split(axis={axis!r})", [], lambda: None)):
+            return self._split(color, key, axis)
 
     # Collectives.
 
-    def allreduce(self, x: Any, op: str = "sum", out: Any = None) -> Any:
+    def allreduce(
+        self, x: Any, op: str = "sum", out: Any = None, algorithm: str | None = None, reproducible: bool = False
+    ) -> Any:
         """Reduce over all ranks, for all.  Collective.
 
         Parameters
@@ -144,6 +225,12 @@ class Communicator(ABC):
             ``and`` and ``or`` are bitwise on integers.  ``min`` and ``max`` of NaN are undefined.
         out : like ``x``, optional
             Where the result goes; ``out=x`` reduces in place.
+        algorithm : {"ring", "recursive", "doubling", "tree", "ordered", "hierarchical", "default"}, optional
+            How it is performed.
+        reproducible : bool
+            Sum, or take the mean, in fixed point: the same bits for every order of the ranks, algorithm and backend,
+            off by at most p·2^−53 times the largest magnitude of each array in x before it is rounded once (below
+            1024 ranks; see `mpitrain.arrays.FixedPoint`).  Moves 4 bytes per array in a maximum, and 8 per element.
 
         Returns
         -------
@@ -154,10 +241,14 @@ class Communicator(ABC):
         ------
         InputError, DtypeError
             Arguments that cannot be used; nothing was communicated.
+        NonFiniteError
+            ``reproducible`` only: x holds an infinity or NaN on some rank, or a sum is beyond the dtype's range.
         CommunicationError
             The exchange failed.
         """
-        return self._complete(self._allreduce("allreduce", x, op, out))
+        if reproducible:
+            return fixed.allreduce(self, x, op, out, algorithm)
+        return self._complete(self._allreduce("allreduce", x, op, out), algorithm)
 
     def iallreduce(self, x: Any, op: str = "sum", out: Any = None) -> Request:
         """Begin an `allreduce`."""
@@ -166,9 +257,98 @@ class Communicator(ABC):
     def _allreduce(self, operation: str, x: Any, op: str, out: Any) -> Prepared:
         return prepare.reduction(operation, self.size, x, op, out, None, True)
 
-    def reduce(self, x: Any, op: str = "sum", root: int = 0, out: Any = None) -> Any:
-        """Reduce over all ranks, for the root; the others get None.  Collective; arguments as for `allreduce`."""
-        return self._complete(self._reduce("reduce", x, op, root, out))
+    @property
+    def transport(self) -> str:
+        """What reduces large arrays: ``"shared"`` memory or the ``"host"`` library.  Collective at its first use."""
+        return self._moves().name
+
+    def _moves(self) -> Transport:
+        if self._transport is None:
+            self._transport = self._choose_transport()
+        return self._transport
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
+        """Allocate memory that the ranks of a node share, each its own array.  Collective.
+
+        Parameters
+        ----------
+        shape : int or sequence of int
+            Of this rank's array; others may ask for other shapes.
+        dtype : dtype
+            Of its elements.
+
+        Returns
+        -------
+        NumPy array
+            Zeros, page-aligned, in the memory next to this rank.  `allreduce` with ``out`` the same array, and
+            `allreduce_plan`, reduce it (and equal views of it on all ranks) where it lies.  Ordinary memory where
+            `transport` is ``"host"``.
+
+        Raises
+        ------
+        StorageError
+            On all ranks of a node that has not enough memory.
+
+        Notes
+        -----
+        Released when no rank holds the array or a view of it any more, however the processes end.
+        """
+        self._check_open("empty")
+        return self._moves().empty(checks.shape("empty", shape), dtypes.memory("empty", dtype))
+
+    def allreduce_plan(self, buffer: Array, op: str = "sum", in_place: bool = False) -> AllreducePlan:
+        """Check and lay out a reduction that is performed often.  Collective, as is every call of the plan.
+
+        Parameters
+        ----------
+        buffer : NumPy array, C-contiguous
+            Its memory is reduced, with the values that it holds at each call; it may be written to between calls.
+        op : {"sum", "mean", "min", "max", "prod", "and", "or"}
+            As for `allreduce`.
+        in_place : bool
+            The result replaces the values in the buffer.
+
+        Returns
+        -------
+        AllreducePlan
+            ``plan()`` returns the result: the buffer, or a read-only array that keeps its values until the plan's
+            next call.  For buffers from `empty` that is one array for all ranks of a node.
+
+        Notes
+        -----
+        Of a buffer of n bytes from `empty`, each of p ranks reads n bytes and writes n/p, or n in place; two fences.
+        """
+        self._check_open("allreduce_plan")
+        buffer = plan.check(buffer, op)
+        planned = self._moves().plan(buffer, op, in_place)
+        if planned is None:
+            planned = plan.ordinary(buffer, op, in_place, self.size, self._bind)
+        call = Call("allreduce", dtype=buffer.dtype, recv=buffer.reshape(-1), op=op)
+        prepared = Prepared("allreduce_plan", [call], lambda: None, buffer)
+        if self._checker is not None:
+            planned = replace(planned, run=partial(self._checked, prepared, planned.run))
+        return AllreducePlan(buffer, planned, prepared, self.ledger.meter(prepared), self._watch)
+
+    def _checked(self, prepared: Prepared, run: Callable[[], object]) -> None:
+        with self._together(prepared):
+            run()
+
+    def reduce(
+        self,
+        x: Any,
+        op: str = "sum",
+        root: int = 0,
+        out: Any = None,
+        algorithm: str | None = None,
+        reproducible: bool = False,
+    ) -> Any:
+        """Reduce over all ranks, for the root; the others get None.  Collective; arguments as for `allreduce`.
+
+        Algorithms: ``ring``, ``tree``, ``ordered``.
+        """
+        if reproducible:
+            return fixed.reduce(self, x, op, root, out, algorithm)
+        return self._complete(self._reduce("reduce", x, op, root, out), algorithm)
 
     def ireduce(self, x: Any, op: str = "sum", root: int = 0, out: Any = None) -> Request:
         """Begin a `reduce`."""
@@ -178,7 +358,7 @@ class Communicator(ABC):
         root = checks.rank(operation, "root", root, self.size)
         return prepare.reduction(operation, self.size, x, op, out, root, self.rank == root)
 
-    def broadcast(self, x: Any, root: int = 0, out: Any = None) -> Any:
+    def broadcast(self, x: Any, root: int = 0, out: Any = None, algorithm: str | None = None) -> Any:
         """Give the root's values to all.  Collective.
 
         Parameters
@@ -189,8 +369,10 @@ class Communicator(ABC):
             The rank that has the values.
         out : like ``x``, optional
             Where the result goes; ``out=x`` overwrites.
+        algorithm : {"ring", "tree", "default"}, optional
+            How it is performed.
         """
-        return self._complete(self._broadcast("broadcast", x, root, out))
+        return self._complete(self._broadcast("broadcast", x, root, out), algorithm)
 
     def ibroadcast(self, x: Any, root: int = 0, out: Any = None) -> Request:
         """Begin a `broadcast`."""
@@ -200,7 +382,15 @@ class Communicator(ABC):
         root = checks.rank(operation, "root", root, self.size)
         return prepare.broadcast(operation, x, root, out, self.rank == root)
 
-    def reduce_scatter(self, x: Any, op: str = "sum", counts: Counts = None, out: Any = None) -> Any:
+    def reduce_scatter(
+        self,
+        x: Any,
+        op: str = "sum",
+        counts: Counts = None,
+        out: Any = None,
+        algorithm: str | None = None,
+        reproducible: bool = False,
+    ) -> Any:
         """Reduce over all ranks, and give each its share of the rows.  Collective.
 
         Parameters
@@ -213,12 +403,18 @@ class Communicator(ABC):
             Rows that each rank gets, the same on all ranks; zeros are allowed.
         out : array, optional
             Where the result goes.
+        algorithm : {"ring", "recursive", "ordered", "default"}, optional
+            How it is performed.
+        reproducible : bool
+            As for `allreduce`.
 
         Returns
         -------
         array, shape (…), or (counts[rank], …) with ``counts``
         """
-        return self._complete(self._reduce_scatter("reduce_scatter", x, op, counts, out))
+        if reproducible:
+            return fixed.reduce_scatter(self, x, op, counts, out, algorithm)
+        return self._complete(self._reduce_scatter("reduce_scatter", x, op, counts, out), algorithm)
 
     def ireduce_scatter(self, x: Any, op: str = "sum", counts: Counts = None, out: Any = None) -> Request:
         """Begin a `reduce_scatter`."""
@@ -227,7 +423,7 @@ class Communicator(ABC):
     def _reduce_scatter(self, operation: str, x: Any, op: str, counts: Counts, out: Any) -> Prepared:
         return prepare.reduce_scatter(operation, self.rank, self.size, x, op, counts, out)
 
-    def allgather(self, x: Any, counts: Counts = None, out: Any = None) -> Any:
+    def allgather(self, x: Any, counts: Counts = None, out: Any = None, algorithm: str | None = None) -> Any:
         """Collect every rank's array, for all.  Collective.
 
         Parameters
@@ -238,13 +434,15 @@ class Communicator(ABC):
             Rows that each rank gives, the same on all ranks; zeros are allowed.
         out : array, optional
             Where the result goes.
+        algorithm : {"ring", "recursive", "default"}, optional
+            How it is performed.
 
         Returns
         -------
         array, shape (size, …), or (sum(counts), …) with ``counts``
             The same on all ranks.
         """
-        return self._complete(self._gather("allgather", x, None, counts, out))
+        return self._complete(self._gather("allgather", x, None, counts, out), algorithm)
 
     def iallgather(self, x: Any, counts: Counts = None, out: Any = None) -> Request:
         """Begin an `allgather`."""
@@ -339,7 +537,7 @@ class Communicator(ABC):
         dest : int
             The rank that receives.
         tag : int
-            0 to 32767; messages of one tag arrive in order.
+            0 to 32766; messages of one tag arrive in order.
         """
         self._complete(self._send("send", x, dest, tag))
 
@@ -398,7 +596,8 @@ class Communicator(ABC):
         """
         sent = self._send("sendrecv", x, dest, tag)
         got = self._recv("sendrecv", x if like is None else like, source, tag, out)
-        return self._start(Prepared("sendrecv", [*got.calls, *sent.calls], got.finish)).wait()
+        both = {"send": sent.tree, "recv": got.tree}
+        return self._start(Prepared("sendrecv", [*got.calls, *sent.calls], got.finish, both)).wait()
 
     # Python objects.
 
@@ -434,11 +633,14 @@ class Communicator(ABC):
         """Release the communicator once what is under way has completed; it cannot be used afterwards.  Collective."""
         if self._freed:
             return
-        for request in self._under_way:
-            request.wait()
-        self._under_way.clear()
-        self._freed = True
-        self._free()
+        with self._together(Prepared("free()", [], lambda: None)):
+            for handle in self._under_way:
+                handle.wait()
+            self._under_way.clear()
+            self._freed = True
+            if self._transport is not None:
+                self._transport.free()
+            self._free()
 
     def __enter__(self) -> Self:
         return self
@@ -450,25 +652,46 @@ class Communicator(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, size={self.size}, axis={self.ledger.axis!r})"
 
-    def _complete(self, prepared: Prepared) -> Any:
+    def _complete(self, prepared: Prepared, algorithm: str | None = None) -> Any:
         """Perform what was prepared and return its result."""
         self._check_open(prepared.operation)
+        prepared = algorithms.assign(self, prepared, algorithm)
         self.ledger.record(prepared)
-        for call in prepared.calls:
-            self._run(call)
+        watch = self._watch
+        outer, watch.current = watch.current, prepared
+        try:
+            if self._checker is not None:
+                self._checker.meet(prepared)
+            for call in prepared.calls:
+                if call.algorithm is None:
+                    self._run(call)
+                else:
+                    algorithms.perform(self, call)
+        finally:
+            watch.current = outer
+            watch.count += 1
         return prepared.finish()
+
+    @contextmanager
+    def _together(self, prepared: Prepared) -> Iterator[None]:
+        """Do in the block what is collective without being a call of the backend's."""
+        with self._watch.during(prepared):
+            if self._checker is not None:
+                self._checker.meet(prepared)
+            yield
 
     def _start(self, prepared: Prepared) -> Request:
         """Begin what was prepared.
 
-        A request that its owner drops is kept here until it is complete: the backend still uses its buffers.
+        What belongs to a request is kept here until it is complete, even if that is dropped: the backend still uses
+        its buffers.
         """
         self._check_open(prepared.operation)
         self.ledger.record(prepared)
-        request = Request([self._begin(call) for call in prepared.calls], prepared.finish)
-        self._under_way = [each for each in self._under_way if not each.test()]
-        self._under_way.append(request)
-        return request
+        meetings = self._checker.announce(prepared) if self._checker else ()
+        handles = [self._begin(call) for call in prepared.calls]
+        self._under_way = [each for each in self._under_way if not each.test()] + handles
+        return Request(handles, prepared.finish, prepared, self._watch, meetings)
 
     def _check_open(self, operation: str) -> None:
         if self._freed:

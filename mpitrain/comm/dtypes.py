@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -14,6 +14,16 @@ Op: TypeAlias = Literal["and", "max", "mean", "min", "or", "prod", "sum"]
 """Reductions.  ``and``, ``or``: bitwise on integers, logical on bool.  ``min``, ``max``: undefined for NaN."""
 
 OPS: tuple[str, ...] = get_args(Op)
+
+UFUNCS: dict[str, np.ufunc] = {
+    "sum": np.add,
+    "prod": np.multiply,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+}
+"""What combines two values on the host; ``mean`` is a sum, divided at the end."""
 
 _INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
@@ -51,6 +61,22 @@ def check(operation: str, dtype: DType) -> None:
             "unsupported dtype", operation=operation, got=dtype, remedy=remedy,
             expected="bool, an integer, float16, bfloat16, float32, float64, complex64 or complex128",
         )  # fmt: skip
+
+
+def memory(operation: str, dtype: Any) -> DType:
+    """Return the dtype of memory to allocate.
+
+    Raises
+    ------
+    DtypeError
+        It is none, or cannot travel.
+    """
+    try:
+        found: DType = np.dtype(dtype)
+    except TypeError as error:
+        raise DtypeError("not a dtype", operation=operation, got=repr(dtype)) from error
+    check(operation, found)
+    return found
 
 
 def check_op(operation: str, op: str) -> None:

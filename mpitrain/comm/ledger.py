@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from mpitrain.comm.calls import Prepared
 
@@ -19,16 +19,38 @@ class Count:
         Primitive operations these came down to: one per dtype of a fused tree, one per array otherwise.
     logical_bytes : int
         Payload in the caller's dtypes: of each message, the larger of what this rank handed in and what it got.
+    moved_messages, moved_bytes : int
+        What this rank sent to others for it through `mpitrain.comm.algorithms`, in bytes on the wire.  A backend
+        does not tell: what it performs itself counts nothing here.
     """
 
     calls: int = 0
     messages: int = 0
     logical_bytes: int = 0
+    moved_messages: int = 0
+    moved_bytes: int = 0
 
     def __add__(self, other: Count) -> Count:
         return Count(
-            self.calls + other.calls, self.messages + other.messages, self.logical_bytes + other.logical_bytes
-        )  # fmt: skip
+            self.calls + other.calls,
+            self.messages + other.messages,
+            self.logical_bytes + other.logical_bytes,
+            self.moved_messages + other.moved_messages,
+            self.moved_bytes + other.moved_bytes,
+        )
+
+
+class Meter:
+    """Counts the uses of something that costs the same each time, at the price of one addition."""
+
+    __slots__ = ("each", "uses")
+
+    def __init__(self, each: Count) -> None:
+        self.each, self.uses = each, 0
+
+    def total(self) -> Count:
+        """Return the counts of all uses."""
+        return Count(*(value * self.uses for value in astuple(self.each)))
 
 
 class Ledger:
@@ -44,23 +66,43 @@ class Ledger:
     def __init__(self, axis: str = "world") -> None:
         self.axis = axis
         self._counts: dict[tuple[str, str], Count] = {}
+        self._meters: list[tuple[tuple[str, str], Meter]] = []
 
     def child(self, axis: str) -> Ledger:
         """Return a ledger of the same totals that writes under another axis."""
         child = Ledger(axis)
-        child._counts = self._counts
+        child._counts, child._meters = self._counts, self._meters
         return child
 
     def record(self, prepared: Prepared) -> None:
         """Count one use of a public method."""
-        key = (self.axis, prepared.operation)
         used = Count(1, len(prepared.calls), sum(call.logical_bytes for call in prepared.calls))
-        self._counts[key] = self._counts.get(key, Count()) + used
+        self._add(prepared.operation, used)
+
+    def moved(self, operation: str, messages: int, sent_bytes: int) -> None:
+        """Count what this rank sent on the way of an operation."""
+        self._add(operation, Count(moved_messages=messages, moved_bytes=sent_bytes))
+
+    def meter(self, prepared: Prepared) -> Meter:
+        """Return what counts further uses of the same public method with the same calls."""
+        meter = Meter(Count(1, len(prepared.calls), sum(call.logical_bytes for call in prepared.calls)))
+        self._meters.append(((self.axis, prepared.operation), meter))
+        return meter
 
     def snapshot(self) -> dict[tuple[str, str], Count]:
         """Return a copy of the totals by (axis, operation)."""
-        return dict(self._counts)
+        counts = dict(self._counts)
+        for key, meter in self._meters:
+            if meter.uses:
+                counts[key] = counts.get(key, Count()) + meter.total()
+        return counts
 
     def reset(self) -> None:
         """Forget all totals, of every axis."""
         self._counts.clear()
+        for _, meter in self._meters:
+            meter.uses = 0
+
+    def _add(self, operation: str, used: Count) -> None:
+        key = (self.axis, operation)
+        self._counts[key] = self._counts.get(key, Count()) + used

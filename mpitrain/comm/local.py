@@ -110,6 +110,9 @@ class LocalCommunicator(Communicator):
         # MPI does not match a nonblocking collective with a blocking one.
         return self._post(call, f"i{call}")
 
+    def _meet(self, call: Call) -> None:
+        self._post(Call("barrier"), str(call)).wait()
+
     def _post(self, call: Call, name: str) -> Handle:
         hub, me = self._hub, self._world_rank
         if call.peer is not None:

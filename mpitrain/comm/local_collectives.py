@@ -10,20 +10,12 @@ import numpy as np
 
 from mpitrain._typing import Array
 from mpitrain.comm.calls import Call
-
-_UFUNCS: dict[str, np.ufunc] = {
-    "sum": np.add,
-    "prod": np.multiply,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-}
+from mpitrain.comm.dtypes import UFUNCS
 
 
 def _fold(calls: list[Call], payloads: list[Any]) -> Array:
     with np.errstate(all="ignore"):
-        return np.asarray(reduce(_UFUNCS[calls[0].op or "sum"], payloads))
+        return np.asarray(reduce(UFUNCS[calls[0].op or "sum"], payloads))
 
 
 def _hand_out(calls: list[Call], value: Array) -> None:

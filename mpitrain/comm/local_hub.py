@@ -16,7 +16,9 @@ from typing import Any, TypeAlias
 from mpitrain._errors import AbortError, CommunicationError, MismatchError, PeerError
 from mpitrain._typing import Array
 from mpitrain.comm.calls import Call
+from mpitrain.comm.callsite import call_site
 from mpitrain.comm.local_collectives import COLLECTIVES
+from mpitrain.comm.tables import table
 
 Group: TypeAlias = tuple[Any, ...]
 """Name of a communicator, the same on all its ranks: the parent's, the number of the split, the colour."""
@@ -37,6 +39,7 @@ class Slot:
 
     calls: dict[int, Call] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    sites: dict[int, str] = field(default_factory=dict)
     payloads: dict[int, Array | None] = field(default_factory=dict)
     done: bool = False
 
@@ -85,10 +88,11 @@ class Hub:
 
     def deposit(self, group: Group, number: int, members: tuple[int, ...], rank: int, name: str, call: Call) -> Slot:
         """Join a collective; complete it if this rank is the last."""
+        site = call_site()
         payload = call.send if call.send is not None else call.recv
         with self._changed:
             slot = self._slots.setdefault((group, number), Slot())
-            slot.calls[rank], slot.names[rank] = call, name
+            slot.calls[rank], slot.names[rank], slot.sites[rank] = call, name, site
             slot.payloads[rank] = None if payload is None else payload.copy()
             if len(slot.calls) == len(members):
                 del self._slots[group, number]
@@ -138,13 +142,13 @@ class Hub:
         return False
 
     def _timed_out(self, rank: int, name: str) -> CommunicationError:
-        doing = "; ".join(f"rank {r}: {what}" for r, what in self._doing.items())
-        return CommunicationError(f"{name} on rank {rank} has waited for {self._timeout_s:g} s; {doing}")
+        doing = table({r: (what, "") for r, what in self._doing.items()})
+        return CommunicationError(f"{name} on rank {rank} has waited for {self._timeout_s:g} s\n{doing}")
 
     def _complete(self, slot: Slot, members: tuple[int, ...]) -> None:
         if len(set(slot.names.values())) > 1:
-            called = "; ".join(f"rank {rank}: {slot.names[rank]}" for rank in sorted(slot.names))
-            self._mismatch = f"ranks called different collectives; {called}"
+            called = {rank: (name, f"at {slot.sites[rank]}") for rank, name in slot.names.items()}
+            self._mismatch = f"ranks called different collectives\n{table(called)}"
             return
         calls = [slot.calls[rank] for rank in members]
         payloads = [slot.payloads[rank] for rank in members]

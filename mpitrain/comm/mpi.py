@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
 from mpi4py import MPI
 
+from mpitrain import _env
 from mpitrain._errors import CommunicationError, MismatchError
 from mpitrain._typing import Array
+from mpitrain.arrays.dtypes import accumulator
+from mpitrain.comm.buffers import wire
 from mpitrain.comm.calls import Call, Handle
+from mpitrain.comm.channel import Channel
 from mpitrain.comm.communicator import Communicator
+from mpitrain.comm.debug import Checker
 from mpitrain.comm.ledger import Ledger
+from mpitrain.comm.transports.blocks import PAGE_BYTES
+from mpitrain.comm.transports.choice import choose, ranks_per_node
+from mpitrain.comm.transports.shared import SMALLEST_BYTES
+from mpitrain.comm.transports.transport import Transport
+from mpitrain.comm.watchdog import Watch
 
 _DATATYPES: dict[str, MPI.Datatype] = {
     "int8": MPI.INT8_T,
@@ -48,10 +58,19 @@ class MpiCommunicator(Communicator):
         Becomes this object's own; `duplicate` leaves the caller's alone.
     ledger : Ledger
         Where it is counted.
+    channel : Channel
+        Private lines of the guard's, to all ranks of the communicator that this was split from.
+    name : str
+        The same on all ranks, and different from that of any other communicator that two of them share.
+    timeout_s : float, optional
+        As the user chose it.
     """
 
-    def __init__(self, comm: MPI.Intracomm, ledger: Ledger) -> None:
-        super().__init__(comm.Get_rank(), comm.Get_size(), ledger)
+    def __init__(
+        self, comm: MPI.Intracomm, ledger: Ledger, channel: Channel, name: str = "", timeout_s: float | None = None
+    ) -> None:  # fmt: skip
+        super().__init__(comm.Get_rank(), comm.Get_size(), ledger, Watch(ledger.axis, channel, timeout_s))
+        self._channel, self._name, self._splits = channel, name, 0
         self._comm = comm
         self.library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")
         comm.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py turns what is returned into exceptions
@@ -60,9 +79,15 @@ class MpiCommunicator(Communicator):
     def duplicate(cls, comm: MPI.Intracomm) -> MpiCommunicator:
         """Return a communicator over a private duplicate of ``comm``.  Collective."""
         with _translated("from_mpi"):
-            return cls(comm.Dup(), Ledger())
+            made = cls(comm.Dup(), Ledger(), Channel(comm.Dup()))
+        made.debug = _env.debug()
+        return made
 
     def _run(self, call: Call) -> None:
+        if call.operation == "allreduce" and call.recv is not None and call.recv.nbytes >= SMALLEST_BYTES:
+            assert call.op is not None
+            if self._moves().allreduce(call.recv, call.op):
+                return
         if call.operation == "recv":  # only a request's status tells how much came
             self._begin(call).wait()
             return
@@ -78,14 +103,61 @@ class MpiCommunicator(Communicator):
     def _split(self, color: int | None, key: int, axis: str) -> Communicator | None:
         with _translated("split"):
             comm = self._comm.Split(MPI.UNDEFINED if color is None else color, key)
-        if comm == MPI.COMM_NULL:
-            return None
-        return MpiCommunicator(cast("MPI.Intracomm", comm), self.ledger.child(axis))
+        return self._child(comm, axis)
+
+    def _bind(self, values: Array, op: str) -> Callable[[], None]:
+        if values.nbytes >= SMALLEST_BYTES or accumulator(values.dtype) != values.dtype:
+            return super()._bind(values, op)
+        call = Call("allreduce", dtype=values.dtype, recv=wire(values), op=op)
+        name, arguments = _message(call, self.rank)
+        method = getattr(self._comm, name)
+
+        def run() -> None:
+            try:
+                method(*arguments)
+            except MPI.Exception as error:
+                raise _translation(call, error) from error
+
+        return run
+
+    def _choose_transport(self) -> Transport:
+        return choose(self, self._memory_barrier)
+
+    def _memory_barrier(self) -> Callable[[], None]:
+        """Return what the standard gives for memory that processes share (MPI 4.1, section 12.7, MPI_WIN_SYNC)."""
+        node = cast("MpiCommunicator", self.node)
+        window = MPI.Win.Allocate_shared(PAGE_BYTES, comm=node._comm)
+        window.Lock_all(MPI.MODE_NOCHECK)
+        return window.Sync
 
     def _split_node(self) -> Communicator:
         with _translated("node"):
             comm = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        return MpiCommunicator(cast("MPI.Intracomm", comm), self.ledger.child("node"))
+            part = ranks_per_node()
+            if part is not None:
+                whole, comm = comm, comm.Split(comm.Get_rank() // part)
+                whole.Free()
+        node = self._child(comm, "node")
+        assert node is not None
+        return node
+
+    def _child(self, comm: MPI.Comm, axis: str) -> MpiCommunicator | None:
+        """Return the communicator over ``comm``, which was split from this one's, with the settings of this one."""
+        self._splits += 1
+        if comm == MPI.COMM_NULL:
+            return None
+        child = MpiCommunicator(
+            cast("MPI.Intracomm", comm), self.ledger.child(axis), self._channel, f"{self._name}/{self._splits}",
+            self._watch.chosen_s,
+        )  # fmt: skip
+        child.debug = self.debug
+        return child
+
+    def _new_checker(self) -> Checker:
+        group = self._comm.Get_group()
+        members = group.Translate_ranks(None, self._channel.group)
+        group.Free()
+        return Checker(self._channel, self._name, members, self.rank, self._watch)
 
     def abort(self, code: int = 1) -> NoReturn:
         """End all ranks of the job at once, with this exit code."""
@@ -94,6 +166,8 @@ class MpiCommunicator(Communicator):
 
     def _free(self) -> None:
         self._comm.Free()
+        if not self._name:
+            self._channel.free()
 
 
 class _MpiHandle:
@@ -135,8 +209,12 @@ def _translated(what: Call | str) -> Iterator[None]:
     try:
         yield
     except MPI.Exception as error:
-        kind = MismatchError if error.Get_error_class() == MPI.ERR_TRUNCATE else CommunicationError
-        raise kind("MPI failed", operation=str(what), got=error.Get_error_string()) from error
+        raise _translation(what, error) from error
+
+
+def _translation(what: Call | str, error: MPI.Exception) -> CommunicationError:
+    kind = MismatchError if error.Get_error_class() == MPI.ERR_TRUNCATE else CommunicationError
+    return kind("MPI failed", operation=str(what), got=error.Get_error_string())
 
 
 def _spec(array: Array | None, counts: tuple[int, ...] | None = None) -> Any:

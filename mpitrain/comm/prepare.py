@@ -42,7 +42,7 @@ def reduction(operation: str, size: int, x: Any, op: str, out: Any, root: int | 
             _divide(parcel, op, size)
         return fused.result()
 
-    return Prepared(operation, calls, finish)
+    return Prepared(operation, calls, finish, x)
 
 
 def broadcast(operation: str, x: Any, root: int, out: Any, sends: bool) -> Prepared:
@@ -51,7 +51,7 @@ def broadcast(operation: str, x: Any, root: int, out: Any, sends: bool) -> Prepa
     if sends:
         fused.fill()
     calls = [Call("broadcast", dtype=parcel.dtype, recv=parcel.wire, root=root) for parcel in fused.parcels]
-    return Prepared(operation, calls, fused.result)
+    return Prepared(operation, calls, fused.result, x)
 
 
 def gathering(
@@ -159,7 +159,7 @@ def send(operation: str, x: Any, dest: int, tag: int) -> Prepared:
     """Prepare one message per array of a tree."""
     arrays = [accept(operation, leaf) for leaf in trees.leaves(x)]
     calls = [Call("send", dtype=array.dtype, send=outgoing(array), peer=dest, tag=tag) for array in arrays]
-    return Prepared(operation, calls, lambda: None)
+    return Prepared(operation, calls, lambda: None, x)
 
 
 def recv(operation: str, like: Any, source: int, tag: int, out: Any) -> Prepared:
@@ -200,7 +200,7 @@ def _leafwise(
             complete(parcel)
         return trees.rebuild(x, (parcel.results()[0] for parcel in parcels))
 
-    return Prepared(operation, [call for call, _ in pairs], finish)
+    return Prepared(operation, [call for call, _ in pairs], finish, x)
 
 
 def _elements(shares: tuple[int, ...] | None, row: Shape) -> tuple[int, ...] | None:

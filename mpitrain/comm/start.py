@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 from mpitrain import _env
@@ -31,6 +32,9 @@ def world() -> Communicator:
         mpi = _load()
         guard.check_launch(mpi.COMM_WORLD.Get_size())
         _world = Communicator.from_mpi(mpi.COMM_WORLD)
+        if _world.debug:
+            guard.abort_on_uncaught(_world)
+            warnings.filterwarnings("default", ".* was dropped without wait", ResourceWarning)  # which Python hides
         threads.set_blas_threads(_world)
     return _world
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mpitrain._options import EPSILON, FRACTION, option
 from mpitrain._typing import Array
 from mpitrain.arrays import namespace
 from mpitrain.optim.elementwise import Elementwise
-from mpitrain.optim.options import EPSILON, FRACTION, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mpitrain._options import POSITIVE, check
 from mpitrain._typing import Array
 from mpitrain.arrays import Shard, namespace
 from mpitrain.optim.chunks import chunks, scratch, sum_of_squares
-from mpitrain.optim.options import POSITIVE, check
 
 
 def finite(grads: Array) -> bool:

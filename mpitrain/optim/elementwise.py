@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mpitrain._errors import InputError
+from mpitrain._options import NON_NEGATIVE, Checked, option
 from mpitrain._typing import Array
 from mpitrain.arrays import Shard, namespace
 from mpitrain.optim.chunks import chunks, scratch
 from mpitrain.optim.optimizer import Optimizer, State
-from mpitrain.optim.options import NON_NEGATIVE, Checked, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from typing import ClassVar
 import numpy as np
 
 from mpitrain._errors import InputError
+from mpitrain._options import EPSILON, Choice, option
 from mpitrain._typing import Array
 from mpitrain.arrays import Shard, namespace, to_host
 from mpitrain.optim.adam import AdamW
 from mpitrain.optim.chunks import chunks, scratch, sum_of_squares
 from mpitrain.optim.elementwise import check_shard, follow_statistics
 from mpitrain.optim.optimizer import State
-from mpitrain.optim.options import EPSILON, Choice, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from mpitrain._options import construct
 from mpitrain.optim.adam import Adam, AdamW
 from mpitrain.optim.adaptive import AdaGrad, RMSprop
 from mpitrain.optim.elementwise import Elementwise
 from mpitrain.optim.lamb import LAMB
-from mpitrain.optim.options import construct
 from mpitrain.optim.sgd import SGD, GradientDescent, Momentum, Nesterov
 
 OPTIMIZERS: dict[str, type[Elementwise]] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mpitrain._errors import InputError
-from mpitrain.optim.options import COUNT, FRACTION, POSITIVE, Checked, Interval, check, construct, option
+from mpitrain._options import COUNT, FRACTION, POSITIVE, Checked, Interval, check, construct, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mpitrain._options import FRACTION, Interval, option
 from mpitrain._typing import Array
 from mpitrain.arrays import namespace
 from mpitrain.optim.elementwise import Elementwise
-from mpitrain.optim.options import FRACTION, Interval, option
 
 
 @dataclass(frozen=True, kw_only=True)

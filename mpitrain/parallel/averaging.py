@@ -26,7 +26,7 @@ class ModelAveraging(DataParallel):
     average_every : int
         Steps between two averagings; the commit points.
     **options
-        As for `DataParallel`.
+        As for `DataParallel`; no codec.
 
     Notes
     -----
@@ -37,6 +37,11 @@ class ModelAveraging(DataParallel):
 
     def __init__(self, comm: Communicator, *, average_every: int, **options: Any) -> None:
         super().__init__(comm, **options)
+        if self.codec is not None:
+            raise InputError(
+                "a codec compresses gradients, and this method sends none", operation="ModelAveraging",
+                got=self.codec.name, remedy="use DataParallel, or no codec",
+            )  # fmt: skip
         if average_every < 1:
             raise InputError(
                 "average_every is too small", operation="ModelAveraging", got=average_every, expected="at least 1"

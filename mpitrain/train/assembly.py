@@ -21,6 +21,7 @@ from mpitrain._errors import DataError, JobError
 from mpitrain._typing import Array
 from mpitrain.arrays import Batch, Key, device, plain
 from mpitrain.comm import Communicator
+from mpitrain.comm.codecs import make_codec
 from mpitrain.data import Batches, Dataset, Standardise
 from mpitrain.method import Method, Plan
 from mpitrain.nn import Layer, Loss, Model, Network
@@ -276,6 +277,7 @@ def _method(job: Job, comm: Communicator) -> Method:
     options: dict[str, Any] = {
         "microbatches": section.microbatches,
         "bucket_bytes": section.bucket_bytes,
+        "codec": make_codec(section.codec.kind, **section.codec.arguments()) if section.codec else None,
         "allocator": device if job.device == "gpu" else plain,
     }
     if section.average_every:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator
 
 from mpitrain._errors import JobError
+from mpitrain._names import did_you_mean
 from mpitrain.data import DATASETS, Task
-from mpitrain.train.job_names import did_you_mean
 from mpitrain.train.job_section import (
     BuildText,
     Count,

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mpitrain._errors import JobError
-from mpitrain.train.job_names import did_you_mean
+from mpitrain._names import did_you_mean
 from mpitrain.train.job_reference import type_words
 from mpitrain.train.job_section import UNSET, Problem, Section, choices, kind_of
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mpitrain._errors import JobError
+from mpitrain._names import did_you_mean
 from mpitrain.train.job_errors import dotted
-from mpitrain.train.job_names import did_you_mean
 from mpitrain.train.job_section import Problem
 
 _DEEPEST = 16

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
-from mpitrain.train.job_names import did_you_mean
+from mpitrain._names import did_you_mean
 from mpitrain.train.job_section import (
     BuildText,
     Count,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
+from mpitrain.train.job_codec import CodecSection
 from mpitrain.train.job_section import Count, NonNegative, PathText, Positive, Problem, Section, rejected
 
 _BATCH_WORDS = 'integer ≥ 1 or "full"'
@@ -32,13 +33,26 @@ class MethodSection(Section):
         "data_parallel", description="`data_parallel`: each rank holds the model and computes a share of each batch."
     )
     microbatches: Count = Field(1, description="Parts that a batch is computed in, one after the other: less memory.")
-    bucket_bytes: Count = Field(4 << 20, description="Largest piece in which gradients are reduced.")
+    bucket_bytes: Count = Field(
+        4 << 20, description="Largest piece in which gradients are reduced; a codec reduces all at once."
+    )
     average_every: int = Field(
         0,
         ge=0,
         description="0: gradients are reduced at each step. Else local SGD: each rank trains on its own and the models "
         "are averaged every so many steps.",
     )
+    codec: CodecSection | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what does not fit together."""
+        if self.codec and self.average_every:
+            yield Problem(
+                "codec.kind",
+                "compresses gradients, which average_every > 0 does not send",
+                self.codec.kind,
+                "average_every = 0",
+            )
 
 
 def _either(section: Section, first: str, second: str) -> Iterator[Problem]:

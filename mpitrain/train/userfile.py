@@ -14,7 +14,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from mpitrain._errors import JobError
-from mpitrain.train.job_names import did_you_mean
+from mpitrain._names import did_you_mean
 
 
 def load_object(spec: str, base_dir: Path) -> Any:

@@ -264,7 +264,7 @@ def trees_are_fused_by_dtype(comm: Communicator) -> None:
         x = dict(reversed(x.items()))  # ranks may have filled it in different order
     comm.ledger.reset()
     got = comm.allreduce(x)
-    assert [count.messages for count in comm.ledger.snapshot().values()] == [3]
+    assert [count.messages for count in comm.ledger.snapshot().values() if count.calls] == [3]
     assert list(got) == list(x)
     assert isinstance(got["more"], list)
     assert isinstance(got["more"][1], tuple)
@@ -421,8 +421,10 @@ def ledger_counts_by_axis_and_operation(comm: Communicator) -> None:
     half.broadcast({"a": np.zeros(3), "b": np.zeros(4, np.int8)})
     half.barrier()
     counts = {
-        key: (count.calls, count.messages, count.logical_bytes) for key, count in comm.ledger.snapshot().items()
-    }  # fmt: skip
+        key: (count.calls, count.messages, count.logical_bytes)
+        for key, count in comm.ledger.snapshot().items()
+        if count.calls
+    }
     assert counts == {
         ("world", "allreduce"): (1, 1, 20),
         ("world", "iallgather"): (1, 1, 16 * comm.size),
@@ -455,7 +457,7 @@ REFUSED: list[tuple[str, Callable[[Communicator], Any], list[str]]] = [
     ("float root", lambda c: c.reduce(0.5, root=0.0), ["reduce: root is not an integer", "got 0.0"]),
     ("dest", lambda c: c.send(0.5, dest=c.size), ["send: no such dest"]),
     ("source", lambda c: c.recv(0.5, source=-2), ["recv: no such source"]),
-    ("tag", lambda c: c.send(0.5, dest=0, tag=2**20), ["tag", "0 to 32767"]),
+    ("tag", lambda c: c.send(0.5, dest=0, tag=2**20), ["tag", "0 to 32766"]),
     ("counts short", lambda c: c.allgather(np.zeros(1), counts=[1] * (c.size + 1)), ["allgather", "per rank"]),
     ("counts negative", lambda c: c.allgather(np.zeros(1), counts=[-1] * c.size), ["unusable counts", "-1"]),
     ("counts differ", lambda c: c.allgather(np.zeros((2, 3)), counts=[1] * c.size), ["(2, 3)", "counts["]),

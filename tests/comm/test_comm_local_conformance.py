@@ -10,6 +10,8 @@ from conformance import CHECKS, REFUSED, refuses
 
 from mpitrain.comm import Communicator, LocalWorld
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* was dropped without wait:ResourceWarning")
+
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 
+from mpitrain.comm.codecs import CODECS, FORMATS
 from mpitrain.data import DATASETS, PARTITIONS, SAMPLINGS
 from mpitrain.nn import LOSSES, MODELS
 from mpitrain.nn.activations import ACTIVATIONS
@@ -16,6 +17,7 @@ from mpitrain.train import job_model
 from mpitrain.train.job import Job
 from mpitrain.train.job_data import Data, PartitionOptions
 from mpitrain.train.job_section import KindSection, Section, choices, kind_of
+from mpitrain.train.job_train import MethodSection
 
 
 def sections(owner: type[Section], field: str) -> dict[str, type[KindSection]]:
@@ -30,6 +32,7 @@ def options(section: type[KindSection]) -> set[str]:
 
 OPTIMIZER_SECTIONS = sections(Job, "optimizer")
 MODEL_SECTIONS = sections(Job, "model")
+CODEC_SECTIONS = sections(MethodSection, "codec")
 SCHEDULE_SECTIONS = sections(OPTIMIZER_SECTIONS["sgd"], "schedule")
 
 
@@ -39,6 +42,8 @@ def test_the_job_has_every_name():
     assert set(job_model.LOSSES) == set(LOSSES)
     assert set(get_args(job_model.Activation)) == set(ACTIVATIONS)
     assert set(SCHEDULE_SECTIONS) == set(SCHEDULES)
+    assert set(CODEC_SECTIONS) == set(CODECS)
+    assert get_args(CODEC_SECTIONS["topk"].model_fields["values"].annotation) == tuple(FORMATS)
     assert set(get_args(Data.model_fields["source"].annotation)) == {*DATASETS, "build"}
     assert set(get_args(Data.model_fields["partition"].annotation)) == {*PARTITIONS, "none"}
     assert set(get_args(Data.model_fields["sampling"].annotation)) == set(SAMPLINGS)
@@ -57,6 +62,13 @@ def test_a_model_has_the_options_and_defaults_of_its_section(name: str):
     given_by_the_data = {"inputs", "outputs", "input_shape", "vocabulary"}
     parameters = inspect.signature(MODELS[name]).parameters.values()
     declared = {each.name: each.default for each in parameters if each.name not in given_by_the_data}
+    assert {option: section.model_fields[option].default for option in options(section)} == declared
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_a_codec_has_the_options_and_defaults_of_its_section(name: str):
+    section = CODEC_SECTIONS[name]
+    declared = {field.name: field.default for field in dataclasses.fields(CODECS[name])}
     assert {option: section.model_fields[option].default for option in options(section)} == declared
 
 

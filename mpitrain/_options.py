@@ -1,4 +1,4 @@
-"""Options of optimizers and schedules: dataclass fields that say which values they allow, checked when constructed.
+"""Options of classes that jobs configure: dataclass fields that say which values they allow, checked when constructed.
 
 A class lists its options as ``beta1: float = option(FRACTION, 0.9)`` and inherits `Checked`; nothing else is needed
 for a wrong value, an unknown name or a missing one to end in one clear line.
@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from mpitrain._errors import InputError
+from mpitrain._names import did_you_mean
 
 
 class Allowed(Protocol):
@@ -134,12 +135,16 @@ def construct(kind: str, registry: Mapping[str, type[T]], name: str, options: Ma
         The name or an option is unknown, a needed option is missing, or a value is not allowed.
     """
     if name not in registry:
-        raise InputError(f"unknown {kind}", got=repr(name), expected=" or ".join(sorted(registry)))
+        raise InputError(
+            f"unknown {kind}", got=repr(name), expected=" or ".join(sorted(registry)),
+            remedy=did_you_mean(str(name), registry),
+        )  # fmt: skip
     known = {found.name: found.default is MISSING for found in fields(registry[name])}
     unknown = sorted(set(options) - set(known))
     if unknown:
         allowed = ", ".join(sorted(known)) or "none"
-        raise InputError(f"{kind} {name}: unknown option", got=", ".join(unknown), expected=allowed)
+        remedy = did_you_mean(unknown[0], known)
+        raise InputError(f"{kind} {name}: unknown option", got=", ".join(unknown), expected=allowed, remedy=remedy)
     missing = sorted(key for key, needed in known.items() if needed and key not in options)
     if missing:
         raise InputError(f"{kind} {name}: an option is missing", got=sorted(options) or "none", expected=missing)

@@ -1,0 +1,194 @@
+"""Private lines between the ranks of a communicator and all that are split from it, for the guard's own messages.
+
+Three kinds travel: what a rank calls (debug mode), questions what a rank is doing with their answers, and that a rank
+has left.  Sending never waits for the other side, and nothing here waits without a deadline.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from mpi4py import MPI
+
+from mpitrain.comm.watchdog import print_stacks, watchdog
+
+_POLL_S = 0.002
+_channels: WeakSet[Channel]
+
+
+class Channel:
+    """The lines of one family of communicators.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        Becomes this object's own.
+
+    Attributes
+    ----------
+    rank, size : int
+        In the family.
+    open : bool
+        It can be used: neither freed nor MPI finalised.
+    checks : bool
+        A communicator of the family is in debug mode.
+    left : dict of int to str
+        Ranks that have ended, and how.
+    alarmed : float
+        When another rank last began to end the job, on the monotonic clock.
+
+    Notes
+    -----
+    Making one is collective: one gather of where each process runs.  It ends with the communicator that the family was
+    split from; what is left of the family then works unguarded.
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm = comm
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.group = comm.Get_group()
+        self.checks = False
+        self.left: dict[int, str] = {}
+        self.alarmed = float("-inf")
+        self._homes: list[tuple[str, int]] = comm.allgather(_home())
+        self._lock = threading.RLock()
+        self.open = True
+        self._sending: list[tuple[MPI.Request, bytes]] = []
+        self._notes: dict[tuple[int, str], dict[str, Any]] = {}
+        self._answers: dict[int, str] = {}
+        # Without this, MPI must be left to the main thread.
+        self._any_thread = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        _channels.add(self)
+
+    def post(self, ranks: Sequence[int], key: str, note: dict[str, Any]) -> None:
+        """Tell ranks what this one calls."""
+        self._say(ranks, {"key": key, "note": note})
+
+    def take(self, rank: int, key: str) -> dict[str, Any] | None:
+        """Return what a rank has posted under this key, once; None if that has not come."""
+        return self._notes.pop((rank, key), None)
+
+    def listen(self) -> None:
+        """Take in all messages that have come, and answer questions."""
+        status = MPI.Status()
+        with self._lock:
+            while self.open and (message := self._comm.Improbe(status=status)) is not None:
+                data = bytearray(status.Get_count(MPI.BYTE))
+                message.Recv([data, MPI.BYTE])
+                self._file(status.Get_source(), json.loads(data))
+
+    def answer(self) -> None:
+        """Listen, from a thread that is not the main one."""
+        if self._any_thread:
+            self.listen()
+
+    def inquire(self, ranks: Sequence[int], patience_s: float, alarm: bool = False) -> dict[int, str]:
+        """Return what each of some ranks is doing, or why it does not answer.
+
+        Parameters
+        ----------
+        ranks : sequence of int
+            Whom to ask.
+        patience_s : float
+            How long to wait for answers.
+        alarm : bool
+            This rank will end the job: each is to print the stacks of its process first.
+        """
+        for rank in ranks:
+            self._answers.pop(rank, None)
+        if self._any_thread or threading.current_thread() is threading.main_thread():
+            self._say([rank for rank in ranks if rank not in self.left], {"ask": alarm})
+            deadline = time.monotonic() + patience_s
+            while time.monotonic() < deadline and not self.left.keys() | self._answers.keys() >= set(ranks):
+                self.listen()
+                time.sleep(_POLL_S)
+        return {rank: self.left.get(rank) or self._answers.get(rank) or self._silence(rank) for rank in ranks}
+
+    def leave(self) -> None:
+        """Tell the others that this rank ends, and stop using MPI."""
+        if self.checks:
+            self._say([rank for rank in range(self.size) if rank != self.rank], {"left": _ending()})
+        with self._lock:
+            self.open = False
+
+    def free(self) -> None:
+        """Release the lines.  Collective."""
+        with self._lock:
+            self.open = False
+            self._comm.Free()
+
+    def abort(self) -> None:
+        """End all ranks of the job."""
+        MPI.COMM_WORLD.Abort(1)
+
+    def _say(self, ranks: Sequence[int], message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode()
+        with self._lock:
+            if self.open:
+                self._sending = [each for each in self._sending if not each[0].Test()]
+                self._sending += [(self._comm.Isend([data, MPI.BYTE], rank), data) for rank in ranks]
+
+    def _file(self, source: int, message: dict[str, Any]) -> None:
+        match message:
+            case {"key": key, "note": note}:
+                self._notes[source, key] = note
+            case {"ask": alarm}:
+                self._say([source], {"answer": watchdog.status()})
+                if alarm:
+                    self.alarmed = time.monotonic()
+                    print_stacks(self)
+            case {"answer": text}:
+                self._answers[source] = text
+            case {"left": how}:
+                self.left[source] = how
+
+    def _silence(self, rank: int) -> str:
+        """Return why a rank does not answer, as far as its process can be seen from here."""
+        host, pid = self._homes[rank]
+        if host != _home()[0]:
+            return f"does not answer: stopped, dead or at the end of its program (process {pid} on {host.split()[0]})"
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return f"is dead: process {pid} is gone"
+        states = {"Z": f"is dead: process {pid} has ended", "T": f"is stopped: process {pid} waits for SIGCONT"}
+        return states.get(state, f"does not answer, as after the end of its program (process {pid} is alive)")
+
+
+_channels = WeakSet()
+
+
+def _home() -> tuple[str, int]:
+    """Return where this process can be looked at, and its number there."""
+    space = os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""
+    return f"{socket.gethostname()} {space}", os.getpid()
+
+
+def _ending() -> str:
+    error = getattr(sys, "last_value", None)  # set before an uncaught error is printed
+    return f"has ended by {type(error).__name__}: {error}" if error is not None else "has exited"
+
+
+def _leave_all() -> None:
+    watchdog.stop()
+    for channel in list(_channels):
+        channel.leave()
+
+
+def _before_finalize(*_: object) -> None:
+    """Let MPI be finalised by whoever does it: it deletes the attributes of this communicator first of all."""
+    _leave_all()
+
+
+atexit.register(_leave_all)
+MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=_before_finalize), True)

@@ -1,0 +1,71 @@
+"""The contract of a codec: how a sum over the ranks is taken with fewer bytes on the wire than the values have.
+
+A codec loses something, and says what: that is all that error feedback needs (`mpitrain.comm.codecs.compressed`).  It
+holds options only; what it remembers from step to step is the caller's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from mpitrain._options import COUNT, Checked, option
+from mpitrain._typing import Array
+from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, Segment, plain
+from mpitrain.comm.communicator import Communicator
+
+State = dict[str, FlatBuffer]
+"""What a codec remembers, by name: the same on all ranks, and part of each checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec(Checked, ABC):
+    """Sums gradients over ranks and sends less than all of them.
+
+    Parameters
+    ----------
+    min_size : int
+        Tensors of fewer elements travel uncompressed.
+    """
+
+    min_size: int = option(COUNT, 1024)
+
+    def takes(self, segment: Segment) -> bool:
+        """Tell whether a tensor is compressed; statistics (BatchNorm's) never are."""
+        return segment.group != "statistics" and segment.size >= self.min_size
+
+    def init(self, layout: Layout, key: Key, allocator: Allocator = plain) -> State:
+        """Return what the codec remembers before the first step.
+
+        Parameters
+        ----------
+        layout : Layout
+            Of the tensors that it takes.
+        key : Key
+            For what is random in it; the same on all ranks.
+        allocator : Allocator
+            Where the memory comes from.
+        """
+        return {}
+
+    @abstractmethod
+    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key) -> Array:
+        """Sum over all ranks.  Collective.
+
+        Parameters
+        ----------
+        comm : Communicator
+            The ranks.
+        values : FlatBuffer
+            This rank's terms, float32 or float64; becomes what of them is not in the result: the result and all ranks'
+            ``values`` add up to the sum of what was handed in, but for rounding.
+        state : dict of str to FlatBuffer
+            What `init` gave; updated in place.
+        key : Key
+            For what is random in this step; the same on all ranks.
+
+        Returns
+        -------
+        array, shape (values.layout.size,), of the dtype of ``values``
+            The same bits on all ranks.  If a rank hands in what is not finite, some of the result is not finite.
+        """

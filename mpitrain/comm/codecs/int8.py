@@ -1,0 +1,77 @@
+"""8-bit integers on the wire, with one scale per block of values, rounded at random so that the mean is right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar
+
+import numpy as np
+
+from mpitrain._options import Interval, option
+from mpitrain._typing import Array, DType
+from mpitrain.arrays import Key, namespace
+from mpitrain.comm.codecs.format import Format, Wire
+
+_LARGEST = 127
+_CHUNK = 1 << 14
+"""At least so many values are rounded at a time: they stay in cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(Format):
+    """Each value as a whole number of steps, 127 of which are its block's largest size: w(n) = n + 4·⌈n/block⌉ bytes.
+
+    Parameters
+    ----------
+    block : int
+        Values that share a step, itself a float32.
+    min_size : int
+        As in `Codec`.
+
+    Notes
+    -----
+    A value of y steps becomes ⌊y + u⌋ with u uniform on [0, 1), the expectation of which is y.  The u of an element
+    follows from (seed, step, rank, element), so that nothing about them need be saved.  Source: Alistarh, Grubic, Li,
+    Tomioka, Vojnovic, "QSGD", NeurIPS 2017, section 3.1, with the maximum norm and the buckets of its variants.
+    """
+
+    name: ClassVar[str] = "int8"
+
+    block: int = option(Interval(8, inf, whole=True), 256)
+
+    def encode(self, rows: Array, key: Key, start: int) -> Wire:
+        """See `Format.encode`."""
+        xp, block = namespace(rows), self.block
+        count, n = rows.shape
+        codes, steps = xp.empty((count, n), np.int8), xp.empty((count, -(-n // block)), np.float32)
+        chunk, first_row = block * -(-_CHUNK // block), xp.zeros(1, np.int64)
+        for row in range(count):
+            for low in range(0, n, chunk):
+                high, first = min(low + chunk, n), start + row * n
+                noise = key.uniform(first_row, (first + low, first + high), np.float32)[0]
+                found = self._round(rows[row, low:high], noise)
+                codes[row, low:high], steps[row, low // block : -(-high // block)] = found
+        return codes, steps
+
+    def _round(self, values: Array, noise: Array) -> tuple[Array, Array]:
+        """Return the codes of some values, the first of which begins a block, and the step of each block."""
+        xp = namespace(values)
+        blocks = xp.zeros((-(-values.size // self.block), self.block), values.dtype)
+        blocks.reshape(-1)[: values.size] = values
+        steps = (xp.abs(blocks).max(axis=1) / _LARGEST).astype(np.float32)
+        blocks /= xp.where(steps == 0, 1, steps)[:, None]
+        scaled = blocks.reshape(-1)[: values.size]
+        scaled += noise
+        xp.floor(scaled, out=scaled)
+        xp.clip(scaled, -_LARGEST, _LARGEST, out=scaled)  # rounding may carry the largest value one step too far
+        return scaled.astype(np.int8), steps  # where a step is not finite, no code makes its value finite
+
+    def decode(self, wire: Wire, dtype: DType) -> Array:
+        """See `Format.decode`."""
+        codes, steps = wire
+        xp = namespace(codes)
+        n = codes.shape[-1]
+        values: Array = codes.astype(dtype)
+        values *= xp.repeat(steps.astype(dtype, copy=False), self.block, axis=-1)[:, :n]
+        return values

@@ -1,0 +1,102 @@
+"""Which transport a communicator uses: decided once, by all its ranks together."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mpitrain import _env
+from mpitrain._errors import InputError, StorageError
+from mpitrain.comm.transports.fence import Fence
+from mpitrain.comm.transports.host import HostTransport
+from mpitrain.comm.transports.shared import SharedTransport
+from mpitrain.comm.transports.transport import Transport
+
+if TYPE_CHECKING:
+    from mpitrain.comm.communicator import Communicator
+
+TRANSPORTS = (HostTransport.name, SharedTransport.name)
+
+_STRONGLY_ORDERED = ("x86_64", "AMD64", "i386", "i686")
+
+
+def choose(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Transport:
+    """Return the transport of a communicator.
+
+    ``shared`` where every node has the same number of its ranks, two or more, which can map each other's memory;
+    else ``host``.
+
+    Parameters
+    ----------
+    comm : Communicator
+        Its ranks.
+    barrier : callable
+        Makes a full memory barrier, for machines that need one.  Called on all ranks of a node, or on none.
+
+    Raises
+    ------
+    InputError
+        ``MPITRAIN_TRANSPORT`` (rank 0's) names no transport, or asks for ``shared`` where it cannot be had.
+
+    Notes
+    -----
+    Collective.
+    """
+    wish = comm.broadcast_object(_env.transport())
+    if wish is not None and wish not in TRANSPORTS:
+        raise InputError(
+            "unknown transport", operation="MPITRAIN_TRANSPORT", got=wish, expected=" or ".join(TRANSPORTS)
+        )
+    if wish == HostTransport.name:
+        return HostTransport()
+    obstacle = _obstacle(comm)
+    if obstacle is None:
+        try:
+            return _shared(comm, barrier)
+        except StorageError as error:
+            obstacle = str(error)
+    if wish == SharedTransport.name and comm.size > 1:
+        raise InputError(
+            "shared memory cannot be used", operation="MPITRAIN_TRANSPORT", got=obstacle,
+            remedy="unset it, or set it to host",
+        )  # fmt: skip
+    return HostTransport()
+
+
+def ranks_per_node() -> int | None:
+    """Return ``MPITRAIN_RANKS_PER_NODE`` as a number; None where it is not set."""
+    text = _env.ranks_per_node()
+    if text is None:
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise InputError("unusable number", operation="MPITRAIN_RANKS_PER_NODE", got=repr(text), expected="1 or more")
+    return int(text)
+
+
+def _obstacle(comm: Communicator) -> str | None:
+    """Return what forbids shared memory, the same on all ranks."""
+    sizes = {int(size) for size in comm.allgather(comm.node.size)}
+    if sizes == {1}:
+        return "no two ranks are on one node"
+    return None if len(sizes) == 1 else f"nodes have {min(sizes)} to {max(sizes)} ranks"
+
+
+def _shared(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Transport:
+    """Make the shared transport; what fails on one node is raised on all."""
+    across = comm.split(comm.node.rank, axis="across") if comm.size > comm.node.size else None
+    order = None if platform.machine() in _STRONGLY_ORDERED else barrier()
+    spins = comm.node.size <= len(os.sched_getaffinity(0))
+    timeout_s = math.inf  # the watchdog ends what waits too long, and tells what the other ranks do
+    failure: StorageError | None = None
+    try:
+        shared = SharedTransport(comm, across, lambda lines: Fence(lines, comm.node.rank, order, spins, timeout_s))
+    except StorageError as error:
+        failure = error
+    messages = comm.allgather_object(None if failure is None else str(failure))
+    found = next((message for message in messages if message is not None), None)
+    if found is not None:
+        raise failure or StorageError(found)
+    return shared

@@ -1,0 +1,121 @@
+"""Where tables are kept: a file per key in the user's cache, read by rank 0 and given to all.
+
+A file that is damaged or of another machine is never used; whoever asks is told why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import warnings
+from dataclasses import astuple, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpitrain import _env
+from mpitrain._errors import InputError, StorageError
+from mpitrain.comm.tuning.table import Key, Table
+
+if TYPE_CHECKING:
+    from mpitrain.comm.communicator import Communicator
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the cache holds for a communicator.
+
+    Parameters
+    ----------
+    table : Table or None
+        None: there is none, or none that can be used.
+    note : str
+        One line that says which.
+    refused : bool
+        There is a file, which cannot be used.
+    """
+
+    table: Table | None
+    note: str
+    refused: bool = False
+
+
+def key_of(comm: Communicator, transport: str = "host") -> Key:
+    """Return what a table for this communicator must hold for.  Collective."""
+    first = int(comm.node.broadcast(comm.rank))
+    facts = comm.allgather_object((first, _machine()))
+    nodes = [len(list(ranks)) for _, ranks in groupby(sorted(node for node, _ in facts))]
+    layout = "+".join(f"{len(list(alike))}x{ranks}" for ranks, alike in groupby(nodes))
+    return Key(", ".join(sorted({machine for _, machine in facts})), comm.library, transport, layout)
+
+
+def path_of(key: Key) -> Path:
+    """Return the file of a key, whether it exists or not."""
+    digest = hashlib.sha256("\n".join(astuple(key)).encode()).hexdigest()[:16]
+    return Path(_env.cache_directory()) / "mpitrain" / "tuning" / f"{digest}.json"
+
+
+def save(table: Table) -> Path:
+    """Write a table to its file, which is replaced in one step; on one rank only.
+
+    Raises
+    ------
+    StorageError
+        The cache cannot be written.
+    """
+    path = path_of(table.key)
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(table.to_json())
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(
+            "the tuning table cannot be kept", got=str(error), remedy="set XDG_CACHE_HOME to a folder with room"
+        ) from error
+    return path
+
+
+def load(comm: Communicator, transport: str = "host") -> Found:
+    """Return what the cache holds for a communicator, the same on all ranks.  Collective: rank 0 reads."""
+    key = key_of(comm, transport)
+    found = _read(key) if comm.rank == 0 else None
+    result: Found = comm.broadcast_object(found)
+    return result
+
+
+def install(comm: Communicator, transport: str = "host") -> Found:
+    """Let the table in the cache choose the algorithms of a communicator from now on.  Collective.
+
+    Without a table, the backend goes on to perform all calls; a file that cannot be used is warned of on rank 0.
+    """
+    found = load(comm, transport)
+    comm.tuning = found.table
+    if found.refused and comm.rank == 0:
+        warnings.warn(found.note, RuntimeWarning, stacklevel=2)
+    return found
+
+
+def _read(key: Key) -> Found:
+    path = path_of(key)
+    try:
+        table = Table.from_json(path.read_text())
+    except FileNotFoundError:
+        return Found(None, "no tuning table for this machine, MPI library and layout; mpitrain bench --tune makes one")
+    except (InputError, OSError, UnicodeDecodeError) as error:
+        return Found(None, f"tuning table ignored: {path} cannot be read: {error}", refused=True)
+    differences = key.differences(table.key)
+    if differences:
+        return Found(None, f"tuning table ignored: {path} is of {'; '.join(differences)}", refused=True)
+    return Found(table, f"tuning table {path} with {len(table.rows)} rows")
+
+
+def _machine() -> str:
+    """Name the kind of machine: nodes of one kind share a table."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{os.cpu_count()} x {next(models, platform.machine())}"

@@ -1,0 +1,162 @@
+"""The table itself: what was measured where, what it chooses, and its form as JSON; it touches no file."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from itertools import pairwise
+from math import sqrt
+from typing import Any
+
+from mpitrain._errors import InputError
+from mpitrain.comm.algorithms import DEFAULT, names
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a table holds for; it says nothing about any other.
+
+    Parameters
+    ----------
+    machine : str
+        The kinds of machine that the ranks run on.
+    library : str
+        What the MPI library calls itself.
+    transport : str
+        What carries the messages, e.g. ``host``.
+    layout : str
+        Ranks of each node, e.g. ``2x4+1x3``: two nodes of four, then one of three.
+    """
+
+    machine: str
+    library: str
+    transport: str
+    layout: str
+
+    def differences(self, other: Key) -> list[str]:
+        """Say in which respects another key is not this one."""
+        pairs = zip(asdict(self).items(), asdict(other).values(), strict=True)
+        return [f"{name} {theirs!r}, here {ours!r}" for (name, ours), theirs in pairs if ours != theirs]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one operation at one size.
+
+    Parameters
+    ----------
+    operation : str
+        E.g. ``allreduce``.
+    size : int
+        Ranks.
+    total_bytes : int
+        Of the whole array on each rank: what an allgather results in, what a reduce_scatter starts from.
+    algorithm : str
+        The choice: a name of `mpitrain.comm.algorithms`, or ``default``.
+    seconds : mapping of str to float
+        Median time of each candidate.
+    """
+
+    operation: str
+    size: int
+    total_bytes: int
+    algorithm: str
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The choices for one machine, library, transport and layout.
+
+    Parameters
+    ----------
+    key : Key
+        What it holds for.
+    rows : tuple of Row
+        What was measured.
+    """
+
+    key: Key
+    rows: tuple[Row, ...]
+
+    def choose(self, operation: str, total_bytes: int, size: int) -> str:
+        """Return the algorithm of the row nearest in size; ``default`` where nothing was measured.
+
+        Parameters
+        ----------
+        operation : str
+            E.g. ``allreduce``.
+        total_bytes : int
+            Of the whole array, as in `Row`; the same on all ranks.
+        size : int
+            Ranks.
+        """
+        found = self._choices.get((operation, size))
+        if found is None:
+            return DEFAULT
+        limits, algorithms = found
+        return algorithms[bisect(limits, total_bytes)]
+
+    @cached_property
+    def _choices(self) -> dict[tuple[str, int], tuple[list[float], list[str]]]:
+        """By operation and size: the choices in order of bytes, and the geometric means between them."""
+        groups: dict[tuple[str, int], list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: row.total_bytes):
+            groups.setdefault((row.operation, row.size), []).append(row)
+        return {
+            key: (
+                [sqrt(one.total_bytes * two.total_bytes) for one, two in pairwise(rows)],
+                [row.algorithm for row in rows],
+            )
+            for key, rows in groups.items()
+        }
+
+    def to_json(self) -> str:
+        """Return the table as text for people and programs."""
+        rows = [{**vars(row), "seconds": dict(row.seconds)} for row in self.rows]
+        return json.dumps({"version": _VERSION, "key": asdict(self.key), "rows": rows}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Table:
+        """Return the table that `to_json` wrote.
+
+        Raises
+        ------
+        InputError
+            The text is anything else: damaged, or of another version.
+        """
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise InputError("not JSON", operation="tuning table", got=str(error)) from error
+        found = _typed(found, {"version": int, "key": dict, "rows": list}, "the table")
+        if found["version"] != _VERSION:
+            raise InputError("of another version", operation="tuning table", got=found["version"], expected=_VERSION)
+        key = Key(**_typed(found["key"], {field.name: str for field in fields(Key)}, "the key"))
+        return cls(key, tuple(_row(number, row) for number, row in enumerate(found["rows"])))
+
+
+def _row(number: int, found: Any) -> Row:
+    kinds = {"operation": str, "size": int, "total_bytes": int, "algorithm": str, "seconds": dict}
+    row = Row(**_typed(found, kinds, f"row {number}"))
+    _typed(row.seconds, dict.fromkeys(row.seconds, float), f"row {number}, seconds")
+    known = [*names(row.operation), DEFAULT]
+    if row.algorithm not in known:
+        raise InputError(
+            f"row {number} names no algorithm of {row.operation}", operation="tuning table", got=repr(row.algorithm),
+            expected=", ".join(known),
+        )  # fmt: skip
+    return row
+
+
+def _typed(found: Any, kinds: dict[str, type], what: str) -> dict[str, Any]:
+    """Return a JSON object that has exactly these members."""
+    if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
+        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise InputError(f"{what} is not as it was written", operation="tuning table", expected=expected)
+    return found

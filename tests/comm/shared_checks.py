@@ -1,0 +1,165 @@
+"""Checks of `empty` and `allreduce_plan` that any communicator must pass, whatever its transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conformance import folded, ops, same, values
+
+from mpitrain._errors import DtypeError, InputError
+from mpitrain.comm import Communicator
+
+CHECKS: list[Callable[[Communicator], None]] = []
+SHAPES: list[tuple[int, ...]] = [(), (1,), (7,), (3, 5), (0,), (40, 33)]
+DTYPES = ["float32", "float64", "int64", "uint8", "float16", ml_dtypes.bfloat16, "complex64"]
+
+
+def check(function: Callable[[Communicator], None]) -> Callable[[Communicator], None]:
+    CHECKS.append(function)
+    return function
+
+
+@check
+def memory_is_zeroed_aligned_and_private_to_the_rank(comm: Communicator) -> None:
+    for shape in SHAPES:
+        x = comm.empty(shape, "float64")
+        same(x, np.zeros(shape))
+        assert type(x) is np.ndarray
+        assert x.size == 0 or x.__array_interface__["data"][0] % 4096 == 0
+        comm.barrier()
+        x[...] = comm.rank
+        comm.barrier()
+        same(x, np.full(shape, float(comm.rank)))
+
+
+@check
+def reduces_in_place_every_dtype_op_and_shape(comm: Communicator) -> None:
+    for dtype, shape in product(DTYPES, SHAPES):
+        x = comm.empty(shape, dtype)
+        for op in ops(dtype):
+            x[...] = values(comm.rank, shape, dtype)
+            assert comm.allreduce(x, op, out=x) is x
+            same(x, folded(comm.size, shape, dtype, op))
+
+
+@check
+def leaves_the_input_alone_without_out(comm: Communicator) -> None:
+    x = comm.empty((40, 33))
+    x[...] = values(comm.rank, x.shape)
+    same(comm.allreduce(x), folded(comm.size, x.shape, "float32", "sum"))
+    same(x, values(comm.rank, x.shape, "float32"))
+
+
+@check
+def plans_every_dtype_op_and_shape(comm: Communicator) -> None:
+    for dtype, shape, shared in product(DTYPES, SHAPES, (True, False)):
+        x = comm.empty(shape, dtype) if shared else np.empty(shape, dtype)
+        for op in ops(dtype):
+            x[...] = values(comm.rank, shape, dtype)
+            plan = comm.allreduce_plan(x, op)
+            same(plan(), folded(comm.size, shape, dtype, op))
+            same(x, values(comm.rank, shape, dtype))
+            assert not plan.result.flags.writeable
+            plan = comm.allreduce_plan(x, op, in_place=True)
+            assert plan() is x
+            same(x, folded(comm.size, shape, dtype, op))
+
+
+@check
+def plans_reduce_what_the_buffer_holds_at_each_call(comm: Communicator) -> None:
+    x = comm.empty(1000, "int64")
+    plan, place = comm.allreduce_plan(x), comm.allreduce_plan(x, "max", in_place=True)
+    for step in range(50):
+        x[...] = np.arange(1000) * (comm.rank + step)
+        expected = np.arange(1000) * sum(r + step for r in range(comm.size))
+        result = plan()
+        x[...] = -1  # the buffer is free again, and the result keeps its values
+        same(result, expected)
+        x[...] = comm.rank + step
+        same(place(), np.full(1000, comm.size - 1 + step))
+
+
+@check
+def views_and_uneven_sizes(comm: Communicator) -> None:
+    x = comm.empty((comm.rank + 3, 50))
+    whole = comm.empty(900)
+    for part in (x[1:3], x.reshape(-1)[7:120], whole[comm.rank : comm.rank + 33]):
+        part[...] = values(comm.rank, part.shape)
+        comm.allreduce(part, out=part)
+        same(part, folded(comm.size, part.shape, "float32", "sum"))
+        part[...] = values(comm.rank, part.shape)
+        same(comm.allreduce_plan(part)(), folded(comm.size, part.shape, "float32", "sum"))
+    assert not whole[comm.rank + 33 :].any()
+    assert not x[0, :7].any()
+
+
+@check
+def ranks_may_mix_shared_and_ordinary_memory(comm: Communicator) -> None:
+    for owner in range(comm.size):
+        first, second = comm.empty(700), comm.empty(700)
+        for mine in ((first, np.empty(700, np.float32)), (first, second)):
+            x = mine[comm.rank == owner]
+            x[...] = values(comm.rank, x.shape)
+            same(comm.allreduce(x, out=x), folded(comm.size, (700,), "float32", "sum"))
+            x[...] = values(comm.rank, x.shape)
+            same(comm.allreduce_plan(x)(), folded(comm.size, (700,), "float32", "sum"))
+
+
+@check
+def infinite_sums_are_results(comm: Communicator) -> None:
+    x = comm.empty(500)
+    x[...] = np.finfo(np.float32).max
+    comm.allreduce(x, out=x)
+    assert np.isinf(x).all() == (comm.size > 1)
+
+
+@check
+def many_calls_in_a_row(comm: Communicator) -> None:
+    rng = np.random.default_rng(7)  # the same on all ranks
+    buffers = [comm.empty(300, "int64") for _ in range(3)]
+    plans = [comm.allreduce_plan(buffer) for buffer in buffers]
+    ordinary = np.empty(300, np.int64)
+    for _ in range(300):
+        which, size, kind = int(rng.integers(3)), int(rng.integers(1, 301)), int(rng.integers(3))
+        own = rng.integers(1000, size=(comm.size, 300))
+        x = ordinary if kind == 0 else buffers[which]
+        x[...] = own[comm.rank]
+        if kind == 2:
+            same(plans[which](), own.sum(0))
+            same(x, own[comm.rank])
+            continue
+        comm.allreduce(x[:size], out=x[:size])
+        same(x[:size], own[:, :size].sum(0))
+        same(x[size:], own[comm.rank, size:])
+
+
+@check
+def the_ledger_counts_plans(comm: Communicator) -> None:
+    plan = comm.allreduce_plan(comm.empty(10))
+    comm.ledger.reset()
+    for _ in range(3):
+        plan()
+    counted = comm.ledger.snapshot()[comm.ledger.axis, "allreduce_plan"]
+    assert (counted.calls, counted.messages, counted.logical_bytes) == (3, 3, 120)
+
+
+@check
+def bad_input_is_refused(comm: Communicator) -> None:
+    with pytest.raises(InputError, match="empty: negative extent"):
+        comm.empty(-1)
+    with pytest.raises(DtypeError, match="unsupported dtype"):
+        comm.empty(3, "U5")
+    with pytest.raises(DtypeError, match="not a dtype"):
+        comm.empty(3, "no such")
+    with pytest.raises(InputError, match="contiguous"):
+        comm.allreduce_plan(np.zeros((4, 4))[:, 1])
+    with pytest.raises(InputError, match="NumPy array"):
+        comm.allreduce_plan([1.0])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="unknown reduction"):
+        comm.allreduce_plan(np.zeros(3), "avg")
+    with pytest.raises(DtypeError, match="'and' is not defined"):
+        comm.allreduce_plan(np.zeros(3), "and")

@@ -1,0 +1,105 @@
+"""The shared-memory transport under ``mpiexec``: processes that map each other's memory, on one node and on several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shared_checks
+from conformance import CHECKS, folded, same, values
+
+import mpitrain.comm.mpi
+from mpitrain.comm import Communicator
+from mpitrain.comm.transports import choice, shared
+
+Check = Callable[[Communicator], None]
+BLOCKING = [check for check in CHECKS if "request" not in check.__name__]  # requests use no transport
+
+
+@pytest.fixture
+def eager(world: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Communicator]:
+    """A communicator that reduces everything over shared memory, in chunks of a few elements."""
+    for name, size in {"CHUNK_BYTES": 256, "FAR_CHUNK_BYTES": 512, "PIECE_BYTES": 128}.items():
+        monkeypatch.setattr(shared, name, size)
+    for name in ("STREAMED_FROM_BYTES", "SMALLEST_BYTES"):
+        monkeypatch.setattr(shared, name, 9)  # the numbers by which a transport is agreed on stay below
+    monkeypatch.setattr(mpitrain.comm.mpi, "SMALLEST_BYTES", 9)
+    with world.split(0, axis="world") as comm:
+        yield comm
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("check", [*shared_checks.CHECKS, *BLOCKING], ids=lambda check: check.__name__)
+def test_processes_over_shared_memory(eager: Communicator, check: Check) -> None:
+    assert eager.transport == ("shared" if eager.size > 1 else "host")
+    check(eager)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("check", shared_checks.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(("variable", "value"), [("MPITRAIN_TRANSPORT", "host"), ("MPITRAIN_RANKS_PER_NODE", "2")])
+def test_without_shared_memory_and_on_nodes_of_two(
+    eager: Communicator, check: Check, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    shares = variable == "MPITRAIN_RANKS_PER_NODE" and eager.size in (2, 4)  # three make nodes of unequal size
+    assert eager.transport == ("shared" if shares else "host")
+    check(eager)
+
+
+@pytest.mark.mpi
+def test_a_memory_barrier_of_mpis_where_the_machine_needs_one(
+    eager: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_STRONGLY_ORDERED", ())
+    x = eager.empty(1000)
+    for _ in range(20):
+        x[...] = values(eager.rank, x.shape)
+        eager.allreduce(x, out=x)
+        same(x, folded(eager.size, x.shape, "float32", "sum"))
+
+
+@pytest.mark.mpi
+def test_many_random_collectives(world: Communicator) -> None:
+    """At the real thresholds: sizes about the chunk, shared and ordinary, planned and not, in the same random order."""
+    rng = np.random.default_rng(3)
+    with world.split(0) as comm:
+        x, y = comm.empty(400_000, "int32"), np.empty(400_000, np.int32)
+        plans = [comm.allreduce_plan(x[:100_000]), comm.allreduce_plan(x, in_place=True), comm.allreduce_plan(y)]
+        for _ in range(150):
+            kind, size, shift = int(rng.integers(4)), int(rng.integers(1, 400_000)), int(rng.integers(100))
+            for buffer in (x, y):
+                buffer[...] = np.arange(400_000) * (comm.rank + shift)
+            expected = np.arange(400_000) * sum(rank + shift for rank in range(comm.size))
+            if kind < 3:
+                got = plans[kind]()
+                assert np.array_equal(got, expected[: got.size])
+            else:
+                target = (x, y)[int(rng.integers(2))]
+                comm.allreduce(target[:size], out=target[:size])
+                assert np.array_equal(target[:size], expected[:size])
+
+
+_KILLED = """
+import os, signal, sys, numpy as np, mpitrain
+world = mpitrain.world()
+x = world.empty(1 << 20)
+world.allreduce(x, out=x)
+print(f"transport {world.transport}", flush=True)
+if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+world.allreduce(x, out=x)
+"""
+
+
+def test_a_killed_rank_leaves_no_file(launch: Callable[..., tuple[int | None, str]]) -> None:
+    def files() -> set[str]:
+        return {path.name for path in Path("/dev/shm").glob("*mpitrain*")}
+
+    before = files()
+    code, output = launch(2, _KILLED, timeout_s=40)
+    assert code not in (0, None), output
+    assert "transport shared" in output
+    assert files() == before
