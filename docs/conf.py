@@ -24,7 +24,10 @@ autodoc_mock_imports = ["cupy"]
 nitpick_ignore_regex = [
     (r"py:class", r"(?!mpitrain\.).*"),  # other libraries, and types that are prose
     (r"py:class", r"mpitrain\..*\._\w+"),  # private bases
-    (r"py:class", r"mpitrain\.(_options|comm\.calls|train\.(job_\w+|assembly|cadence|checkpoint))\..*"),
+    (
+        r"py:class",
+        r"mpitrain\.(_options|comm\.(calls|ledger|plan|watchdog)|train\.(job|assembly|cadence|checkpoint))\..*",
+    ),
     (r"py:exc", r"\w+Error"),  # listed in one place, `mpitrain._errors`
     (r"py:.*", r"shape"),
 ]

@@ -29,8 +29,8 @@ from mpitrain.parallel import DataParallel, ModelAveraging
 from mpitrain.train.cadence import Cadence
 from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
-from mpitrain.train.job_model import LOSS_OF_TASK, BuiltModel
-from mpitrain.train.userfile import load_object
+from mpitrain.train.job.model import LOSS_OF_TASK, BuiltModel
+from mpitrain.train.job.userfile import load_object
 
 _EVALUATION_ROWS = 1024
 

@@ -23,7 +23,7 @@ from mpitrain.train import checkpoint
 from mpitrain.train.assembly import Assembly, single_numbers
 from mpitrain.train.checkpoint import Checkpoint, OnPhase, Score
 from mpitrain.train.job import Job
-from mpitrain.train.job_train import lower_is_better
+from mpitrain.train.job.train import lower_is_better
 from mpitrain.train.observer import Observer
 from mpitrain.train.rundir import RunDirectory
 

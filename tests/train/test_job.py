@@ -9,7 +9,7 @@ import pytest
 
 from mpitrain._errors import JobError
 from mpitrain.train.job import Job, job_reference
-from mpitrain.train.job_train import lower_is_better
+from mpitrain.train.job.train import lower_is_better
 
 MINIMAL: dict[str, Any] = {
     "data": {"source": "digits"},

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpitrain._errors import JobError
 from mpitrain.train.job import Job
-from mpitrain.train.job_section import Section, choices, kind_of
+from mpitrain.train.job.section import Section, choices, kind_of
 
 VALID: dict[str, Any] = {
     "data": {"source": "digits"},

@@ -13,11 +13,11 @@ from mpitrain.data import DATASETS, PARTITIONS, SAMPLINGS
 from mpitrain.nn import LOSSES, MODELS
 from mpitrain.nn.activations import ACTIVATIONS
 from mpitrain.optim import OPTIMIZERS, SCHEDULES
-from mpitrain.train import job_model
 from mpitrain.train.job import Job
-from mpitrain.train.job_data import Data, PartitionOptions
-from mpitrain.train.job_section import KindSection, Section, choices, kind_of
-from mpitrain.train.job_train import MethodSection
+from mpitrain.train.job import model as job_model
+from mpitrain.train.job.data import Data, PartitionOptions
+from mpitrain.train.job.section import KindSection, Section, choices, kind_of
+from mpitrain.train.job.train import MethodSection
 
 
 def sections(owner: type[Section], field: str) -> dict[str, type[KindSection]]:

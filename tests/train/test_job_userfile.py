@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpitrain._errors import JobError
-from mpitrain.train.userfile import load_object
+from mpitrain.train.job.userfile import load_object
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mpitrain.train.job_section import (
+from mpitrain.train.job.section import (
     Count,
     Fraction,
     KindSection,

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
-from mpitrain.train.job_codec import CodecSection
-from mpitrain.train.job_section import Count, NonNegative, PathText, Positive, Problem, Section, rejected
+from mpitrain.train.job.codec import CodecSection
+from mpitrain.train.job.section import Count, NonNegative, PathText, Positive, Problem, Section, rejected
 
 _BATCH_WORDS = 'integer ≥ 1 or "full"'
 

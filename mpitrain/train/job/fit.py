@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mpitrain.train.job_section import Problem
+from mpitrain.train.job.section import Problem
 
 if TYPE_CHECKING:
-    from mpitrain.train.job import Job
+    from mpitrain.train.job.job import Job
 
 _TASKS_OF_LOSS = {
     "bce": ("classification",),

@@ -11,8 +11,8 @@ from typing import Any
 
 from mpitrain._errors import JobError
 from mpitrain._names import did_you_mean
-from mpitrain.train.job_errors import dotted
-from mpitrain.train.job_section import Problem
+from mpitrain.train.job.errors import dotted
+from mpitrain.train.job.section import Problem
 
 _DEEPEST = 16
 _INTEGERS = range(-(2**63), 2**63)

@@ -16,8 +16,8 @@ from pydantic_core import ErrorDetails
 
 from mpitrain._errors import JobError
 from mpitrain._names import did_you_mean
-from mpitrain.train.job_reference import type_words
-from mpitrain.train.job_section import UNSET, Problem, Section, choices, kind_of
+from mpitrain.train.job.reference import type_words
+from mpitrain.train.job.section import UNSET, Problem, Section, choices, kind_of
 
 _LONGEST_VALUE = 60
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mpitrain.train.job_section import Count, KindSection
+from mpitrain.train.job.section import Count, KindSection
 
 
 class Codec(KindSection):

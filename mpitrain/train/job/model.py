@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from mpitrain._names import did_you_mean
-from mpitrain.train.job_section import (
+from mpitrain.train.job.section import (
     BuildText,
     Count,
     Counts,

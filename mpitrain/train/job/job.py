@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from mpitrain.train import job_file
-from mpitrain.train.job_data import KNOWN, DataSection
-from mpitrain.train.job_errors import job_error, translate
-from mpitrain.train.job_fit import misfits
-from mpitrain.train.job_model import LOSS_OF_TASK, ModelSection
-from mpitrain.train.job_optimizer import OptimizerSection
-from mpitrain.train.job_reference import reference
-from mpitrain.train.job_section import Problem, Section
-from mpitrain.train.job_train import MethodSection, Train
+from mpitrain.train.job import file as job_file
+from mpitrain.train.job.data import KNOWN, DataSection
+from mpitrain.train.job.errors import job_error, translate
+from mpitrain.train.job.fit import misfits
+from mpitrain.train.job.model import LOSS_OF_TASK, ModelSection
+from mpitrain.train.job.optimizer import OptimizerSection
+from mpitrain.train.job.reference import reference
+from mpitrain.train.job.section import Problem, Section
+from mpitrain.train.job.train import MethodSection, Train
 
 _NAME_WORDS = "at most 100 letters, digits, spaces and any of _ . + -, a letter or digit first"
 Name = Annotated[str, Field(max_length=100, pattern=r"^\w[\w .+-]*\Z"), _NAME_WORDS]

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, fie
 from mpitrain._errors import JobError
 from mpitrain._names import did_you_mean
 from mpitrain.data import DATASETS, Task
-from mpitrain.train.job_section import (
+from mpitrain.train.job.section import (
     BuildText,
     Count,
     Fraction,

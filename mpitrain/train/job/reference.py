@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from mpitrain.train.job_section import Section, choices, kind_of
+from mpitrain.train.job.section import Section, choices, kind_of
 
 _NAMES = {int: "integer", float: "number", str: "string", bool: "true or false", dict: "table"}
 
