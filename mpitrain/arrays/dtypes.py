@@ -1,7 +1,11 @@
-"""Element types: what they are called, and in which type each is summed."""
+"""Element types: what they are called, and in which type each is summed.
+
+Answers are kept: NumPy makes up the name of a dtype anew each time, which takes longer than a small message.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,21 +14,25 @@ from mpitrain._errors import DtypeError
 from mpitrain._typing import DType
 
 
+@cache
 def is_bfloat16(dtype: DType) -> bool:
     """Tell whether ``dtype`` is the bfloat16 that the package ``ml_dtypes`` registers with NumPy."""
     return dtype.name == "bfloat16"
 
 
+@cache
 def is_float(dtype: DType) -> bool:
     """Tell whether ``dtype`` is a real floating-point type, bfloat16 included."""
     return dtype.kind == "f" or is_bfloat16(dtype)
 
 
+@cache
 def is_half(dtype: DType) -> bool:
     """Tell whether ``dtype`` is a 16-bit float (float16 or bfloat16)."""
     return is_float(dtype) and dtype.itemsize == 2
 
 
+@cache
 def accumulator(dtype: DType) -> DType:
     """Return the type in which values of ``dtype`` are summed: float32 for 16-bit floats, else itself."""
     return np.dtype(np.float32) if is_half(dtype) else dtype

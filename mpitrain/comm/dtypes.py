@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -42,6 +43,7 @@ _REMEDIES = {
 }
 
 
+@cache
 def check(operation: str, dtype: DType) -> None:
     """Refuse an element type that MPI has no name for, or would misread.
 
@@ -85,6 +87,7 @@ def check_op(operation: str, op: str) -> None:
         raise InputError("unknown reduction", operation=operation, got=repr(op), expected=", ".join(map(repr, OPS)))
 
 
+@cache
 def check_op_dtype(operation: str, op: str, dtype: DType) -> None:
     """Refuse a reduction that has no meaning for an element type.
 
@@ -108,6 +111,7 @@ def check_op_dtype(operation: str, op: str, dtype: DType) -> None:
         raise DtypeError(f"{op!r} is not defined for this dtype", operation=operation, got=dtype, remedy=remedy)
 
 
+@cache
 def storage(dtype: DType) -> DType:
     """Return the type of the same width as which values travel: what MPI has no name for goes as unsigned words."""
     if is_half(dtype):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NoReturn, cast
 
 from mpi4py import MPI
 
 from mpitrain import _env
 from mpitrain._errors import CommunicationError, MismatchError
-from mpitrain._typing import Array
+from mpitrain._typing import Array, DType
 from mpitrain.arrays.dtypes import accumulator
 from mpitrain.comm.buffers import wire
 from mpitrain.comm.calls import Call, Handle
@@ -217,11 +218,16 @@ def _translation(what: Call | str, error: MPI.Exception) -> CommunicationError:
     return kind("MPI failed", operation=str(what), got=error.Get_error_string())
 
 
+@cache
+def _datatype(dtype: DType) -> MPI.Datatype:
+    return _DATATYPES[dtype.name]
+
+
 def _spec(array: Array | None, counts: tuple[int, ...] | None = None) -> Any:
     """Return a buffer in the form that mpi4py's methods take."""
     if array is None:
         return None
-    datatype = _DATATYPES[array.dtype.name]
+    datatype = _datatype(array.dtype)
     return [array, datatype] if counts is None else [array, counts, None, datatype]
 
 
