@@ -118,7 +118,7 @@ def test_a_table_is_found_by_the_layout_that_it_was_kept_for(caches: Path) -> No
     assert list(path.parent.iterdir()) == [path]
     other = found_on(4, 4)
     assert (other.table, other.refused) == (None, False)
-    assert "mpitrain bench --tune makes one" in other.note
+    assert "mpitrain.comm.tuning.measure makes one" in other.note
 
 
 @pytest.mark.parametrize("damage", [b"{", b"\xff\xfe", b'{"version": 1}'])

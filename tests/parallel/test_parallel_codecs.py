@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,15 +23,6 @@ from mpitrain.train import checkpoint
 
 STEPS, FEATURES, CLASSES = 6, 24, 3
 COMPRESSED = "1.weight"
-
-
-@pytest.fixture(params=[1, 2, 3, 4, pytest.param("mpi", marks=pytest.mark.mpi)], ids=lambda param: f"ranks-{param}")
-def on_ranks(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    if request.param == "mpi":
-        world: Communicator = request.getfixturevalue("world")
-        yield lambda check, *args: check(world, *args)
-    else:
-        yield LocalWorld(request.param, timeout_s=20).run
 
 
 def samples(rows: int = 40) -> Dataset:
