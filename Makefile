@@ -1,6 +1,7 @@
 # make train    install into .venv and train the digits CNN on 2 ranks
 # make test     the whole suite: unit tests, and MPI tests on 1, 2, 3 and 4 ranks
 # make test-all the same with the long suites
+# make test-gpu what runs on CuPy arrays, with the Python and CuPy that are there
 # make lint     ruff, mypy --strict, import-linter, shellcheck
 # make docs     the documentation, warnings as errors
 #
@@ -34,7 +35,7 @@ test-all: $(VENV)/.with-test
 	$(BIN)/python tests/run.py --slow
 
 test-gpu:
-	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m pytest -m gpu -rs tests/gpu
 
 lint: $(VENV)/.with-lint
 	$(BIN)/ruff check
