@@ -102,7 +102,8 @@ def _read(key: Key) -> Found:
     try:
         table = Table.from_json(path.read_text())
     except FileNotFoundError:
-        return Found(None, "no tuning table for this machine, MPI library and layout; mpitrain.comm.tuning.measure makes one")
+        note = "no tuning table for this machine, MPI library and layout; mpitrain.comm.tuning.measure makes one"
+        return Found(None, note)
     except (InputError, OSError, UnicodeDecodeError) as error:
         return Found(None, f"tuning table ignored: {path} cannot be read: {error}", refused=True)
     differences = key.differences(table.key)
