@@ -16,10 +16,10 @@ from mpitrain._typing import Array
 from mpitrain.comm import prepare
 
 if TYPE_CHECKING:
-    from mpitrain.comm.communicator import Communicator
+    from mpitrain.comm.engine import Engine
 
 
-def broadcast(comm: Communicator, obj: Any, root: int) -> Any:
+def broadcast(comm: Engine, obj: Any, root: int) -> Any:
     """Give the root's object to all: its length, then its bytes."""
     sends = comm.rank == root
     data = _dump(obj) if sends else np.empty(0, np.uint8)
@@ -28,7 +28,7 @@ def broadcast(comm: Communicator, obj: Any, root: int) -> Any:
     return _load(comm._complete(prepare.broadcast("broadcast_object", data, root, None, sends)))
 
 
-def gather(comm: Communicator, obj: Any, root: int | None) -> list[Any] | None:
+def gather(comm: Engine, obj: Any, root: int | None) -> list[Any] | None:
     """Collect one object from each rank: on the root, or on all if it is None."""
     operation = "allgather_object" if root is None else "gather_object"
     data = _dump(obj)
@@ -39,7 +39,7 @@ def gather(comm: Communicator, obj: Any, root: int | None) -> list[Any] | None:
     return None if joined is None else [_load(part) for part in np.split(joined, np.cumsum(lengths)[:-1])]
 
 
-def scatter(comm: Communicator, objects: Sequence[Any] | None, root: int) -> Any:
+def scatter(comm: Engine, objects: Sequence[Any] | None, root: int) -> Any:
     """Give each rank its item of the root's sequence."""
     operation = "scatter_object"
     lengths, data = np.zeros(comm.size, np.int64), np.empty(0, np.uint8)
@@ -55,14 +55,14 @@ def scatter(comm: Communicator, objects: Sequence[Any] | None, root: int) -> Any
     return _load(comm._complete(prepare.scatter(operation, comm.rank, comm.size, whole, root, shares, None)))
 
 
-def send(comm: Communicator, obj: Any, dest: int, tag: int) -> None:
+def send(comm: Engine, obj: Any, dest: int, tag: int) -> None:
     """Send an object: its length, then its bytes, which messages of one tag keep in order."""
     data = _dump(obj)
     for part in (_length(data), data):
         comm._complete(prepare.send("send_object", part, dest, tag))
 
 
-def recv(comm: Communicator, source: int, tag: int) -> Any:
+def recv(comm: Engine, source: int, tag: int) -> Any:
     """Receive what `send` sent."""
     length = comm._complete(prepare.recv("recv_object", np.zeros((), np.int64), source, tag, None))
     return _load(comm._complete(prepare.recv("recv_object", np.empty(int(length), np.uint8), source, tag, None)))

@@ -23,12 +23,12 @@ from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import accumulator, is_float, is_half
 from mpitrain.arrays.fixed_point import NON_FINITE, FixedPoint, Pieces, as_reals, cut, exponents
 from mpitrain.arrays.namespace import namespace
-from mpitrain.comm import checks, dtypes, trees
+from mpitrain.comm import checks, dtypes, objects, trees
 from mpitrain.comm.buffers import Fused, Parcel, accept, outgoing
 from mpitrain.comm.prepare import Counts, share_shape
 
 if TYPE_CHECKING:
-    from mpitrain.comm.communicator import Communicator
+    from mpitrain.comm.collectives import Collectives
 
 MIN_TERMS = 1023
 """Room is kept for this many terms at least, so that up to there the number of ranks or lanes changes no bit: a sum
@@ -38,18 +38,18 @@ BUCKET_BYTES = 4 * 1024 * 1024
 """Integers are summed this much at a time, in memory that is used again."""
 
 
-def allreduce(comm: Communicator, x: Any, op: str, out: Any, algorithm: str | None) -> Any:
+def allreduce(comm: Collectives, x: Any, op: str, out: Any, algorithm: str | None) -> Any:
     """Reduce over all ranks, for all: `Communicator.allreduce` with ``reproducible=True``."""
     return Reduction(comm, "allreduce", op, comm.size, None, algorithm).of_tree(x, out)
 
 
-def reduce(comm: Communicator, x: Any, op: str, root: int, out: Any, algorithm: str | None) -> Any:
+def reduce(comm: Collectives, x: Any, op: str, root: int, out: Any, algorithm: str | None) -> Any:
     """Reduce over all ranks, for the root: `Communicator.reduce` with ``reproducible=True``."""
     root = checks.rank("reduce", "root", root, comm.size)
     return Reduction(comm, "reduce", op, comm.size, root, algorithm).of_tree(x, out)
 
 
-def reduce_scatter(comm: Communicator, x: Any, op: str, counts: Counts, out: Any, algorithm: str | None) -> Any:
+def reduce_scatter(comm: Collectives, x: Any, op: str, counts: Counts, out: Any, algorithm: str | None) -> Any:
     """Reduce over all ranks, and give each its rows: `Communicator.reduce_scatter` with ``reproducible=True``."""
     shares = None if counts is None else checks.counts("reduce_scatter", counts, comm.size)
     return Reduction(comm, "reduce_scatter", op, comm.size, None, algorithm).of_rows(x, shares, out)
@@ -112,7 +112,7 @@ class Reduction:
         Another reduction, which has no reproducible form, or needs none.
     """
 
-    comm: Communicator
+    comm: Collectives
     operation: str
     op: str
     terms: int
@@ -213,7 +213,7 @@ class Reduction:
         bad = np.flatnonzero(agreed == NON_FINITE).tolist()
         if not bad:
             return
-        everyones = self.comm.allgather_object(bool((own == NON_FINITE).any()))
+        everyones = objects.gather(self.comm, bool((own == NON_FINITE).any()), None) or []
         ranks = [rank for rank, found in enumerate(everyones) if found]
         raise NonFiniteError(
             "a value is infinite or not a number", operation=self.operation,

@@ -16,7 +16,7 @@ from mpitrain.comm.algorithms.links import Links
 from mpitrain.comm.calls import Call, Prepared
 
 if TYPE_CHECKING:
-    from mpitrain.comm.communicator import Communicator
+    from mpitrain.comm.engine import Engine
 
 Algorithm: TypeAlias = Callable[[Links, Call], None]
 
@@ -48,7 +48,7 @@ def names(operation: str) -> list[str]:
     return [name for each, name in ALGORITHMS if each == operation]
 
 
-def assign(comm: Communicator, prepared: Prepared, algorithm: str | None) -> Prepared:
+def assign(comm: Engine, prepared: Prepared, algorithm: str | None) -> Prepared:
     """Say how the calls are to be performed: by the caller's choice, else the communicator's table, else the backend.
 
     Raises
@@ -64,7 +64,7 @@ def assign(comm: Communicator, prepared: Prepared, algorithm: str | None) -> Pre
     return replace(prepared, calls=calls)
 
 
-def perform(comm: Communicator, call: Call) -> None:
+def perform(comm: Engine, call: Call) -> None:
     """Perform a call by the algorithm that it names.  Collective."""
     comm._meet(call)
     with np.errstate(all="ignore"):  # as everywhere, sums beyond the largest float are infinite
@@ -72,7 +72,7 @@ def perform(comm: Communicator, call: Call) -> None:
     comm._links.book(call.operation)
 
 
-def _choice(comm: Communicator, call: Call, algorithm: str | None) -> str | None:
+def _choice(comm: Engine, call: Call, algorithm: str | None) -> str | None:
     if algorithm is None and comm.tuning is not None:
         whole = max(side.nbytes for side in (call.send, call.recv) if side is not None) if call.dtype else 0
         algorithm = comm.tuning.choose(call.operation, whole, comm.size)
