@@ -93,6 +93,11 @@ def transport() -> str | None:
     return os.environ.get("MPITRAIN_TRANSPORT") or None
 
 
+def kernel() -> bool:
+    """Tell whether compiled loops may be used where they were built."""
+    return os.environ.get("MPITRAIN_KERNEL", "").lower() not in ("off", "0")
+
+
 def ranks_per_node() -> str | None:
     """Return ``MPITRAIN_RANKS_PER_NODE``: into parts of how many ranks each node is cut, to try many nodes on one."""
     return os.environ.get("MPITRAIN_RANKS_PER_NODE") or None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import InputError
-from mpitrain.comm import checks, objects, prepare
+from mpitrain.comm import checks, direct, objects, prepare
 from mpitrain.comm import reproducible as fixed
 from mpitrain.comm.calls import Call, Prepared
 from mpitrain.comm.engine import Engine
@@ -54,6 +54,10 @@ class Collectives(Engine):
         """
         if reproducible:
             return fixed.allreduce(self, x, op, out, algorithm)
+        if algorithm is None:
+            result = direct.allreduce(self, x, op, out)
+            if result is not None:
+                return result
         return self._complete(self._allreduce("allreduce", x, op, out), algorithm)
 
     def iallreduce(self, x: Any, op: str = "sum", out: Any = None) -> Request:
@@ -102,6 +106,10 @@ class Collectives(Engine):
         algorithm : {"ring", "tree", "default"}, optional
             How it is performed.
         """
+        if algorithm is None:
+            result = direct.broadcast(self, x, root, out)
+            if result is not None:
+                return result
         return self._complete(self._broadcast("broadcast", x, root, out), algorithm)
 
     def ibroadcast(self, x: Any, root: int = 0, out: Any = None) -> Request:

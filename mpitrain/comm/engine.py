@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+import numpy as np
+
 from mpitrain._errors import CommunicationError
 from mpitrain._typing import Array
 from mpitrain.arrays.dtypes import accumulator
@@ -80,14 +82,29 @@ class Engine(ABC):
         """Return what reduces large arrays; called once, by all ranks.  A backend that has a better one says so."""
         return HostTransport()
 
-    def _bind(self, values: Array, op: str) -> Callable[[], None]:
-        """Return what reduces a flat array in place, over and over, checked already."""
-        dtype = values.dtype
+    def _bind(self, send: Array, recv: Array, op: str) -> Callable[[], object]:
+        """Return what reduces a flat array into another, or in place, over and over, checked already."""
+        dtype = recv.dtype
         if accumulator(dtype) != dtype:  # it travels in another type, through memory of its own each time
-            again = partial(prepare.reduction, "allreduce_plan", self.size, values, op, values, None, True)
+            again = partial(prepare.reduction, "allreduce_plan", self.size, send, op, recv, None, True)
             return lambda: self._complete(again())
-        call = Call("allreduce", dtype=dtype, recv=wire(values), op=op)
-        return partial(self._run, call)
+        words = wire(recv)
+        return partial(self._allreduce_now, words if send is recv else wire(send), words, op)
+
+    def _allreduce_now(self, send: Array, recv: Array, op: str) -> None:
+        """Reduce a contiguous array into another, or in place, checked already, of a type that is reduced as it is."""
+        if send is not recv:
+            np.copyto(recv, send)
+        self._run(Call("allreduce", recv.dtype, recv=wire(recv), op=op))
+
+    def _broadcast_now(self, values: Array, root: int) -> None:
+        """Broadcast one contiguous array in place, checked already, of a type that travels as it is."""
+        self._run(Call("broadcast", values.dtype, recv=wire(values), root=root))
+
+    @property
+    def plain(self) -> bool:
+        """Whether calls may take the short way (`mpitrain.comm.direct`): nothing looks at each of them."""
+        return self._checker is None and self.tuning is None and not self._freed
 
     def _moves(self) -> Transport:
         if self._transport is None:

@@ -67,12 +67,22 @@ class Ledger:
         self.axis = axis
         self._counts: dict[tuple[str, str], Count] = {}
         self._meters: list[tuple[tuple[str, str], Meter]] = []
+        self._tallies: dict[tuple[str, str], list[int]] = {}  # uses, and their bytes
 
     def child(self, axis: str) -> Ledger:
         """Return a ledger of the same totals that writes under another axis."""
         child = Ledger(axis)
-        child._counts, child._meters = self._counts, self._meters
+        child._counts, child._meters, child._tallies = self._counts, self._meters, self._tallies
         return child
+
+    def count(self, operation: str, nbytes: int) -> None:
+        """Count one use of a public method that came down to one call of so many bytes."""
+        key = (self.axis, operation)
+        tally = self._tallies.get(key)
+        if tally is None:
+            tally = self._tallies[key] = [0, 0]
+        tally[0] += 1
+        tally[1] += nbytes
 
     def record(self, prepared: Prepared) -> None:
         """Count one use of a public method."""
@@ -95,11 +105,14 @@ class Ledger:
         for key, meter in self._meters:
             if meter.uses:
                 counts[key] = counts.get(key, Count()) + meter.total()
+        for key, (uses, nbytes) in self._tallies.items():
+            counts[key] = counts.get(key, Count()) + Count(uses, uses, nbytes)
         return counts
 
     def reset(self) -> None:
         """Forget all totals, of every axis."""
         self._counts.clear()
+        self._tallies.clear()
         for _, meter in self._meters:
             meter.uses = 0
 

@@ -12,8 +12,6 @@ from mpi4py import MPI
 from mpitrain import _env
 from mpitrain._errors import CommunicationError, MismatchError
 from mpitrain._typing import Array, DType
-from mpitrain.arrays.dtypes import accumulator
-from mpitrain.comm.buffers import wire
 from mpitrain.comm.calls import Call, Handle
 from mpitrain.comm.channel import Channel
 from mpitrain.comm.communicator import Communicator
@@ -87,7 +85,7 @@ class MpiCommunicator(Communicator):
     def _run(self, call: Call) -> None:
         if call.operation == "allreduce" and call.recv is not None and call.recv.nbytes >= SMALLEST_BYTES:
             assert call.op is not None
-            if self._moves().allreduce(call.recv, call.op):
+            if self._moves().allreduce(call.recv, call.recv, call.op):
                 return
         if call.operation == "recv":  # only a request's status tells how much came
             self._begin(call).wait()
@@ -106,20 +104,21 @@ class MpiCommunicator(Communicator):
             comm = self._comm.Split(MPI.UNDEFINED if color is None else color, key)
         return self._child(comm, axis)
 
-    def _bind(self, values: Array, op: str) -> Callable[[], None]:
-        if values.nbytes >= SMALLEST_BYTES or accumulator(values.dtype) != values.dtype:
-            return super()._bind(values, op)
-        call = Call("allreduce", dtype=values.dtype, recv=wire(values), op=op)
-        name, arguments = _message(call, self.rank)
-        method = getattr(self._comm, name)
+    def _allreduce_now(self, send: Array, recv: Array, op: str) -> None:
+        if recv.nbytes >= SMALLEST_BYTES:
+            flat = recv.reshape(-1)
+            if self._moves().allreduce(flat if send is recv else send.reshape(-1), flat, op):
+                return
+        try:
+            self._comm.Allreduce(MPI.IN_PLACE if send is recv else send, recv, _OPS[op])
+        except MPI.Exception as error:
+            raise _translation(f"allreduce of {recv.size} {recv.dtype}", error) from error
 
-        def run() -> None:
-            try:
-                method(*arguments)
-            except MPI.Exception as error:
-                raise _translation(call, error) from error
-
-        return run
+    def _broadcast_now(self, values: Array, root: int) -> None:
+        try:
+            self._comm.Bcast(values, root)
+        except MPI.Exception as error:
+            raise _translation(f"broadcast of {values.size} {values.dtype}", error) from error
 
     def _choose_transport(self) -> Transport:
         return choose(self, self._memory_barrier)

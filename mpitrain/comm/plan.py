@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -71,25 +72,23 @@ def check(buffer: object, op: str) -> Array:
 
 
 def ordinary(
-    buffer: Array, op: str, in_place: bool, size: int, bind: Callable[[Array, str], Callable[[], None]]
+    buffer: Array, op: str, in_place: bool, size: int, bind: Callable[[Array, Array, str], Callable[[], object]]
 ) -> Planned:
     """Plan a reduction by the communicator's own way.
 
     Parameters
     ----------
     bind : callable
-        From a flat array and a reduction other than ``mean`` to what reduces it in place.
+        From a flat array, the one for the result, or the same, and a reduction other than ``mean`` to what reduces.
     """
-    own = buffer if in_place else np.empty_like(buffer)
-    reduce = bind(own.reshape(-1), "sum" if op == "mean" else op)
-    result = own if in_place else own.view()
+    flat = buffer.reshape(-1)
+    own = flat if in_place else np.empty_like(flat)
+    run = bind(flat, own, "sum" if op == "mean" else op)
+    result = buffer if in_place else own.reshape(buffer.shape)
     result.flags.writeable = in_place
+    return Planned(partial(_averaged, run, own, size) if op == "mean" else run, result)
 
-    def run() -> None:
-        if own is not buffer:
-            np.copyto(own, buffer)
-        reduce()
-        if op == "mean":
-            np.divide(own, size, out=own)
 
-    return Planned(run, result)
+def _averaged(reduce: Callable[[], object], values: Array, size: int) -> None:
+    reduce()
+    np.divide(values, size, out=values)

@@ -12,10 +12,28 @@ from conformance import folded, ops, same, values
 
 from mpitrain._errors import DtypeError, InputError
 from mpitrain.comm import Communicator
+from mpitrain.comm.transports import kernel, shared
 
 CHECKS: list[Callable[[Communicator], None]] = []
 SHAPES: list[tuple[int, ...]] = [(), (1,), (7,), (3, 5), (0,), (40, 33)]
 DTYPES = ["float32", "float64", "int64", "uint8", "float16", ml_dtypes.bfloat16, "complex64"]
+
+
+def use_loops(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reduce by the compiled loops, or by NumPy."""
+    if which == "compiled" and kernel.library() is None:
+        pytest.skip("the compiled loops are not built: no C compiler was found when mpitrain was installed")
+    monkeypatch.setenv("MPITRAIN_KERNEL", "off" if which == "numpy" else "on")
+
+
+def cut_small(monkeypatch: pytest.MonkeyPatch, streamed_from_bytes: int) -> None:
+    """Let arrays of a few elements pass through shared memory in several chunks."""
+    sizes = {"CHUNK_BYTES": 256, "COMPILED_CHUNK_BYTES": 256, "FAR_CHUNK_BYTES": 512, "PIECE_BYTES": 128}
+    for name in ("STREAMED_FROM_BYTES", "SMALLEST_BYTES"):
+        sizes[name] = streamed_from_bytes
+    for name, size in sizes.items():
+        monkeypatch.setattr(shared, name, size)
+    monkeypatch.setattr(kernel, "PAST_CACHE_FROM_BYTES", 1024)
 
 
 def check(function: Callable[[Communicator], None]) -> Callable[[Communicator], None]:
@@ -56,8 +74,8 @@ def leaves_the_input_alone_without_out(comm: Communicator) -> None:
 
 @check
 def plans_every_dtype_op_and_shape(comm: Communicator) -> None:
-    for dtype, shape, shared in product(DTYPES, SHAPES, (True, False)):
-        x = comm.empty(shape, dtype) if shared else np.empty(shape, dtype)
+    for dtype, shape, on_node in product(DTYPES, SHAPES, (True, False)):
+        x = comm.empty(shape, dtype) if on_node else np.empty(shape, dtype)
         for op in ops(dtype):
             x[...] = values(comm.rank, shape, dtype)
             plan = comm.allreduce_plan(x, op)

@@ -23,7 +23,7 @@ from mpitrain._typing import Array
 from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.comm.calls import Call
 from mpitrain.comm.local import LocalCommunicator
-from mpitrain.comm.transports import blocks, shared
+from mpitrain.comm.transports import blocks
 from mpitrain.comm.transports.choice import choose
 from mpitrain.comm.transports.fence import LINE_BYTES, Fence
 from mpitrain.comm.transports.shards import bounds, pieces, shards_of_chunks
@@ -32,19 +32,17 @@ Check = Callable[[Communicator], None]
 BLOCKING = [check for check in CHECKS if "request" not in check.__name__]  # requests use no transport
 
 
-@pytest.fixture
-def over_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(params=["compiled", "numpy"])
+def over_shared_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let threads reduce everything over shared memory, in chunks of a few elements."""
-    for name, size in {"CHUNK_BYTES": 256, "FAR_CHUNK_BYTES": 512, "PIECE_BYTES": 128}.items():
-        monkeypatch.setattr(shared, name, size)
-    for name in ("STREAMED_FROM_BYTES", "SMALLEST_BYTES"):
-        monkeypatch.setattr(shared, name, 1)
+    shared_checks.use_loops(request.param, monkeypatch)
+    shared_checks.cut_small(monkeypatch, streamed_from_bytes=1)
     monkeypatch.setenv("MPITRAIN_TIMEOUT_S", "10")  # a rank that fails must not be waited for until the test times out
     plain = LocalCommunicator._run
 
     def run(self: LocalCommunicator, call: Call) -> None:
         eligible = call.operation == "allreduce" and self.ledger.axis == "world"
-        if not (eligible and call.recv is not None and self._moves().allreduce(call.recv, call.op or "sum")):
+        if not (eligible and call.recv is not None and self._moves().allreduce(call.recv, call.recv, call.op or "sum")):
             plain(self, call)
 
     monkeypatch.setattr(LocalCommunicator, "_run", run)

@@ -12,19 +12,19 @@ from conformance import CHECKS, folded, same, values
 
 import mpitrain.comm.mpi
 from mpitrain.comm import Communicator
-from mpitrain.comm.transports import choice, shared
+from mpitrain.comm.transports import choice
 
 Check = Callable[[Communicator], None]
 BLOCKING = [check for check in CHECKS if "request" not in check.__name__]  # requests use no transport
 
 
-@pytest.fixture
-def eager(world: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Communicator]:
+@pytest.fixture(params=["compiled", "numpy"])
+def eager(
+    request: pytest.FixtureRequest, world: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Communicator]:
     """A communicator that reduces everything over shared memory, in chunks of a few elements."""
-    for name, size in {"CHUNK_BYTES": 256, "FAR_CHUNK_BYTES": 512, "PIECE_BYTES": 128}.items():
-        monkeypatch.setattr(shared, name, size)
-    for name in ("STREAMED_FROM_BYTES", "SMALLEST_BYTES"):
-        monkeypatch.setattr(shared, name, 9)  # the numbers by which a transport is agreed on stay below
+    shared_checks.use_loops(request.param, monkeypatch)
+    shared_checks.cut_small(monkeypatch, streamed_from_bytes=9)  # what a transport is agreed on by stays below
     monkeypatch.setattr(mpitrain.comm.mpi, "SMALLEST_BYTES", 9)
     with world.split(0, axis="world") as comm:
         yield comm

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 
 from mpitrain import _env
 from mpitrain._errors import InputError, StorageError
+from mpitrain._typing import Array
+from mpitrain.comm.transports import kernel
+from mpitrain.comm.transports.blocks import PAGE_BYTES
 from mpitrain.comm.transports.fence import Fence
 from mpitrain.comm.transports.host import HostTransport
+from mpitrain.comm.transports.kernel import Kernel
 from mpitrain.comm.transports.shared import SharedTransport
 from mpitrain.comm.transports.transport import Transport
 
@@ -87,16 +91,28 @@ def _obstacle(comm: Communicator) -> str | None:
 def _shared(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Transport:
     """Make the shared transport; what fails on one node is raised on all."""
     across = comm.split(comm.node.rank, axis="across") if comm.size > comm.node.size else None
+    compiled = across is None and all(comm.allgather_object(kernel.available()))
     order = None if platform.machine() in _STRONGLY_ORDERED else barrier()
-    spins = comm.node.size <= len(os.sched_getaffinity(0))
-    timeout_s = math.inf  # the watchdog ends what waits too long, and tells what the other ranks do
-    failure: StorageError | None = None
+    spins = _cores(comm.node) >= comm.node.size
+
+    def fence(lines: Array) -> Fence:
+        return Fence(lines, comm.node.rank, order, spins, math.inf)  # the watchdog ends what waits too long
+
+    def loops(memory: Array) -> Kernel:
+        return Kernel(memory, comm.node.rank, PAGE_BYTES, kernel.SPINS if spins else 0)
+
+    shared, failure = None, None
     try:
-        shared = SharedTransport(comm, across, lambda lines: Fence(lines, comm.node.rank, order, spins, timeout_s))
+        shared = SharedTransport(comm, across, fence, loops if compiled else None)
     except StorageError as error:
         failure = error
     messages = comm.allgather_object(None if failure is None else str(failure))
     found = next((message for message in messages if message is not None), None)
-    if found is not None:
-        raise failure or StorageError(found)
+    if shared is None or found is not None:
+        raise failure or StorageError(str(found))
     return shared
+
+
+def _cores(node: Communicator) -> int:
+    """Return how many cores the ranks of a node may run on, all together."""
+    return len(set().union(*node.allgather_object(os.sched_getaffinity(0))))

@@ -94,6 +94,11 @@ class Fence:
         for position, number in enumerate((kind, block, offset, elements)):
             self._own[first + position] = number
         self.wait()
+        return self.posts(kind, elements)
+
+    def posts(self, kind: int, elements: int) -> list[list[int]]:
+        """Return what every rank posted in the last exchange, if all are the same kind of call."""
+        first = 1 + self._exchanges % 2 * POSTED
         posts = [cell[first : first + POSTED].tolist() for cell in self._all]
         if any(post[0] != kind or post[3] != elements for post in posts):
             raise _mismatch(posts)

@@ -18,8 +18,8 @@ class HostTransport(Transport):
         """Return zeroed memory of this rank's."""
         return plain(prod(shape), dtype).reshape(shape)
 
-    def allreduce(self, values: Array, op: str) -> bool:
-        """Reduce an array in place where this transport is the faster way."""
+    def allreduce(self, send: Array, recv: Array, op: str) -> bool:
+        """Reduce an array into another where this transport is the faster way."""
         return False
 
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:

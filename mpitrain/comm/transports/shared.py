@@ -20,6 +20,7 @@ from zlib import crc32
 
 import numpy as np
 
+from mpitrain._errors import MismatchError
 from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import is_half
 from mpitrain.comm.buffers import wire
@@ -27,6 +28,7 @@ from mpitrain.comm.calls import Call
 from mpitrain.comm.dtypes import UFUNCS
 from mpitrain.comm.transports.blocks import NOWHERE, PAGE_BYTES, Arena, Place
 from mpitrain.comm.transports.fence import Fence
+from mpitrain.comm.transports.kernel import CompiledFence, Kernel
 from mpitrain.comm.transports.program import Step, fold, perform
 from mpitrain.comm.transports.shards import bounds, pieces, shards_of_chunks
 from mpitrain.comm.transports.transport import Planned, Transport
@@ -41,13 +43,19 @@ PIECE_BYTES = 128 * 1024
 CHUNK_BYTES = 256 * 1024
 """What passes through the workspace between two fences, of each rank; within one node."""
 
+COMPILED_CHUNK_BYTES = 1024 * 1024
+"""The same with compiled loops, which pass no fences; on nodes of two ranks, and less on wider ones."""
+
 FAR_CHUNK_BYTES = 4 * 1024 * 1024
 """The same with several nodes, where each chunk costs a message across; arrays in shared memory are cut alike."""
 
 STREAMED_FROM_BYTES = 16 * 1024 * 1024
-"""Ordinary arrays from this size on pass through the workspace; smaller ones are left to the MPI library.
+"""Ordinary arrays from this size on pass through the workspace in NumPy; smaller ones are left to the MPI library.
 
 Measured on two ranks of two cores: 0.7 of the library's speed at 1 and 4 MiB, 1.1 at 16, 1.8 at 64."""
+
+LAID_OUT = 64
+"""How many reductions in place are remembered."""
 
 SMALLEST_BYTES = 64 * 1024
 """Below this, arrays are left to the MPI library, wherever they lie, and no transport need be chosen."""
@@ -64,6 +72,8 @@ class SharedTransport(Transport):
         The ranks of this one's number on every node; None if there is only one node.
     fence : callable
         From shared lines to the node's `Fence`.
+    kernel : callable, optional
+        From the workspace's memory to the compiled loops, for a single node; None on all ranks alike.
 
     Raises
     ------
@@ -77,14 +87,23 @@ class SharedTransport(Transport):
 
     name = "shared"
 
-    def __init__(self, comm: Communicator, across: Communicator | None, fence: Callable[[Array], Fence]) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        across: Communicator | None,
+        fence: Callable[[Array], Fence],
+        kernel: Callable[[Array], Kernel] | None = None,
+    ) -> None:
         self._comm, self._node, self._across = comm, comm.node, across
         self._arena = Arena(self._node)
-        self._chunk_bytes = CHUNK_BYTES if across is None else FAR_CHUNK_BYTES
+        self._chunk_bytes = _chunk_bytes(self._node.size, across is not None, kernel is not None)
         _, memory = self._arena.allocate(PAGE_BYTES + Workspace.CHUNKS * self._chunk_bytes)
-        self._fence = fence(memory[:, :PAGE_BYTES])
+        lines = memory[:, :PAGE_BYTES]
+        self._kernel = kernel(memory) if kernel else None
+        self._fence = CompiledFence(lines, self._node.rank, self._kernel) if self._kernel else fence(lines)
         self._workspace = Workspace(memory[:, PAGE_BYTES:], self._node.rank, self._chunk_bytes)
-        self._least_bytes = STREAMED_FROM_BYTES
+        self._least_bytes = SMALLEST_BYTES if kernel else STREAMED_FROM_BYTES
+        self._laid_out: dict[object, Callable[[], object]] = {}
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
         """Return zeroed memory of this rank's."""
@@ -94,21 +113,14 @@ class SharedTransport(Transport):
             self._least_bytes = SMALLEST_BYTES
         return np.asarray(memory[self._node.rank, :nbytes]).view(dtype).reshape(shape)
 
-    def allreduce(self, values: Array, op: str) -> bool:
-        """Reduce an array in place where this transport is the faster way."""
-        if values.nbytes < self._least_bytes:
+    def allreduce(self, send: Array, recv: Array, op: str) -> bool:
+        """Reduce an array into another where this transport is the faster way."""
+        if send.nbytes < self._least_bytes:
             return False
-        place = self._arena.locate(values)
-        streams = values.nbytes >= STREAMED_FROM_BYTES
-        stream = Stream(self._workspace, self._fence, values, UFUNCS[op], self._far(op)) if streams else None
-        if stream is not None and place == NOWHERE:
-            stream.copy_in(0)
-        places = self._exchange(place, values, op)
-        if _one_block(places):
-            perform([*self._steps(op, self._views(places, values)), (self._fence.wait, ())])
-        elif stream is not None:
-            self._run(stream, place, places)
-        return stream is not None or _one_block(places)
+        place = self._arena.locate(recv) if send is recv else NOWHERE
+        if self._kernel is not None and self._kernel.streams(send.dtype, op):
+            return self._by_kernel(self._kernel, place, send, recv, op)
+        return self._by_numpy(place, send, recv, op)
 
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out a reduction."""
@@ -116,23 +128,79 @@ class SharedTransport(Transport):
         if is_half(values.dtype) and self._across is not None:
             return None  # it would be rounded on every node, and again across
         places = [Place(*each) for each in self._node.allgather_object(tuple(self._arena.locate(values)))]
-        if not self._comm.allreduce(np.uint8(_one_block(places)), "min"):
-            return None
-        parts = self._views(places, values)
-        self._exchange(places[self._node.rank], values, op)  # dtype, op and size agree
+        shared = bool(self._comm.allreduce(np.uint8(_one_block(places)), "min"))
+        self._fence.exchange(_kind(values.dtype, op), *places[self._node.rank], values.size)  # dtype, op, size agree
+        if not shared:
+            return self._plan_stream(buffer, op, in_place)
         result = None if in_place else self._result(values)
-        wait = (self._fence.wait, ())
-        run = partial(perform, [wait, *self._steps(op, parts, result), wait])
+        run = self._lay_out(op, self._views(places, values), result)
         return Planned(run, buffer if result is None else _read_only(result.view().reshape(buffer.shape)))
+
+    def _plan_stream(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
+        """Lay out the reduction of ordinary arrays, which compiled loops do faster than the library at any size."""
+        if self._kernel is None or not self._kernel.streams(buffer.dtype, op):
+            return None
+        own = buffer if in_place else np.empty_like(buffer)
+        run = self._kernel.plan(op, buffer, own, self._node.size if op == "mean" else 0)
+        return Planned(run, own if in_place else _read_only(own.view()))
 
     def free(self) -> None:
         """Release the communicator across nodes."""
         if self._across is not None:
             self._across.free()
 
-    def _exchange(self, place: Place, values: Array, op: str) -> list[Place]:
-        posts = self._fence.exchange(_kind(values.dtype, op), *place, values.size)
-        return [Place(block, offset) for _, block, offset, _ in posts]
+    def _by_kernel(self, kernel: Kernel, place: Place, send: Array, recv: Array, op: str) -> bool:
+        kind = _kind(send.dtype, op)
+        if kernel.allreduce(op, send, recv, (kind, *place, send.size)):
+            return True
+        try:
+            posts = self._fence.posts(kind, send.size)
+        except MismatchError:
+            kernel.give_up()
+            raise
+        places = _places(posts)
+        if _one_block(places):
+            kernel.give_up()
+            self._reduce_where_it_lies(places, recv, op)
+        else:
+            kernel.resume()
+        return True
+
+    def _by_numpy(self, place: Place, send: Array, recv: Array, op: str) -> bool:
+        stream = None
+        if send.nbytes >= STREAMED_FROM_BYTES:
+            if send is not recv:
+                np.copyto(recv, send)
+            stream = Stream(self._workspace, self._fence, recv, UFUNCS[op], self._far(op))
+            if place == NOWHERE:
+                stream.copy_in(0)
+        places = _places(self._fence.exchange(_kind(send.dtype, op), *place, send.size))
+        if _one_block(places):
+            self._reduce_where_it_lies(places, recv, op)
+        elif stream is not None:
+            self._run(stream, place, places)
+        return stream is not None or _one_block(places)
+
+    def _reduce_where_it_lies(self, places: list[Place], values: Array, op: str) -> None:
+        """Reduce arrays that all lie in one block, in place; how is laid out at the first time."""
+        key = (*places, values.size, values.dtype, op)
+        run = self._laid_out.get(key)
+        if run is None:
+            if len(self._laid_out) >= LAID_OUT:
+                self._laid_out.clear()
+            run = self._laid_out[key] = self._lay_out(op, self._views(places, values), None)
+        run()
+
+    def _lay_out(self, op: str, parts: list[Array], result: Array | None) -> Callable[[], object]:
+        """Return what reduces arrays in shared memory, between two fences: into one result, or where they lie."""
+        run = None
+        if self._kernel is not None:
+            rank, ranks = self._node.rank, self._node.size
+            begin, end = bounds(parts[0].size, ranks, parts[0].itemsize)[rank : rank + 2]
+            results = parts if result is None else [result]
+            run = self._kernel.reduction(op, parts, results, (begin, end), ranks if op == "mean" else 0)
+        wait = (self._fence.wait, ())
+        return run or partial(perform, [wait, *self._steps(op, parts, result), wait])
 
     def _views(self, places: list[Place], values: Array) -> list[Array]:
         """Return the array of every local rank, in rank order."""
@@ -187,6 +255,19 @@ class SharedTransport(Transport):
                 stream.copy_in(0)
             self._fence.wait()
         stream.run()
+        if self._kernel is not None:
+            self._fence.wait()  # compiled loops use the places next without passing one
+
+
+def _chunk_bytes(ranks: int, across: bool, compiled: bool) -> int:
+    """Return what passes through the workspace at once; compiled loops want the chunks of a node to fit its cache."""
+    if across:
+        return FAR_CHUNK_BYTES
+    return max(CHUNK_BYTES, 2 * COMPILED_CHUNK_BYTES // ranks) if compiled else CHUNK_BYTES
+
+
+def _places(posts: list[list[int]]) -> list[Place]:
+    return [Place(block, offset) for _, block, offset, _ in posts]
 
 
 def _one_block(places: list[Place]) -> bool:

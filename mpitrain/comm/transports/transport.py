@@ -41,10 +41,11 @@ class Transport(ABC):
         """Return zeroed, page-aligned memory of this rank's that the ranks of its node reduce fastest.  Collective."""
 
     @abstractmethod
-    def allreduce(self, values: Array, op: str) -> bool:
-        """Reduce a contiguous one-dimensional array in place; tell whether it was done.  Collective.
+    def allreduce(self, send: Array, recv: Array, op: str) -> bool:
+        """Reduce a contiguous one-dimensional array into another; tell whether it was done.  Collective.
 
-        False where the communicator's own way is faster; then nothing was communicated.  ``op`` is never ``mean``.
+        Both may be the same array.  False where the communicator's own way is faster; then nothing was communicated.
+        ``op`` is never ``mean``.
         """
 
     @abstractmethod

@@ -1,0 +1,127 @@
+"""The short way of a call on one contiguous NumPy array: the same checks as `mpitrain.comm.prepare`, next to no Python.
+
+A function here returns None for everything that is not as plain as that, errors included, and has done nothing then;
+the general way takes it from there.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpitrain._errors import DtypeError, InputError
+from mpitrain._typing import Array, DType
+from mpitrain.arrays.dtypes import accumulator
+from mpitrain.comm import dtypes
+from mpitrain.comm.calls import Call
+
+if TYPE_CHECKING:
+    from mpitrain.comm.engine import Engine
+
+_BELOW_BYTES = 1 << 30
+"""Larger calls take so long that the general way, which may cut them, costs nothing."""
+
+
+class Doing:
+    """What the guard shows of a call under way."""
+
+    __slots__ = ("array", "op", "operation", "root")
+
+    def __init__(self, operation: str, array: Array, op: str | None, root: int | None) -> None:
+        self.operation, self.array, self.op, self.root = operation, array, op, root
+
+    def __str__(self) -> str:
+        return str(Call(self.operation, self.array.dtype, recv=self.array, op=self.op, root=self.root))
+
+
+def allreduce(comm: Engine, x: Any, op: str, out: Any) -> Array | None:
+    """Reduce over all ranks; see `Communicator.allreduce`."""
+    if not (comm.plain and type(op) is str and type(x) is np.ndarray):
+        return None
+    flags, kind = x.flags, _reduction(x.dtype, op)
+    if kind is None or not flags.c_contiguous or x.nbytes > _BELOW_BYTES:
+        return None
+    if out is None:
+        out = np.empty(x.shape, x.dtype)
+    elif out is x:
+        if not (flags.writeable and flags.aligned):
+            return None
+    elif not _fits(out, x):
+        return None
+    _perform(comm, Doing("allreduce", out, kind, None), x)
+    if op == "mean":
+        np.divide(out, comm.size, out=out)
+    return out  # type: ignore[no-any-return]
+
+
+def broadcast(comm: Engine, x: Any, root: int, out: Any) -> Array | None:
+    """Give the root's values to all; see `Communicator.broadcast`."""
+    if not (comm.plain and type(root) is int and 0 <= root < comm.size and type(x) is np.ndarray):
+        return None
+    flags = x.flags
+    if not (_travels(x.dtype) and flags.c_contiguous) or x.nbytes > _BELOW_BYTES:
+        return None
+    if out is None:
+        out = np.empty(x.shape, x.dtype)
+    elif out is x:
+        if not (flags.writeable and flags.aligned):
+            return None
+    elif not _fits(out, x):
+        return None
+    if out is not x and comm.rank == root:
+        np.copyto(out, x)
+    _perform(comm, Doing("broadcast", out, None, root), out)
+    return out  # type: ignore[no-any-return]
+
+
+def _fits(out: Any, x: Array) -> bool:
+    """Tell whether results for ``x`` can be received straight into ``out``, which lies elsewhere."""
+    return (
+        type(out) is np.ndarray
+        and out.shape == x.shape
+        and out.dtype == x.dtype
+        and out.flags.c_contiguous
+        and out.flags.writeable
+        and out.flags.aligned
+        and not np.may_share_memory(out, x)
+    )
+
+
+def _perform(comm: Engine, doing: Doing, send: Array) -> None:
+    comm.ledger.count(doing.operation, doing.array.nbytes)
+    watch = comm._watch
+    outer, watch.current = watch.current, doing
+    try:
+        if doing.root is None:
+            assert doing.op is not None
+            comm._allreduce_now(send, doing.array, doing.op)
+        else:
+            comm._broadcast_now(doing.array, doing.root)
+    finally:
+        watch.current = outer
+        watch.count += 1
+
+
+@cache
+def _travels(dtype: DType) -> bool:
+    """Tell whether arrays of this type travel as they are."""
+    try:
+        dtypes.check("direct", dtype)
+    except DtypeError:
+        return False
+    return dtypes.storage(dtype) == dtype
+
+
+@cache
+def _reduction(dtype: DType, op: str) -> str | None:
+    """Return what reduces arrays of this type as they are; None if nothing does."""
+    try:
+        dtypes.check_op("direct", op)
+        dtypes.check_op_dtype("direct", op, dtype)
+    except (DtypeError, InputError):
+        return None
+    if not _travels(dtype) or accumulator(dtype) != dtype:
+        return None
+    return "sum" if op == "mean" else op

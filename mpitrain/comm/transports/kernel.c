@@ -1,0 +1,346 @@
+/* The inner loops of the shared transport: waiting for the ranks of a node, and combining what lies in their memory.
+ *
+ * Optional: transports/kernel.py loads it where it was compiled, and the same protocol in NumPy stands beside it.
+ *
+ * Memory.  Each rank has a row, mapped by all.  It begins with a page of counters, one to a cache line, which the row's
+ * rank alone writes; the places for chunks follow.  Every counter only grows.
+ *
+ * Ordering.  A rank publishes by a store with release order: all that it read and wrote before is complete when the
+ * number is seen.  The others look by loads with acquire order: nothing that follows is done before.  Each datum is
+ * handed over by such a pair, so that this is right in the C11 memory model, on x86, Arm and POWER alike.
+ *
+ * Waiting never lasts: a function that waits returns 1 after some time, with its progress kept in its argument, and
+ * wants to be called again.  In between the caller handles signals.  0: done.
+ */
+
+#define _POSIX_C_SOURCE 200809L
+
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#define RELAX() _mm_pause()
+#elif defined(__aarch64__)
+#define RELAX() __asm__ volatile("yield")
+#else
+#define RELAX() ((void)0)
+#endif
+
+#if defined(__x86_64__) && defined(__GLIBC__) && (!defined(__clang__) || __clang_major__ >= 14)
+#define FOR_THIS_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define FOR_THIS_CPU
+#endif
+
+enum { ABI = 1, BLOCK_BYTES = 8192, LINE_BYTES = 128, STORE_BYTES = 16 };
+static const int64_t POLITE_NS = 50000000; /* how long to yield before the caller is told to come again */
+
+enum posted { KIND = 0, BLOCK = 1, OFFSET = 2, ELEMENTS = 3, POSTED = 4 }; /* the numbers of a post */
+enum counter { FENCE = 0, COPIED = 1, REDUCED = 2 }; /* the lines of a row's page */
+
+typedef struct {
+  char *rows;          /* row 0; row r is r * row_bytes further */
+  int64_t row_bytes;
+  int64_t header_bytes; /* of a row: its counters */
+  int64_t place_bytes; /* of each of the four places of a row: two for what is handed in, two for results */
+  int64_t rank, ranks;
+  int64_t spins; /* looks before yielding; 0 where ranks share a core */
+  int64_t fence; /* number of the last one that this rank came to */
+  int64_t exchanges, chunks; /* how often ranks posted, and how many chunks passed through the places */
+  int64_t late;  /* the present wait takes long: look once, as the caller naps between calls */
+} team;
+
+typedef struct {
+  int64_t kind;    /* index into FOLDS */
+  int64_t item_bytes;
+  int64_t divisor; /* of the result, for a mean; 0: none */
+} operation;
+
+typedef struct { /* reduces one shard of arrays that all ranks map */
+  team *ranks;
+  operation *op;
+  char **parts;   /* that of each rank, from the shard's first byte */
+  char **results; /* where the shard goes */
+  int64_t result_count;
+  int64_t shard_bytes;
+  int64_t past_cache; /* results are not read soon */
+  int64_t stage;
+} shared_reduction;
+
+typedef struct { /* reduces ordinary arrays, chunk by chunk through the places */
+  team *ranks;
+  operation *op;
+  const char *from;
+  char *into;   /* may be the same */
+  char **parts; /* room for a pointer per rank */
+  int64_t nbytes;
+  int64_t past_cache;
+  int64_t met, handed_in, chunk, reduced; /* progress: all have posted; chunks handed in; the one at hand; its shard */
+  int64_t post[POSTED];               /* told to the others first: kind of call, block, offset, elements */
+} stream;
+
+/* ---- Waiting */
+
+static _Atomic int64_t *counter_of(const team *t, int64_t rank, enum counter which) {
+  return (_Atomic int64_t *)(t->rows + rank * t->row_bytes + which * LINE_BYTES);
+}
+
+static void publish(const team *t, enum counter which, int64_t number) {
+  atomic_store_explicit(counter_of(t, t->rank, which), number, memory_order_release);
+}
+
+static int come(const _Atomic int64_t *counter, int64_t number) {
+  return atomic_load_explicit((_Atomic int64_t *)counter, memory_order_acquire) >= number;
+}
+
+static int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static int missing(const team *t, const _Atomic int64_t *counter, int64_t number) {
+  if (t->late) return !come(counter, number);
+  for (int64_t left = t->spins; left > 0; left--) {
+    if (come(counter, number)) return 0;
+    RELAX();
+  }
+  for (const int64_t end = now_ns() + POLITE_NS; now_ns() < end;) {
+    for (int looks = 0; looks < 16; looks++) {
+      if (come(counter, number)) return 0;
+      sched_yield();
+    }
+  }
+  return 1;
+}
+
+/* Wait until a counter of every other rank has come to a number. */
+static int late(team *t, enum counter which, int64_t number) {
+  for (int64_t rank = 0; rank < t->ranks; rank++)
+    if (rank != t->rank && missing(t, counter_of(t, rank, which), number)) return t->late = 1;
+  return t->late = 0;
+}
+
+/* ---- Combining: out[i] = left[i] op right[i]; out may be left */
+
+typedef void fold(void *out, const void *left, const void *right, int64_t n);
+typedef void divide(void *values, int64_t n, int64_t divisor);
+
+#define FOLD(NAME, T, EXPRESSION)                                                             \
+  FOR_THIS_CPU static void NAME(void *out, const void *left, const void *right, int64_t n) { \
+    T *o = out;                                                                               \
+    const T *l = left, *r = right;                                                            \
+    _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) {                                   \
+      const T a = l[i], b = r[i];                                                             \
+      o[i] = (T)(EXPRESSION);                                                                 \
+    }                                                                                         \
+  }
+
+/* U: the unsigned type in which integers wrap around instead of overflowing */
+#define INTEGER(NAME, T, U)                 \
+  FOLD(sum_##NAME, T, (U)a + (U)b)          \
+  FOLD(prod_##NAME, T, (U)a *(U)b)          \
+  FOLD(min_##NAME, T, a < b ? a : b)        \
+  FOLD(max_##NAME, T, a > b ? a : b)        \
+  FOLD(and_##NAME, T, a &b)                 \
+  FOLD(or_##NAME, T, a | b)
+
+/* A NaN on either side stays one, as with NumPy. */
+#define FLOAT(NAME, T)                                 \
+  FOLD(sum_##NAME, T, a + b)                           \
+  FOLD(prod_##NAME, T, a *b)                           \
+  FOLD(min_##NAME, T, (a < b || a != a) ? a : b)       \
+  FOLD(max_##NAME, T, (a > b || a != a) ? a : b)       \
+  FOR_THIS_CPU static void divide_##NAME(void *values, int64_t n, int64_t divisor) { \
+    T *v = values;                                     \
+    for (int64_t i = 0; i < n; i++) v[i] /= (T)divisor; \
+  }
+
+INTEGER(i8, int8_t, uint32_t)
+INTEGER(u8, uint8_t, uint32_t)
+INTEGER(i16, int16_t, uint32_t)
+INTEGER(u16, uint16_t, uint32_t)
+INTEGER(i32, int32_t, uint32_t)
+INTEGER(u32, uint32_t, uint32_t)
+INTEGER(i64, int64_t, uint64_t)
+INTEGER(u64, uint64_t, uint64_t)
+FLOAT(f32, float)
+FLOAT(f64, double)
+
+#define ROW(NAME) sum_##NAME, prod_##NAME, min_##NAME, max_##NAME
+static fold *const FOLDS[][6] = {
+    {ROW(i8), and_i8, or_i8},    {ROW(u8), and_u8, or_u8},    {ROW(i16), and_i16, or_i16}, {ROW(u16), and_u16, or_u16},
+    {ROW(i32), and_i32, or_i32}, {ROW(u32), and_u32, or_u32}, {ROW(i64), and_i64, or_i64}, {ROW(u64), and_u64, or_u64},
+    {ROW(f32), 0, 0},            {ROW(f64), 0, 0},
+};
+enum { F32 = 8, OPS = 6 };
+
+/* Copy without bringing the target into the cache, where the machine can. */
+static void copy_past(char *target, const char *source, int64_t nbytes) {
+#if defined(__x86_64__)
+  int64_t done = -(uintptr_t)target & (STORE_BYTES - 1);
+  if (done > nbytes) done = nbytes;
+  memcpy(target, source, done);
+  for (; done + STORE_BYTES <= nbytes; done += STORE_BYTES)
+    _mm_stream_si128((__m128i *)(target + done), _mm_loadu_si128((const __m128i *)(source + done)));
+  memcpy(target + done, source + done, nbytes - done);
+#else
+  memcpy(target, source, nbytes);
+#endif
+}
+
+static void drain(int64_t past_cache) {
+#if defined(__x86_64__)
+  if (past_cache) _mm_sfence(); /* such stores are not ordered by a release */
+#else
+  (void)past_cache;
+#endif
+}
+
+static void copy(char *target, const char *source, int64_t nbytes, int64_t past_cache) {
+  if (past_cache)
+    copy_past(target, source, nbytes);
+  else
+    memcpy(target, source, nbytes);
+}
+
+/* Combine in rank order, a block at a time, and store where it belongs; a result may be one of the parts. */
+static void combine(const operation *op, char *const *parts, int64_t count, char *const *results, int64_t result_count,
+                    int64_t nbytes, int64_t past_cache) {
+  _Alignas(64) char block[BLOCK_BYTES];
+  fold *const f = FOLDS[op->kind / OPS][op->kind % OPS];
+  for (int64_t begin = 0; begin < nbytes; begin += BLOCK_BYTES) {
+    const int64_t length = nbytes - begin < BLOCK_BYTES ? nbytes - begin : BLOCK_BYTES, n = length / op->item_bytes;
+    f(block, parts[0] + begin, parts[1] + begin, n);
+    for (int64_t rank = 2; rank < count; rank++) f(block, block, parts[rank] + begin, n);
+    if (op->divisor) (op->kind / OPS == F32 ? divide_f32 : divide_f64)(block, n, op->divisor);
+    for (int64_t i = 0; i < result_count; i++) copy(results[i] + begin, block, length, past_cache);
+  }
+  drain(past_cache);
+}
+
+/* ---- What Python calls */
+
+int64_t mpitrain_abi(void) { return ABI; }
+
+int mpitrain_fence(team *t) {
+  if (!t->late) publish(t, FENCE, ++t->fence);
+  return late(t, FENCE, t->fence);
+}
+
+int mpitrain_reduce_shared(shared_reduction *r) {
+  if (r->stage == 0) {
+    if (mpitrain_fence(r->ranks)) return 1;
+    combine(r->op, r->parts, r->ranks->ranks, r->results, r->result_count, r->shard_bytes, r->past_cache);
+    r->stage = 1;
+  }
+  if (mpitrain_fence(r->ranks)) return 1;
+  r->stage = 0;
+  return 0;
+}
+
+typedef struct {
+  int64_t begin, end;
+} range; /* bytes of a chunk */
+
+static int64_t chunk_bytes(const stream *s, int64_t chunk) {
+  const int64_t left = s->nbytes - chunk * s->ranks->place_bytes;
+  return left < s->ranks->place_bytes ? left : s->ranks->place_bytes;
+}
+
+/* What a rank reduces of a chunk: whole cache lines. */
+static range shard(const stream *s, int64_t chunk, int64_t rank) {
+  const int64_t bytes = chunk_bytes(s, chunk), lines = (bytes + 63) / 64;
+  const int64_t begin = lines * rank / s->ranks->ranks * 64, end = lines * (rank + 1) / s->ranks->ranks * 64;
+  return (range){begin < bytes ? begin : bytes, end < bytes ? end : bytes};
+}
+
+/* The two places of a rank for what it hands in (COPIED) and for its results (REDUCED) are used in turn. */
+static char *place(const stream *s, int64_t chunk, int64_t rank, enum counter which) {
+  const team *t = s->ranks;
+  const int64_t number = (which == REDUCED ? 2 : 0) + (s->ranks->chunks + chunk) % 2;
+  return t->rows + rank * t->row_bytes + t->header_bytes + number * t->place_bytes;
+}
+
+static void hand_in(stream *s) {
+  const int64_t chunk = s->handed_in++;
+  const range own = shard(s, chunk, s->ranks->rank);
+  const char *from = s->from + chunk * s->ranks->place_bytes;
+  char *to = place(s, chunk, s->ranks->rank, COPIED);
+  memcpy(to, from, own.begin);
+  memcpy(to + own.end, from + own.end, chunk_bytes(s, chunk) - own.end);
+  publish(s->ranks, COPIED, s->ranks->chunks + s->handed_in);
+}
+
+static void reduce_own(const stream *s) {
+  const team *t = s->ranks;
+  const range own = shard(s, s->chunk, t->rank);
+  const int64_t at = s->chunk * t->place_bytes + own.begin, length = own.end - own.begin;
+  for (int64_t rank = 0; rank < t->ranks; rank++) s->parts[rank] = place(s, s->chunk, rank, COPIED) + own.begin;
+  s->parts[t->rank] = (char *)s->from + at;
+  char *result = place(s, s->chunk, t->rank, REDUCED) + own.begin;
+  combine(s->op, s->parts, t->ranks, &result, 1, length, 0);
+  publish(t, REDUCED, t->chunks + s->chunk + 1);
+  copy(s->into + at, result, length, s->past_cache);
+}
+
+static void take(const stream *s) {
+  char *into = s->into + s->chunk * s->ranks->place_bytes;
+  for (int64_t rank = 0; rank < s->ranks->ranks; rank++) {
+    const range part = shard(s, s->chunk, rank);
+    const char *from = place(s, s->chunk, rank, REDUCED) + part.begin;
+    if (rank != s->ranks->rank) copy(into + part.begin, from, part.end - part.begin, s->past_cache);
+  }
+}
+
+/* In step k a rank hands in its chunk k + 1, reduces its shard of chunk k, and takes the other shards of chunk k.
+ *
+ * Two places of each kind suffice without further waiting: a rank hands in chunk k + 1 after it has taken all shards
+ * of chunk k - 1, hence after all have reduced that, and read what lay in the place before.  It reduces chunk k after
+ * all have handed in chunk k, hence taken what it had reduced of chunk k - 2. */
+int mpitrain_stream(stream *s) {
+  team *t = s->ranks;
+  const int64_t chunks = (s->nbytes + t->place_bytes - 1) / t->place_bytes;
+  for (; s->chunk < chunks; s->chunk++, s->reduced = 0) {
+    while (s->handed_in < chunks && s->handed_in <= s->chunk + 1) hand_in(s);
+    if (!s->reduced) {
+      if (late(t, COPIED, t->chunks + s->chunk + 1)) return 1;
+      reduce_own(s);
+      s->reduced = 1;
+    }
+    if (late(t, REDUCED, t->chunks + s->chunk + 1)) return 1;
+    take(s);
+  }
+  drain(s->past_cache);
+  t->chunks += chunks;
+  s->met = s->handed_in = s->chunk = 0;
+  return 0;
+}
+
+static int64_t *posted(const team *t, int64_t rank) {
+  return (int64_t *)(t->rows + rank * t->row_bytes) + 1 + t->exchanges % 2 * POSTED;
+}
+
+/* Tell the others what this call is about, and stream if all told the same, and that no array lies in shared memory.
+ * 2: they did not; what they told is in their lines, and no chunk has been reduced. */
+int mpitrain_allreduce(stream *s) {
+  team *t = s->ranks;
+  if (!s->met) {
+    if (!t->late) {
+      if (s->post[BLOCK] < 0) hand_in(s);
+      t->exchanges++; /* two places in turn: who posts again in the same one has passed a fence after all have read it */
+      memcpy(posted(t, t->rank), s->post, sizeof s->post);
+    }
+    if (mpitrain_fence(t)) return 1;
+    s->met = 1;
+    for (int64_t rank = 0; rank < t->ranks; rank++) {
+      const int64_t *other = posted(t, rank);
+      if (other[KIND] != s->post[KIND] || other[BLOCK] >= 0 || other[ELEMENTS] != s->post[ELEMENTS]) return 2;
+    }
+  }
+  return mpitrain_stream(s);
+}

@@ -1,0 +1,246 @@
+"""The compiled inner loops of the shared transport, where they were built: what `kernel.c` does, called from Python.
+
+They are optional.  Without them the same reductions run in NumPy, with the same bits, and slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Callable
+from ctypes import POINTER, byref, c_int64, c_void_p, pointer
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpitrain import _env
+from mpitrain._typing import Array, DType
+from mpitrain.comm.transports.fence import POSTED, Fence
+
+LIBRARY = Path(__file__).with_name("_kernel.so")
+
+_ABI = 1
+_TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
+_OPS = ("sum", "prod", "min", "max", "and", "or")
+_AGAIN = 1
+_NAP_S = 50e-6
+
+SPINS = 2000
+"""Looks of a waiting rank that has a core to itself, before it yields: some 50 µs."""
+
+PAST_CACHE_FROM_BYTES = 4 * 1024 * 1024
+"""Results from this size on are stored past the cache: it would not hold them until they are read."""
+
+
+class _Team(ctypes.Structure):
+    _fields_ = [
+        ("rows", c_void_p), ("row_bytes", c_int64), ("header_bytes", c_int64), ("place_bytes", c_int64),
+        ("rank", c_int64), ("ranks", c_int64), ("spins", c_int64), ("fence", c_int64), ("exchanges", c_int64),
+        ("chunks", c_int64), ("late", c_int64),
+    ]  # fmt: skip
+
+
+class _Operation(ctypes.Structure):
+    _fields_ = [("kind", c_int64), ("item_bytes", c_int64), ("divisor", c_int64)]
+
+
+class _SharedReduction(ctypes.Structure):
+    _fields_ = [
+        ("ranks", POINTER(_Team)), ("op", POINTER(_Operation)), ("parts", POINTER(c_void_p)),
+        ("results", POINTER(c_void_p)), ("result_count", c_int64), ("shard_bytes", c_int64),
+        ("past_cache", c_int64), ("stage", c_int64),
+    ]  # fmt: skip
+
+
+class _Stream(ctypes.Structure):
+    _fields_ = [
+        ("ranks", POINTER(_Team)), ("op", POINTER(_Operation)), ("source", c_void_p), ("target", c_void_p),
+        ("parts", POINTER(c_void_p)), ("nbytes", c_int64), ("past_cache", c_int64), ("met", c_int64),
+        ("handed_in", c_int64), ("chunk", c_int64), ("reduced", c_int64), ("post", c_int64 * POSTED),
+    ]  # fmt: skip
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled loops; None where they were not built, or from another version of their source."""
+    try:
+        found = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        return None
+    return found if found.mpitrain_abi() == _ABI else None
+
+
+def available() -> bool:
+    """Tell whether this rank can use the compiled loops; ``MPITRAIN_KERNEL=off`` forbids it."""
+    return _env.kernel() and library() is not None
+
+
+@cache
+def _operation(dtype: DType, op: str, divisor: int) -> tuple[_Operation, Any] | None:
+    """Return how the loops know a reduction, and a pointer to it; None if they do not."""
+    part = np.dtype(f"f{dtype.itemsize // 2}") if dtype.kind == "c" and op in ("sum", "mean") else dtype
+    name = "uint8" if part.kind == "b" else part.name
+    op = "sum" if op == "mean" else op
+    if name not in _TYPES or op not in _OPS or (part.kind == "f" and op in ("and", "or")):
+        return None
+    operation = _Operation(_TYPES.index(name) * len(_OPS) + _OPS.index(op), part.itemsize, divisor)
+    return operation, pointer(operation)
+
+
+class Kernel:
+    """The loops at work for one rank of a node.
+
+    Parameters
+    ----------
+    memory : array of uint8, shape (ranks, header_bytes + 4 * place_bytes)
+        Shared and zero at first; row r is written by rank r only.
+    rank : int
+        This rank of the node.
+    header_bytes : int
+        Of a row, for the counters.
+    spins : int
+        How often a waiting rank looks before it yields.
+
+    Notes
+    -----
+    All ranks of a node use the loops, or none does.
+    """
+
+    def __init__(self, memory: Array, rank: int, header_bytes: int, spins: int) -> None:
+        ranks, row_bytes = memory.shape
+        place_bytes = (row_bytes - header_bytes) // 4
+        found = library()
+        assert found is not None
+        self._memory, self._ranks, self._library = memory, ranks, found
+        self._team = _Team(_address(memory), row_bytes, header_bytes, place_bytes, rank, ranks, spins, 0, 0, 0, 0)
+        self._fence = partial(_finish, found.mpitrain_fence, byref(self._team))
+        self._stream = _Stream(pointer(self._team), None, None, None, (c_void_p * ranks)())
+        self._allreduce = partial(_finish, found.mpitrain_allreduce, byref(self._stream))
+
+    @property
+    def exchanges(self) -> int:
+        """How often this rank has posted numbers."""
+        return int(self._team.exchanges)
+
+    @exchanges.setter
+    def exchanges(self, count: int) -> None:
+        self._team.exchanges = count
+
+    def fence(self) -> None:
+        """Return once every rank of the node has come here as often as this one.  Collective over the node."""
+        self._fence()
+
+    def reduction(
+        self, op: str, parts: list[Array], results: list[Array], shard: tuple[int, int], divisor: int
+    ) -> Callable[[], object] | None:
+        """Lay out the reduction of this rank's shard, between two fences; None if there is no loop for it.
+
+        Parameters
+        ----------
+        op : str
+            A reduction.
+        parts : list of array, one-dimensional
+            Of each rank of the node, two or more; all ranks map all of them.
+        results : list of array
+            Where the values go, which may be the parts.
+        shard : (int, int)
+            The first element of the shard, and the one after its last.
+        divisor : int
+            What a mean divides by; 0: nothing.
+        """
+        found = _operation(parts[0].dtype, op, divisor)
+        if found is None:
+            return None
+        begin, end = (index * parts[0].itemsize for index in shard)
+        addresses = [(c_void_p * len(each))(*(_address(array) + begin for array in each)) for each in (parts, results)]
+        past = parts[0].nbytes >= PAST_CACHE_FROM_BYTES and results[0] is not parts[0]
+        job = _SharedReduction(
+            pointer(self._team), found[1], addresses[0], addresses[1], len(results), end - begin, past, 0
+        )
+        return partial(_finish, self._library.mpitrain_reduce_shared, byref(job))
+
+    def streams(self, dtype: DType, op: str) -> bool:
+        """Tell whether `allreduce` and `plan` know a reduction."""
+        return _operation(dtype, op, 0) is not None
+
+    def allreduce(self, op: str, send: Array, recv: Array, post: tuple[int, int, int, int]) -> bool:
+        """Post numbers, and reduce contiguous arrays of equal size through the places.  Collective over the node.
+
+        Returns
+        -------
+        bool
+            False where ranks posted different numbers, or a block that is not −1; then nothing was reduced, and
+            `resume` or `give_up` must follow on all of them.
+        """
+        job = self._stream
+        _aim(job, op, send, recv)
+        job.post[:] = post
+        return self._allreduce() == 0
+
+    def resume(self) -> None:
+        """Reduce what `allreduce` has not."""
+        _finish(self._library.mpitrain_stream, byref(self._stream))
+
+    def give_up(self) -> None:
+        """Forget what `allreduce` has not reduced."""
+        self._stream.met = self._stream.handed_in = 0
+        self._team.chunks += 1  # some ranks may have handed in the first one
+
+    def plan(self, op: str, send: Array, recv: Array, divisor: int) -> Callable[[], object]:
+        """Return what reduces the same ordinary arrays again and again; their ranks have agreed on it."""
+        job = _Stream(pointer(self._team), None, None, None, (c_void_p * self._ranks)())
+        _aim(job, op, send, recv, divisor)
+        return partial(_finish, self._library.mpitrain_stream, byref(job))
+
+
+def _aim(job: _Stream, op: str, send: Array, recv: Array, divisor: int = 0) -> None:
+    """Set the reduction and the arrays of a stream."""
+    found = _operation(send.dtype, op, divisor)
+    assert found is not None
+    job.op, job.source, job.target, job.nbytes = found[1], _address(send), _address(recv), send.nbytes
+    job.past_cache = send is not recv and send.nbytes >= PAST_CACHE_FROM_BYTES
+
+
+class CompiledFence(Fence):
+    """A fence that waits in compiled code.
+
+    Parameters
+    ----------
+    lines, rank
+        As for `Fence`.
+    kernel : Kernel
+        On the same memory.
+    """
+
+    def __init__(self, lines: Array, rank: int, kernel: Kernel) -> None:
+        self._kernel = kernel
+        super().__init__(lines, rank, None, True, math.inf)
+
+    def wait(self) -> None:
+        """Return once every rank has come here as often as this one.  Collective over the node."""
+        self._kernel.fence()
+
+    @property
+    def _exchanges(self) -> int:
+        return self._kernel.exchanges
+
+    @_exchanges.setter
+    def _exchanges(self, count: int) -> None:
+        self._kernel.exchanges = count
+
+
+def _finish(function: Callable[[object], int], argument: object) -> int:
+    """Call until it is done, and return what it says.
+
+    It comes back now and then while it waits, so that signals are handled here.
+    """
+    while (said := function(argument)) == _AGAIN:
+        time.sleep(_NAP_S)
+    return said
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
