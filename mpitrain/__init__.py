@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpitrain._errors import MpitrainError
     from mpitrain.arrays import Batch, FlatBuffer, Key, Layout, Segment
-    from mpitrain.comm import Communicator, LocalWorld, ProcessMesh, world
+    from mpitrain.comm import Communicator, LocalWorld, ProcessMesh, trace, world
     from mpitrain.data import Batches, Dataset
     from mpitrain.method import Method, Plan
     from mpitrain.nn import Layer, Model, Network
@@ -42,6 +42,7 @@ _HOMES = {
     "ProcessMesh": "comm",
     "Segment": "arrays",
     "Trainer": "train",
+    "trace": "comm",
     "world": "comm",
 }
 
@@ -66,6 +67,7 @@ __all__ = [
     "ProcessMesh",
     "Segment",
     "Trainer",
+    "trace",
     "world",
 ]
 

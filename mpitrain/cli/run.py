@@ -31,6 +31,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. optimizer.lr=0.01.")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run is kept  [default: runs/NAME/…]")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue the run in this directory.")
+@click.option("--trace", is_flag=True, help="Write the timeline of all ranks to trace.json in the run's directory.")
 @click.option("--quiet", is_flag=True, help="Show nothing until the end.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--progress", type=click.Choice(STYLES), default="auto", show_default=True)
@@ -78,16 +79,16 @@ def _run_rank(exit_code: Path | None, **options: Any) -> None:
 
 def _train(
     comm: Communicator, job: str, overrides: tuple[str, ...], run_dir: Path | None, resume: Path | None, as_json: bool,
-    progress: str, width: int | None,
+    progress: str, width: int | None, trace: bool,
 ) -> None:  # fmt: skip
     from mpitrain.train import Observer, load_job, train_job
 
     _check_job_file(job, comm.size)
     loaded = load_job(job, overrides, comm)
     watcher = observer(progress, width) if comm.rank == 0 else Observer()
-    result = train_job(loaded, comm, run_dir=run_dir, resume=resume, observer=watcher)
+    result = train_job(loaded, comm, run_dir=run_dir, resume=resume, observer=watcher, traced=trace)
     if comm.rank == 0:
-        _print_result(result, as_json)
+        _print_result(result, as_json, trace)
 
 
 def _check_job_file(job: str, ranks: int) -> None:
@@ -109,7 +110,7 @@ def _hand_over(comm: Communicator, leaving: SystemExit, path: Path) -> bool:
     return bool(comm.broadcast_object(written))
 
 
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
+def _print_result(result: dict[str, Any], as_json: bool, traced: bool) -> None:
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -120,6 +121,8 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     click.echo(f"{headline(result['metrics'])}")
     click.echo(f"weights   {result['weights_sha256']}")
     click.echo(f"report    {result['report'] or 'not written: pip install mpitrain[plot]'}")
+    if traced:
+        click.echo(f"trace     {Path(result['run_dir']) / 'trace.json'} (opens in ui.perfetto.dev)")
     if not result["completed"]:
         run_dir = result["run_dir"]
         click.echo(f"go on     mpitrain run {run_dir}/job.toml --resume {run_dir}")
@@ -148,7 +151,7 @@ def _launch(ranks: int, options: dict[str, Any]) -> int:
 def _arguments(options: dict[str, Any]) -> list[str]:
     found = [options["job"], *(f"--set={override}" for override in options["overrides"])]
     found += [f"--{name.replace('_', '-')}={options[name]}" for name in ("run_dir", "resume") if options[name]]
-    found += ["--json"] if options["as_json"] else []
+    found += [flag for flag, name in (("--json", "as_json"), ("--trace", "trace")) if options[name]]
     style = options["progress"]
     if style == "auto" and sys.stderr.isatty():
         style = "bar"

@@ -11,6 +11,7 @@ from mpitrain.comm.local import LocalWorld
 from mpitrain.comm.mesh import Grid, ProcessMesh
 from mpitrain.comm.request import Request
 from mpitrain.comm.start import world
+from mpitrain.comm.tracing import trace
 
 if TYPE_CHECKING:
     from mpitrain.comm.mpi import MpiCommunicator
@@ -30,6 +31,7 @@ __all__ = [
     "lane_reduce_scatter",
     "lane_sum",
     "leave_together",
+    "trace",
     "world",
 ]
 

@@ -31,10 +31,20 @@ def call_site(frame: FrameType | None = None) -> str:
     for caller in _callers(frame or sys._getframe(1)):
         path = caller.f_code.co_filename
         if _kind(path) in ("mpitrain", "user") and (not found or _kind(path) == "user"):
-            found.append(f"{_shown(path)}:{caller.f_lineno}")
+            found.append(f"{shown(path)}:{caller.f_lineno}")
         if _kind(path) == "user":
             break
     return " (from ".join(found) + ")" * (len(found) - 1) if found else "an unknown line"
+
+
+def nearest_line(frame: FrameType | None) -> tuple[str, int]:
+    """Return file and line of the nearest caller of the communicator; `call_site` at a tenth of the cost."""
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if _kind(path) in ("mpitrain", "user"):
+            return path, frame.f_lineno
+        frame = frame.f_back
+    return "an unknown file", 0
 
 
 def in_communicator(frame: FrameType) -> bool:
@@ -58,7 +68,7 @@ def _kind(path: str) -> str:
 
 
 @cache
-def _shown(path: str) -> str:
+def shown(path: str) -> str:
     """Shorten a path: the package's own from its name on, those below the working directory from there."""
     if path.startswith(_PACKAGE):
         return str(Path(path).relative_to(Path(_PACKAGE).parent))

@@ -81,6 +81,7 @@ class Communicator(Collectives, Messages):
         if self._node is None:
             with self._together(Prepared("node", [], lambda: None)):
                 self._node = self._split_node()
+            self._keep(self._node)
         return self._node
 
     @property
@@ -105,7 +106,10 @@ class Communicator(Collectives, Messages):
         self._check_open("split")
         color = checks.color(color)
         with self._together(Prepared(f"split(axis={axis!r})", [], lambda: None)):
-            return self._split(color, key, axis)
+            part = self._split(color, key, axis)
+        if part is not None:
+            self._keep(part)
+        return part
 
     # Shared memory and plans.
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Self
+from weakref import WeakSet
 
 import numpy as np
 
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
     from mpitrain.comm.algorithms.links import Links
     from mpitrain.comm.communicator import Communicator
     from mpitrain.comm.debug import Checker
+    from mpitrain.comm.recorder import Recorder
     from mpitrain.comm.tuning import Table
+
+
+_UNMARKED = nullcontext()
 
 
 class Engine(ABC):
@@ -51,6 +56,8 @@ class Engine(ABC):
         self._leaders: tuple[Communicator | None] | None = None
         self.tuning: Table | None = None
         self._transport: Transport | None = None
+        self._parts: WeakSet[Engine] = WeakSet()
+        self._recorder: Recorder | None = None
 
     # What a backend fills in.
 
@@ -149,6 +156,24 @@ class Engine(ABC):
     def timeout_s(self, value: float) -> None:
         self._watch.chosen_s = checked_timeout("timeout_s", value)
         watchdog.nudge()
+
+    # Tracing.
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Mark a block of work of this rank's in the trace, if one is being made; else do nothing.  Local.
+
+        Parameters
+        ----------
+        name : str
+            What is shown; one of a few, as ``"forward"``.
+        """
+        return _UNMARKED if self._recorder is None else self._recorder.phase(name)
+
+    def _keep(self, part: Communicator) -> None:
+        """Take note of a communicator that was split from this one, which a trace of this one includes."""
+        self._parts.add(part)
+        if self._recorder is not None:
+            self._recorder.attach(part)
 
     # Life.
 

@@ -57,16 +57,21 @@ class ModelAveraging(DataParallel):
         return self.step % self.average_every == 0 or self.step == self.plan.steps
 
     def _train_step(self, microbatches: list[Batch]) -> Tally:
-        own = self._gradients(microbatches, None)
-        own = replace(own, bad=float(own.bad or not finite(self.grads.flat)))
-        total = self._sum(own)
-        self._check_finite(not total.bad, microbatches)
+        phase = self.comm.phase
+        with phase("gradients"):
+            own = self._gradients(microbatches, None)
+        with phase("check"):
+            own = replace(own, bad=float(own.bad or not finite(self.grads.flat)))
+            total = self._sum(own)
+            self._check_finite(not total.bad, microbatches)
         self.step += 1
         if own.count:
-            self._update(own.count)
+            with phase("update"):
+                self._update(own.count)
         self._seen += own.count
         if self._at_commit():
-            self._average()
+            with phase("average"):
+                self._average()
         return total
 
     def _average(self) -> None:

@@ -118,7 +118,10 @@ class DataParallel(Method):
         mine = self._share(feed)
         total = Tally()
         while self.step < self.plan.steps and not (self._at_commit() and (self.step >= until or total.stops)):
-            total += self._train_step(list(mine.batch(self.step)))
+            with self.comm.phase("data"):
+                microbatches = list(mine.batch(self.step))
+            with self.comm.phase("step"):
+                total += self._train_step(microbatches)
         lr = self.plan.schedule(max(self.step, 1))
         loss = total.loss / total.count if total.count else float("nan")
         return Progress(self.step, loss, int(total.samples), lr, bool(total.stops))
@@ -135,13 +138,18 @@ class DataParallel(Method):
 
     def _train_step(self, microbatches: list[Batch]) -> Tally:
         """Take one step; return its sums over all ranks."""
-        own = self._gradients(microbatches, self._reduce)
-        total = self._sum(own)
-        self._reduce_gradients(total.count)
-        good = not total.bad and finite(self.grads.flat)
-        self._check_finite(good, microbatches)
+        phase = self.comm.phase
+        with phase("gradients"):
+            own = self._gradients(microbatches, self._reduce)
+        with phase("reduce"):
+            total = self._sum(own)
+            self._reduce_gradients(total.count)
+        with phase("check"):
+            good = not total.bad and finite(self.grads.flat)
+            self._check_finite(good, microbatches)
         self.step += 1
-        self._update(total.count)
+        with phase("update"):
+            self._update(total.count)
         return total
 
     def _check_finite(self, good: bool, microbatches: list[Batch]) -> None:

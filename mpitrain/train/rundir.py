@@ -39,6 +39,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report.html"
         self.result = self.path / "result.json"
+        self.trace = self.path / "trace.json"
         self.completed = self.path / "COMPLETED"
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from mpitrain._errors import JobError, MissingExtraError
 from mpitrain.comm import Communicator
 from mpitrain.comm.guard import agree
 from mpitrain.comm.threads import set_blas_threads
+from mpitrain.comm.tracing import trace
 from mpitrain.train import checkpoint
 from mpitrain.train.assembly import Assembly, assemble, single_numbers
 from mpitrain.train.checkpoint import Checkpoint, OnPhase
@@ -60,6 +62,7 @@ def train_job(
     resume: Path | None = None,
     observer: Observer | None = None,
     on_phase: OnPhase | None = None,
+    traced: bool = False,
 ) -> dict[str, Any]:
     """Train a job, keep the run, and return its result.
 
@@ -77,6 +80,9 @@ def train_job(
         Told what happens on this rank.
     on_phase : callable, optional
         Told each phase of writing a checkpoint.
+    traced : bool
+        Write the timeline of all ranks to ``trace.json`` in the run directory (see `mpitrain.trace`); one that is there
+        is replaced.
 
     Returns
     -------
@@ -104,9 +110,14 @@ def train_job(
     trainer = Trainer(job, comm, parts, directory, observer, on_phase)
     if saved is not None:
         trainer.restore(saved)
-    _keep_what_runs(job, comm, trainer, directory)
-    stopped = trainer.run()
-    return _finish(job, comm, trainer, directory, stopped)
+    with _recording(comm, trainer, directory) if traced else nullcontext():
+        _keep_what_runs(job, comm, trainer, directory)
+        stopped = trainer.run()
+        return _finish(job, comm, trainer, directory, stopped)
+
+
+def _recording(comm: Communicator, trainer: Trainer, directory: RunDirectory) -> AbstractContextManager[None]:
+    return trace(directory.trace, comm, on_note=trainer.observer.on_note)
 
 
 def _check_same_job(job: Job, resume: Path) -> None:
@@ -213,7 +224,8 @@ def _keep(result: dict[str, Any], comm: Communicator, directory: RunDirectory, o
     with agree(comm):
         if comm.rank == 0:
             directory.write_result(result)
-            result["report"] = _report(directory, observer)
+            with comm.phase("report"):
+                result["report"] = _report(directory, observer)
             keep = directory.finish if result["completed"] else directory.write_result
             keep(result)
     kept: dict[str, Any] = comm.broadcast_object(result)  # each rank has a clock of its own

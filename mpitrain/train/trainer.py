@@ -114,7 +114,8 @@ class Trainer:
             if progress.stop_requested and reason is None and progress.step < self.parts.steps:
                 reason = self._agreed_reason()
             if reason or cadence.crossed("checkpoint", before, progress.step):
-                self._save(self._score())
+                with self.comm.phase("checkpoint"):
+                    self._save(self._score())
         return reason or f"all {self.parts.steps} steps done"
 
     def _log(self, progress: Progress, seconds: float) -> None:
@@ -129,7 +130,8 @@ class Trainer:
 
     def evaluate(self, kind: str) -> dict[str, Any]:
         """Evaluate on a held-out set, ``"valid"`` or ``"test"``, and record it."""
-        metrics = self.method.evaluate(self.parts.held_out[kind]())
+        with self.comm.phase(f"evaluate {kind}"):
+            metrics = self.method.evaluate(self.parts.held_out[kind]())
         self._last[kind] = {**metrics, "step": self.method.step}
         self._record(kind, metrics)
         return metrics
@@ -139,7 +141,7 @@ class Trainer:
         self.standing.seconds = time.monotonic() - self._began
         epoch, seconds = round(step / self.parts.steps_per_epoch, 4), round(self.standing.seconds, 3)
         record = {"kind": kind, "step": step, "epoch": epoch, "seconds": seconds, **single_numbers(metrics)}
-        with agree(self.comm):  # the disk may be full, which rank 0 alone finds out
+        with self.comm.phase("log"), agree(self.comm):  # the disk may be full, which rank 0 alone finds out
             if self.comm.rank == 0 and self._recorded.get(kind) != step:
                 self.run_dir.append_metrics(record)
         self._recorded[kind] = step
