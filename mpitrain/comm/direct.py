@@ -15,7 +15,7 @@ from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import Array, DType
 from mpitrain.arrays.dtypes import accumulator
 from mpitrain.comm import dtypes
-from mpitrain.comm.calls import Call
+from mpitrain.comm.calls import Call, Prepared
 
 if TYPE_CHECKING:
     from mpitrain.comm.engine import Engine
@@ -32,8 +32,13 @@ class Doing:
     def __init__(self, operation: str, array: Array, op: str | None, root: int | None) -> None:
         self.operation, self.array, self.op, self.root = operation, array, op, root
 
+    def prepared(self) -> Prepared:
+        """Return the same as the general way has it."""
+        call = Call(self.operation, self.array.dtype, recv=self.array.reshape(-1), op=self.op, root=self.root)
+        return Prepared(self.operation, [call], lambda: None)
+
     def __str__(self) -> str:
-        return str(Call(self.operation, self.array.dtype, recv=self.array, op=self.op, root=self.root))
+        return str(self.prepared())
 
 
 def allreduce(comm: Engine, x: Any, op: str, out: Any) -> Array | None:

@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 from mpitrain._errors import StorageError
 from mpitrain.comm.calls import Call, Prepared
 from mpitrain.comm.callsite import nearest_line, shown
+from mpitrain.comm.direct import Doing
 from mpitrain.comm.request import Request
 from mpitrain.comm.watchdog import Watch
 
@@ -122,6 +123,8 @@ class Recorder:
 
     def call(self, comm: Engine, what: object, start_ns: int, end_ns: int) -> None:
         """Keep a call that has returned; ``what`` is as its `Watch` was told."""
+        if isinstance(what, Doing):
+            what = what.prepared()
         line = nearest_line(sys._getframe(2))
         key = (comm, line, _signature(what))
         kind = self._kinds.get(key)

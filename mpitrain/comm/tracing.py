@@ -67,7 +67,7 @@ def trace(
     beside the file, as ``NAME.rank0.json`` and so on, and each can be opened by itself.
 
     Clocks are compared with rank 0's at the start and at the end (see `mpitrain.comm.clocks`), and times in between
-    corrected linearly.  An event costs 1 to 3 µs while it is traced.
+    corrected linearly.  An event costs a few microseconds while it is traced.
     """
     _check(comm, max_events)
     with comm._together(Prepared("trace", [], lambda: None)):
