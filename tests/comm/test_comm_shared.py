@@ -192,6 +192,11 @@ def test_memory_is_released_with_its_last_view(over_shared_memory: None) -> None
 
     def body(comm: Communicator) -> None:
         kept = [comm.empty(1000) for _ in range(5)]
+        for x in kept:
+            comm.allreduce(x, out=x)
+        plan = comm.allreduce_plan(kept[0], in_place=True)
+        plan()
+        del x, plan
         view = kept[3][10:20]
         comm.barrier()
         held = _mapped()

@@ -60,15 +60,20 @@ typedef struct {
   int64_t divisor; /* of the result, for a mean; 0: none */
 } operation;
 
-typedef struct { /* reduces one shard of arrays that all ranks map */
-  team *ranks;
+typedef struct { /* what one rank combines between two fences */
   operation *op;
-  char **parts;   /* that of each rank, from the shard's first byte */
-  char **results; /* where the shard goes */
+  char **parts; /* of each rank whose values are combined, from the first byte on */
+  int64_t part_count;
+  char **results; /* where they go */
   int64_t result_count;
-  int64_t shard_bytes;
+  int64_t nbytes;
   int64_t past_cache; /* results are not read soon */
-  int64_t stage;
+} combination;
+
+typedef struct { /* reduces arrays that all ranks map: one combination for each level of the node */
+  team *ranks;
+  combination *steps;
+  int64_t count, done;
 } shared_reduction;
 
 typedef struct { /* reduces ordinary arrays, chunk by chunk through the places */
@@ -208,19 +213,19 @@ static void copy(char *target, const char *source, int64_t nbytes, int64_t past_
     memcpy(target, source, nbytes);
 }
 
-/* Combine in rank order, a block at a time, and store where it belongs; a result may be one of the parts. */
-static void combine(const operation *op, char *const *parts, int64_t count, char *const *results, int64_t result_count,
-                    int64_t nbytes, int64_t past_cache) {
+/* Combine in order, a block at a time, and store where it belongs; a result may be one of the parts. */
+static void combine(const combination *c) {
   _Alignas(64) char block[BLOCK_BYTES];
-  fold *const f = FOLDS[op->kind / OPS][op->kind % OPS];
-  for (int64_t begin = 0; begin < nbytes; begin += BLOCK_BYTES) {
-    const int64_t length = nbytes - begin < BLOCK_BYTES ? nbytes - begin : BLOCK_BYTES, n = length / op->item_bytes;
-    f(block, parts[0] + begin, parts[1] + begin, n);
-    for (int64_t rank = 2; rank < count; rank++) f(block, block, parts[rank] + begin, n);
-    if (op->divisor) (op->kind / OPS == F32 ? divide_f32 : divide_f64)(block, n, op->divisor);
-    for (int64_t i = 0; i < result_count; i++) copy(results[i] + begin, block, length, past_cache);
+  fold *const f = FOLDS[c->op->kind / OPS][c->op->kind % OPS];
+  for (int64_t begin = 0; begin < c->nbytes; begin += BLOCK_BYTES) {
+    const int64_t left = c->nbytes - begin, length = left < BLOCK_BYTES ? left : BLOCK_BYTES;
+    const int64_t n = length / c->op->item_bytes;
+    f(block, c->parts[0] + begin, c->parts[1] + begin, n);
+    for (int64_t i = 2; i < c->part_count; i++) f(block, block, c->parts[i] + begin, n);
+    if (c->op->divisor) (c->op->kind / OPS == F32 ? divide_f32 : divide_f64)(block, n, c->op->divisor);
+    for (int64_t i = 0; i < c->result_count; i++) copy(c->results[i] + begin, block, length, c->past_cache);
   }
-  drain(past_cache);
+  drain(c->past_cache);
 }
 
 /* ---- What Python calls */
@@ -233,13 +238,12 @@ int mpitrain_fence(team *t) {
 }
 
 int mpitrain_reduce_shared(shared_reduction *r) {
-  if (r->stage == 0) {
+  for (; r->done < r->count; r->done++) {
     if (mpitrain_fence(r->ranks)) return 1;
-    combine(r->op, r->parts, r->ranks->ranks, r->results, r->result_count, r->shard_bytes, r->past_cache);
-    r->stage = 1;
+    combine(&r->steps[r->done]);
   }
   if (mpitrain_fence(r->ranks)) return 1;
-  r->stage = 0;
+  r->done = 0;
   return 0;
 }
 
@@ -283,7 +287,7 @@ static void reduce_own(const stream *s) {
   for (int64_t rank = 0; rank < t->ranks; rank++) s->parts[rank] = place(s, s->chunk, rank, COPIED) + own.begin;
   s->parts[t->rank] = (char *)s->from + at;
   char *result = place(s, s->chunk, t->rank, REDUCED) + own.begin;
-  combine(s->op, s->parts, t->ranks, &result, 1, length, 0);
+  combine(&(combination){s->op, s->parts, t->ranks, &result, 1, length, 0});
   publish(t, REDUCED, t->chunks + s->chunk + 1);
   copy(s->into + at, result, length, s->past_cache);
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_int64, c_void_p, pointer
 from functools import cache, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from mpitrain import _env
 from mpitrain._typing import Array, DType
 from mpitrain.comm.transports.fence import POSTED, Fence
+from mpitrain.comm.transports.program import Combine
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
@@ -47,12 +48,15 @@ class _Operation(ctypes.Structure):
     _fields_ = [("kind", c_int64), ("item_bytes", c_int64), ("divisor", c_int64)]
 
 
-class _SharedReduction(ctypes.Structure):
+class _Combination(ctypes.Structure):
     _fields_ = [
-        ("ranks", POINTER(_Team)), ("op", POINTER(_Operation)), ("parts", POINTER(c_void_p)),
-        ("results", POINTER(c_void_p)), ("result_count", c_int64), ("shard_bytes", c_int64),
-        ("past_cache", c_int64), ("stage", c_int64),
+        ("op", POINTER(_Operation)), ("parts", POINTER(c_void_p)), ("part_count", c_int64),
+        ("results", POINTER(c_void_p)), ("result_count", c_int64), ("nbytes", c_int64), ("past_cache", c_int64),
     ]  # fmt: skip
+
+
+class _SharedReduction(ctypes.Structure):
+    _fields_ = [("ranks", POINTER(_Team)), ("steps", POINTER(_Combination)), ("count", c_int64), ("done", c_int64)]
 
 
 class _Stream(ctypes.Structure):
@@ -133,33 +137,17 @@ class Kernel:
         """Return once every rank of the node has come here as often as this one.  Collective over the node."""
         self._fence()
 
-    def reduction(
-        self, op: str, parts: list[Array], results: list[Array], shard: tuple[int, int], divisor: int
-    ) -> Callable[[], object] | None:
-        """Lay out the reduction of this rank's shard, between two fences; None if there is no loop for it.
+    def reduction(self, op: str, combines: Sequence[Combine], holds: bool) -> Callable[[], object] | None:
+        """Lay out what this rank combines in shared memory, each after a fence; None if there is no loop for it.
 
-        Parameters
-        ----------
-        op : str
-            A reduction.
-        parts : list of array, one-dimensional
-            Of each rank of the node, two or more; all ranks map all of them.
-        results : list of array
-            Where the values go, which may be the parts.
-        shard : (int, int)
-            The first element of the shard, and the one after its last.
-        divisor : int
-            What a mean divides by; 0: nothing.
+        The loops know addresses only: ``holds`` keeps the memory there for as long as what is returned.
         """
-        found = _operation(parts[0].dtype, op, divisor)
-        if found is None:
+        if _operation(combines[0].targets[0].dtype, op, 0) is None:
             return None
-        begin, end = (index * parts[0].itemsize for index in shard)
-        addresses = [(c_void_p * len(each))(*(_address(array) + begin for array in each)) for each in (parts, results)]
-        past = parts[0].nbytes >= PAST_CACHE_FROM_BYTES and results[0] is not parts[0]
-        job = _SharedReduction(
-            pointer(self._team), found[1], addresses[0], addresses[1], len(results), end - begin, past, 0
-        )
+        steps = (_Combination * len(combines))(*(_combination(op, each) for each in combines))
+        job = _SharedReduction(pointer(self._team), steps, len(combines), 0)
+        if holds:
+            job.memory = combines
         return partial(_finish, self._library.mpitrain_reduce_shared, byref(job))
 
     def streams(self, dtype: DType, op: str) -> bool:
@@ -190,10 +178,20 @@ class Kernel:
         self._team.chunks += 1  # some ranks may have handed in the first one
 
     def plan(self, op: str, send: Array, recv: Array, divisor: int) -> Callable[[], object]:
-        """Return what reduces the same ordinary arrays again and again; their ranks have agreed on it."""
+        """Return what reduces the same ordinary arrays, which it holds, again and again; all ranks agree on it."""
         job = _Stream(pointer(self._team), None, None, None, (c_void_p * self._ranks)())
         _aim(job, op, send, recv, divisor)
+        job.memory = send, recv
         return partial(_finish, self._library.mpitrain_stream, byref(job))
+
+
+def _combination(op: str, combine: Combine) -> _Combination:
+    found = _operation(combine.targets[0].dtype, op, combine.divisor)
+    assert found is not None
+    parts, results = ((c_void_p * len(each))(*map(_address, each)) for each in (combine.sources, combine.targets))
+    return _Combination(
+        found[1], parts, len(parts), results, len(results), combine.targets[0].nbytes, combine.past_cache
+    )  # fmt: skip
 
 
 def _aim(job: _Stream, op: str, send: Array, recv: Array, divisor: int = 0) -> None:

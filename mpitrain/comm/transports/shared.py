@@ -12,6 +12,7 @@ multi-leader design", SC 2017, section 4).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from math import prod
@@ -26,10 +27,12 @@ from mpitrain.arrays.dtypes import is_half
 from mpitrain.comm.buffers import wire
 from mpitrain.comm.calls import Call
 from mpitrain.comm.dtypes import UFUNCS
+from mpitrain.comm.transports import topology
 from mpitrain.comm.transports.blocks import NOWHERE, PAGE_BYTES, Arena, Place
 from mpitrain.comm.transports.fence import Fence
-from mpitrain.comm.transports.kernel import CompiledFence, Kernel
-from mpitrain.comm.transports.program import Step, fold, perform
+from mpitrain.comm.transports.kernel import PAST_CACHE_FROM_BYTES, CompiledFence, Kernel
+from mpitrain.comm.transports.levels import Levels
+from mpitrain.comm.transports.program import Combine, Step, fold, perform
 from mpitrain.comm.transports.shards import bounds, pieces, shards_of_chunks
 from mpitrain.comm.transports.transport import Planned, Transport
 from mpitrain.comm.transports.workspace import Stream, Workspace
@@ -53,6 +56,11 @@ STREAMED_FROM_BYTES = 16 * 1024 * 1024
 """Ordinary arrays from this size on pass through the workspace in NumPy; smaller ones are left to the MPI library.
 
 Measured on two ranks of two cores: 0.7 of the library's speed at 1 and 4 MiB, 1.1 at 16, 1.8 at 64."""
+
+BY_LEVELS_FROM_BYTES = 1024 * 1024
+"""Arrays in shared memory from this size on are reduced by the levels of the node, which costs a fence a level.
+
+Set by the cost model: no machine with several caches or sockets was at hand to measure on."""
 
 LAID_OUT = 64
 """How many reductions in place are remembered."""
@@ -103,6 +111,7 @@ class SharedTransport(Transport):
         self._fence = CompiledFence(lines, self._node.rank, self._kernel) if self._kernel else fence(lines)
         self._workspace = Workspace(memory[:, PAGE_BYTES:], self._node.rank, self._chunk_bytes)
         self._least_bytes = SMALLEST_BYTES if kernel else STREAMED_FROM_BYTES
+        self._levels = Levels.of(self._node.allgather_object(topology.domain(os.sched_getaffinity(0))))
         self._laid_out: dict[object, Callable[[], object]] = {}
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
@@ -186,21 +195,57 @@ class SharedTransport(Transport):
         key = (*places, values.size, values.dtype, op)
         run = self._laid_out.get(key)
         if run is None:
-            if len(self._laid_out) >= LAID_OUT:
-                self._laid_out.clear()
-            run = self._laid_out[key] = self._lay_out(op, self._views(places, values), None)
+            run = self._lay_out(op, self._views(places, values), None)
+            if self._kernel is not None and self._kernel.streams(values.dtype, op):  # this holds no memory
+                self._remember(key, run)
         run()
+
+    def _remember(self, key: object, run: Callable[[], object]) -> None:
+        if len(self._laid_out) >= LAID_OUT:
+            self._laid_out.clear()
+        self._laid_out[key] = run
 
     def _lay_out(self, op: str, parts: list[Array], result: Array | None) -> Callable[[], object]:
         """Return what reduces arrays in shared memory, between two fences: into one result, or where they lie."""
-        run = None
-        if self._kernel is not None:
-            rank, ranks = self._node.rank, self._node.size
-            begin, end = bounds(parts[0].size, ranks, parts[0].itemsize)[rank : rank + 2]
-            results = parts if result is None else [result]
-            run = self._kernel.reduction(op, parts, results, (begin, end), ranks if op == "mean" else 0)
         wait = (self._fence.wait, ())
-        return run or partial(perform, [wait, *self._steps(op, parts, result), wait])
+        if self._across is not None:
+            return partial(perform, [wait, *self._steps(op, parts, result), wait])
+        combines = self._combines(op, parts, result)
+        run = self._kernel.reduction(op, combines, result is not None) if self._kernel is not None else None
+        if run is not None:
+            return run
+        steps = (step for each in combines for step in (wait, *each.steps(op, PIECE_BYTES)))
+        return partial(perform, [*steps, wait])
+
+    def _combines(self, op: str, parts: list[Array], result: Array | None) -> list[Combine]:
+        """Return what this rank combines at each level of the node, and where."""
+        by_levels = parts[0].nbytes >= BY_LEVELS_FROM_BYTES and not is_half(parts[0].dtype)  # those are rounded once
+        levels = self._levels if by_levels else Levels((self._node.size,))
+        phases = levels.phases(self._node.rank, parts[0].size, parts[0].itemsize)
+        partials, base = (parts, 0) if result is None else self._partials(levels, parts[0])
+        found, sources, shift = [], parts, 0
+        for phase in phases[:-1]:
+            into = partials[self._node.rank][phase.begin - base : phase.end - base]
+            found.append(Combine([sources[r][phase.begin - shift : phase.end - shift] for r in phase.sources], [into]))
+            sources, shift = partials, base
+        last = phases[-1]
+        cut = slice(last.begin, last.end)
+        targets = [part[cut] for part in parts] if result is None else [result[cut]]
+        past_cache = result is not None and result.nbytes >= PAST_CACHE_FROM_BYTES
+        divisor = self._node.size if op == "mean" else 0
+        gathered = [sources[r][last.begin - shift : last.end - shift] for r in last.sources]
+        return [*found, Combine(gathered, targets, divisor, past_cache)]
+
+    def _partials(self, levels: Levels, like: Array) -> tuple[list[Array], int]:
+        """Return memory of every rank for what it combines before the last level, and the first element of mine."""
+        if len(levels.sizes) == 1:
+            return [], 0
+        first = [levels.phases(rank, like.size, like.itemsize)[0] for rank in range(self._node.size)]
+        _, memory = self._arena.allocate(max(phase.end - phase.begin for phase in first) * like.itemsize)
+        own = first[self._node.rank]
+        return [
+            np.asarray(row[: row.size // like.itemsize * like.itemsize]).view(like.dtype) for row in memory
+        ], own.begin
 
     def _views(self, places: list[Place], values: Array) -> list[Array]:
         """Return the array of every local rank, in rank order."""
