@@ -1,4 +1,7 @@
-"""Which library an array belongs to: NumPy, or CuPy wherever an array is a CuPy array."""
+"""In which library to compute with an array: NumPy, or CuPy wherever an array is a CuPy array.
+
+Arrays that are only moved may be of others too: see `mpitrain.arrays.libraries`.
+"""
 
 from __future__ import annotations
 

@@ -74,3 +74,14 @@ def shape(operation: str, value: int | Sequence[int]) -> tuple[int, ...]:
     if any(extent < 0 for extent in found):
         raise InputError("negative extent", operation=operation, got=found, expected=expected)
     return found
+
+
+def bucket_bytes(operation: str, value: Any) -> int | None:
+    """Return ``value`` as the most bytes that one message may have; None stays None."""
+    if value is None:
+        return None
+    expected = "1 or more bytes, or None"
+    found = _index(operation, "bucket_bytes", value, expected)
+    if found < 1:
+        raise InputError("unusable bucket_bytes", operation=operation, got=found, expected=expected)
+    return found

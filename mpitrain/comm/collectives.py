@@ -19,7 +19,13 @@ class Collectives(Engine):
     """Reductions and exchanges that all ranks take part in; see `mpitrain.Communicator` for what they share."""
 
     def allreduce(
-        self, x: Any, op: str = "sum", out: Any = None, algorithm: str | None = None, reproducible: bool = False
+        self,
+        x: Any,
+        op: str = "sum",
+        out: Any = None,
+        algorithm: str | None = None,
+        reproducible: bool = False,
+        bucket_bytes: int | None = None,
     ) -> Any:
         """Reduce over all ranks, for all.  Collective.
 
@@ -37,6 +43,9 @@ class Collectives(Engine):
             Sum, or take the mean, in fixed point: the same bits for every order of the ranks, algorithm and backend,
             off by at most p·2^−53 times the largest magnitude of each array in x before it is rounded once (below
             1024 ranks; see `mpitrain.arrays.FixedPoint`).  Moves 4 bytes per array in a maximum, and 8 per element.
+        bucket_bytes : int, optional
+            The arrays of a tree travel in messages of at most so many bytes, each of as many successive arrays of one
+            dtype as fit in; a larger array makes one by itself.  The same on all ranks.  None: one message per dtype.
 
         Returns
         -------
@@ -53,19 +62,19 @@ class Collectives(Engine):
             The exchange failed.
         """
         if reproducible:
-            return fixed.allreduce(self, x, op, out, algorithm)
-        if algorithm is None:
+            return fixed.allreduce(self, x, op, out, algorithm, bucket_bytes)
+        if algorithm is None and bucket_bytes is None:
             result = direct.allreduce(self, x, op, out)
             if result is not None:
                 return result
-        return self._complete(self._allreduce("allreduce", x, op, out), algorithm)
+        return self._complete(self._allreduce("allreduce", x, op, out, bucket_bytes), algorithm)
 
-    def iallreduce(self, x: Any, op: str = "sum", out: Any = None) -> Request:
+    def iallreduce(self, x: Any, op: str = "sum", out: Any = None, bucket_bytes: int | None = None) -> Request:
         """Begin an `allreduce`."""
-        return self._start(self._allreduce("iallreduce", x, op, out))
+        return self._start(self._allreduce("iallreduce", x, op, out, bucket_bytes))
 
-    def _allreduce(self, operation: str, x: Any, op: str, out: Any) -> Prepared:
-        return prepare.reduction(operation, self.size, x, op, out, None, True)
+    def _allreduce(self, operation: str, x: Any, op: str, out: Any, bucket_bytes: int | None) -> Prepared:
+        return prepare.reduction(operation, self.size, x, op, out, None, True, bucket_bytes)
 
     def reduce(
         self,
@@ -75,24 +84,34 @@ class Collectives(Engine):
         out: Any = None,
         algorithm: str | None = None,
         reproducible: bool = False,
+        bucket_bytes: int | None = None,
     ) -> Any:
         """Reduce over all ranks, for the root; the others get None.  Collective; arguments as for `allreduce`.
 
         Algorithms: ``ring``, ``tree``, ``ordered``.
         """
         if reproducible:
-            return fixed.reduce(self, x, op, root, out, algorithm)
-        return self._complete(self._reduce("reduce", x, op, root, out), algorithm)
+            return fixed.reduce(self, x, op, root, out, algorithm, bucket_bytes)
+        return self._complete(self._reduce("reduce", x, op, root, out, bucket_bytes), algorithm)
 
-    def ireduce(self, x: Any, op: str = "sum", root: int = 0, out: Any = None) -> Request:
+    def ireduce(
+        self, x: Any, op: str = "sum", root: int = 0, out: Any = None, bucket_bytes: int | None = None
+    ) -> Request:
         """Begin a `reduce`."""
-        return self._start(self._reduce("ireduce", x, op, root, out))
+        return self._start(self._reduce("ireduce", x, op, root, out, bucket_bytes))
 
-    def _reduce(self, operation: str, x: Any, op: str, root: int, out: Any) -> Prepared:
+    def _reduce(self, operation: str, x: Any, op: str, root: int, out: Any, bucket_bytes: int | None) -> Prepared:
         root = checks.rank(operation, "root", root, self.size)
-        return prepare.reduction(operation, self.size, x, op, out, root, self.rank == root)
+        return prepare.reduction(operation, self.size, x, op, out, root, self.rank == root, bucket_bytes)
 
-    def broadcast(self, x: Any, root: int = 0, out: Any = None, algorithm: str | None = None) -> Any:
+    def broadcast(
+        self,
+        x: Any,
+        root: int = 0,
+        out: Any = None,
+        algorithm: str | None = None,
+        bucket_bytes: int | None = None,
+    ) -> Any:
         """Give the root's values to all.  Collective.
 
         Parameters
@@ -105,20 +124,22 @@ class Collectives(Engine):
             Where the result goes; ``out=x`` overwrites.
         algorithm : {"ring", "tree", "default"}, optional
             How it is performed.
+        bucket_bytes : int, optional
+            As for `allreduce`.
         """
-        if algorithm is None:
+        if algorithm is None and bucket_bytes is None:
             result = direct.broadcast(self, x, root, out)
             if result is not None:
                 return result
-        return self._complete(self._broadcast("broadcast", x, root, out), algorithm)
+        return self._complete(self._broadcast("broadcast", x, root, out, bucket_bytes), algorithm)
 
-    def ibroadcast(self, x: Any, root: int = 0, out: Any = None) -> Request:
+    def ibroadcast(self, x: Any, root: int = 0, out: Any = None, bucket_bytes: int | None = None) -> Request:
         """Begin a `broadcast`."""
-        return self._start(self._broadcast("ibroadcast", x, root, out))
+        return self._start(self._broadcast("ibroadcast", x, root, out, bucket_bytes))
 
-    def _broadcast(self, operation: str, x: Any, root: int, out: Any) -> Prepared:
+    def _broadcast(self, operation: str, x: Any, root: int, out: Any, bucket_bytes: int | None) -> Prepared:
         root = checks.rank(operation, "root", root, self.size)
-        return prepare.broadcast(operation, x, root, out, self.rank == root)
+        return prepare.broadcast(operation, x, root, out, self.rank == root, bucket_bytes)
 
     def reduce_scatter(
         self,
@@ -211,13 +232,14 @@ class Collectives(Engine):
         Returns
         -------
         array, shape (…), or (counts[rank], …) with ``counts``
-            Off the root, a NumPy array.
+            Off the root, in the library of ``out``, else of ``x`` where it has the root's structure, else a NumPy
+            array.
         """
         root = checks.rank("scatter", "root", root, self.size)
         sends = self.rank == root
         header = prepare.scatter_header("scatter", self.size, x, counts) if sends else None
         like, shares = objects.broadcast(self, header, root)
-        whole = x if sends else prepare.placeholders(like)
+        whole = x if sends else prepare.placeholders(like, x if out is None else out)
         return self._complete(prepare.scatter("scatter", self.rank, self.size, whole, root, shares, out))
 
     def alltoall(self, x: Any, counts: Counts = None, recv_counts: Counts = None, out: Any = None) -> Any:

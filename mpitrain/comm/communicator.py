@@ -39,13 +39,18 @@ class Communicator(Collectives, Messages):
 
     Notes
     -----
-    *Arrays* are NumPy or CuPy arrays of bool, integer, float16, bfloat16, float32, float64 or complex dtype, with any
+    *Arrays* are those of NumPy, CuPy, PyTorch and JAX (outside of its transformations), what speaks DLPack, and
+    buffers such as ``array.array``; of bool, integer, float16, bfloat16, float32, float64 or complex dtype, with any
     strides and any shape, 0-d and empty ones included; Python numbers count as 0-d arrays.  Dictionaries, lists and
-    tuples of arrays may stand wherever one array may: ``allreduce``, ``reduce`` and ``broadcast`` pack them into one
-    message per dtype, the others treat each array by itself.
+    tuples of arrays may stand wherever one array may, and None for an array that is not there: ``allreduce``,
+    ``reduce`` and ``broadcast`` pack them into one message per dtype, or into buckets, the others treat each array by
+    itself.  A contiguous array in host memory is sent from where it lies.
 
-    *Results* are new arrays in the library and dtype of the input, unless ``out`` (an array or tree of the result's
-    shape and dtype) says where they go; where shapes agree it may be the input itself.
+    *Results* are new arrays in the library, dtype and device of the input, unless ``out`` (an array or tree of the
+    result's library, shape and dtype) says where they go; where shapes agree it may be the input itself.  They never
+    require grad; ``out`` may require it under ``torch.no_grad()``.  Memory that is read-only, or whose elements
+    overlap, is refused.  Results for DLPack objects are made by their ``__array_namespace__()``, or else are NumPy
+    arrays, as they are for buffers.
 
     *Collective* methods must be called by all ranks, in the same order, with arrays of the same dtype and of shapes
     that fit.  16-bit floats are reduced in float32 and rounded once.  Methods that begin with ``i`` do not block;
@@ -147,12 +152,12 @@ class Communicator(Collectives, Messages):
         self._check_open("empty")
         return self._moves().empty(checks.shape("empty", shape), dtypes.memory("empty", dtype))
 
-    def allreduce_plan(self, buffer: Array, op: str = "sum", in_place: bool = False) -> AllreducePlan:
+    def allreduce_plan(self, buffer: Any, op: str = "sum", in_place: bool = False) -> AllreducePlan:
         """Check and lay out a reduction that is performed often.  Collective, as is every call of the plan.
 
         Parameters
         ----------
-        buffer : NumPy array, C-contiguous
+        buffer : NumPy array, or PyTorch tensor on the CPU; C-contiguous
             Its memory is reduced, with the values that it holds at each call; it may be written to between calls.
         op : {"sum", "mean", "min", "max", "prod", "and", "or"}
             As for `allreduce`.
@@ -163,22 +168,24 @@ class Communicator(Collectives, Messages):
         -------
         AllreducePlan
             ``plan()`` returns the result: the buffer, or a read-only array that keeps its values until the plan's
-            next call.  For buffers from `empty` that is one array for all ranks of a node.
+            next call.  For buffers from `empty` that is one array for all ranks of a node.  For a tensor it is a
+            tensor, which cannot say that it is read-only: do not write to it.
 
         Notes
         -----
         Of a buffer of n bytes from `empty`, each of p ranks reads n bytes and writes n/p, or n in place; two fences.
         """
         self._check_open("allreduce_plan")
-        buffer = plan.check(buffer, op)
-        planned = self._moves().plan(buffer, op, in_place)
+        target = plan.check(buffer, op)
+        memory = target.host()
+        planned = self._moves().plan(memory, op, in_place)
         if planned is None:
-            planned = plan.ordinary(buffer, op, in_place, self.size, self._bind)
-        call = Call("allreduce", dtype=buffer.dtype, recv=buffer.reshape(-1), op=op)
+            planned = plan.ordinary(memory, op, in_place, self.size, self._bind)
+        call = Call("allreduce", dtype=memory.dtype, recv=memory.reshape(-1), op=op)
         prepared = Prepared("allreduce_plan", [call], lambda: None, buffer)
         if self._checker is not None:
             planned = replace(planned, run=partial(self._checked, prepared, planned.run))
-        return AllreducePlan(buffer, planned, prepared, self.ledger.meter(prepared), self._watch)
+        return AllreducePlan(target, planned, prepared, self.ledger.meter(prepared), self._watch)
 
     def _checked(self, prepared: Prepared, run: Callable[[], object]) -> None:
         with self._together(prepared):

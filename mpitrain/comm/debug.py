@@ -15,6 +15,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from mpitrain._errors import CommunicationError, MismatchError
+from mpitrain._typing import Shape
+from mpitrain.comm.buffers import accept
 from mpitrain.comm.calls import Call, Prepared
 from mpitrain.comm.callsite import call_site
 from mpitrain.comm.tables import table
@@ -227,8 +229,8 @@ def fingerprint(prepared: Prepared) -> str:
 
 def shapes(tree: Any, ragged: bool = False) -> str:
     """Return the structure of a tree and the shapes in it; without the number of rows, where ranks may differ in it."""
-    if tree is None or len(getattr(tree, "shape", ())) == 1:  # the number of elements says it
-        return ""
+    if tree is None or (not isinstance(tree, (Mapping, list, tuple)) and len(_extents(tree)) == 1):
+        return ""  # the number of elements says it
     return f" of {_shape(tree, ragged)}"
 
 
@@ -237,5 +239,11 @@ def _shape(tree: Any, ragged: bool) -> str:
         return f"{{{', '.join(f'{key!r}: {_shape(tree[key], ragged)}' for key in sorted(tree, key=repr))}}}"
     if isinstance(tree, list | tuple):
         return f"[{', '.join(_shape(child, ragged) for child in tree)}]"
-    shape = tuple(getattr(tree, "shape", ()))
+    if tree is None:
+        return "None"
+    shape = _extents(tree)
     return str(("…", *shape[1:]) if ragged else shape).replace("'", "")
+
+
+def _extents(leaf: Any) -> Shape:
+    return accept("debug mode", leaf).shape

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -350,7 +350,7 @@ def _like(operation: str, lanes: Sequence[Array], out: Array | None) -> Array:
     given = [*lanes, *([] if out is None else [out])]
     if not given:
         raise InputError("a rank without lanes needs out=", operation=operation, remedy="pass an array like a lane")
-    like = accept(operation, given[0])
+    like = _native(operation, given[0])
     if not is_inexact(like.dtype):
         raise DtypeError(
             "lanes are of floats or complex numbers", operation=operation, got=like.dtype,
@@ -359,9 +359,21 @@ def _like(operation: str, lanes: Sequence[Array], out: Array | None) -> Array:
     return like
 
 
+def _native(operation: str, x: Any) -> Array:
+    """Return a lane if it is of a library that lanes compute in."""
+    if not isinstance(x, np.ndarray) and not is_cupy(x):
+        raise InputError(
+            "lanes are NumPy or CuPy arrays", operation=operation, got=type(x).__name__,
+            remedy="convert it with numpy.asarray",
+        )  # fmt: skip
+    accept(operation, x)
+    lane: Array = x
+    return lane
+
+
 def _check(operation: str, what: str, array: Array, like: Array, shape: Shape, layout: Layout | None) -> None:
     """Refuse a lane, or ``out``, that does not fit the others."""
-    if is_cupy(accept(operation, array)) != is_cupy(like):
+    if is_cupy(_native(operation, array)) != is_cupy(like):
         raise InputError(f"{what} is of another library", operation=operation, got=type(array).__name__)
     if array.shape != shape:
         raise InputError(f"{what} has the wrong shape", operation=operation, got=array.shape, expected=shape)

@@ -16,7 +16,8 @@ class Count:
     calls : int
         Uses of a public method.
     messages : int
-        Primitive operations these came down to: one per dtype of a fused tree, one per array otherwise.
+        Primitive operations these came down to: one per dtype or bucket of a fused tree, one per array
+        otherwise.
     logical_bytes : int
         Payload in the caller's dtypes: of each message, the larger of what this rank handed in and what it got.
     moved_messages, moved_bytes : int

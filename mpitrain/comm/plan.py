@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
+from mpitrain.arrays.libraries import Operand, owner
 from mpitrain.comm import dtypes
 from mpitrain.comm.calls import Prepared
 from mpitrain.comm.ledger import Meter
@@ -21,9 +23,9 @@ class AllreducePlan:
 
     Attributes
     ----------
-    buffer : array
+    buffer : array or tensor
         What is reduced.
-    result : array
+    result : array or tensor
         What every call returns: same shape and dtype as ``buffer``, and the same memory at each call.
 
     Notes
@@ -33,11 +35,13 @@ class AllreducePlan:
 
     __slots__ = ("_called", "_meter", "_run", "_watch", "buffer", "result")
 
-    def __init__(self, buffer: Array, planned: Planned, called: Prepared, meter: Meter, watch: Watch) -> None:
-        self.buffer, self.result = buffer, planned.result
+    def __init__(self, buffer: Operand, planned: Planned, called: Prepared, meter: Meter, watch: Watch) -> None:
+        self.buffer = buffer.given
+        in_place = planned.result is buffer.view
+        self.result = buffer.given if in_place else buffer.library.show(planned.result)
         self._run, self._called, self._meter, self._watch = planned.run, called, meter, watch
 
-    def __call__(self) -> Array:
+    def __call__(self) -> Any:
         """Reduce what the buffer holds now, and return the result.  Collective."""
         watch = self._watch
         watch.current = self._called
@@ -50,25 +54,28 @@ class AllreducePlan:
         return self.result
 
 
-def check(buffer: object, op: str) -> Array:
+def check(buffer: object, op: str) -> Operand:
     """Return the buffer if a plan can hold on to its memory.
 
     Raises
     ------
     InputError, DtypeError
-        It is no NumPy array, not contiguous, read-only, or the reduction has no meaning for it.
+        It is no array in host memory, not contiguous, read-only, or the reduction has no meaning for it.
     """
     operation = "allreduce_plan"
-    if not isinstance(buffer, np.ndarray):
-        raise InputError("not an array", operation=operation, got=type(buffer).__name__, expected="a NumPy array")
-    if not (buffer.flags.c_contiguous and buffer.flags.writeable and buffer.flags.aligned):
+    library = owner(buffer)
+    target = None if library is None else library.target(operation, buffer, "the buffer")
+    if target is None or target.view is None:
         raise InputError(
-            "the buffer is not contiguous, or read-only", operation=operation, remedy="plan on a contiguous copy"
-        )
-    dtypes.check(operation, buffer.dtype)
+            "not an array", operation=operation, got=type(buffer).__name__,
+            expected="a NumPy array, or a PyTorch tensor on the CPU",
+        )  # fmt: skip
+    if not (target.view.flags.c_contiguous and target.view.flags.aligned):
+        raise InputError("the buffer is not contiguous", operation=operation, remedy="plan on a contiguous copy")
+    dtypes.check(operation, target.dtype)
     dtypes.check_op(operation, op)
-    dtypes.check_op_dtype(operation, op, buffer.dtype)
-    return buffer
+    dtypes.check_op_dtype(operation, op, target.dtype)
+    return target
 
 
 def ordinary(
@@ -85,7 +92,8 @@ def ordinary(
     own = flat if in_place else np.empty_like(flat)
     run = bind(flat, own, "sum" if op == "mean" else op)
     result = buffer if in_place else own.reshape(buffer.shape)
-    result.flags.writeable = in_place
+    if not in_place:
+        result.flags.writeable = False
     return Planned(partial(_averaged, run, own, size) if op == "mean" else run, result)
 
 

@@ -8,25 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from mpitrain._typing import Array, DType, Shape
+from mpitrain._typing import DType, Shape
 from mpitrain.arrays.dtypes import accumulator
+from mpitrain.arrays.libraries import NUMPY, Operand, owner
 from mpitrain.comm import checks, dtypes, trees
-from mpitrain.comm.buffers import Fused, Parcel, accept, outgoing
+from mpitrain.comm.buffers import Fused, Parcel, accept, apart, outgoing
 from mpitrain.comm.calls import Call, Prepared
 
 Counts: TypeAlias = Sequence[int] | None
 _Leaf: TypeAlias = tuple[Call, Parcel | None]
 
 
-def reduction(operation: str, size: int, x: Any, op: str, out: Any, root: int | None, receives: bool) -> Prepared:
+def reduction(
+    operation: str,
+    size: int,
+    x: Any,
+    op: str,
+    out: Any,
+    root: int | None,
+    receives: bool,
+    bucket_bytes: int | None = None,
+) -> Prepared:
     """Prepare allreduce (``root`` None) and reduce: fused, in place on the packed buffers."""
     dtypes.check_op(operation, op)
-    fused = Fused(operation, x, out if receives else None, reduces=True)
+    bucket_bytes = checks.bucket_bytes(operation, bucket_bytes)
+    fused = Fused(operation, x, out if receives else None, True, bucket_bytes)
     for parcel in fused.parcels:
         dtypes.check_op_dtype(operation, op, parcel.dtype)
     fused.fill()
@@ -45,9 +57,11 @@ def reduction(operation: str, size: int, x: Any, op: str, out: Any, root: int | 
     return Prepared(operation, calls, finish, x)
 
 
-def broadcast(operation: str, x: Any, root: int, out: Any, sends: bool) -> Prepared:
+def broadcast(
+    operation: str, x: Any, root: int, out: Any, sends: bool, bucket_bytes: int | None = None
+) -> Prepared:  # fmt: skip
     """Prepare a broadcast: fused, in place on the packed buffers."""
-    fused = Fused(operation, x, out)
+    fused = Fused(operation, x, out, bucket_bytes=checks.bucket_bytes(operation, bucket_bytes))
     if sends:
         fused.fill()
     calls = [Call("broadcast", dtype=parcel.dtype, recv=parcel.wire, root=root) for parcel in fused.parcels]
@@ -61,7 +75,7 @@ def gathering(
     shares = None if counts is None else checks.counts(operation, counts, size)
     receives = root is None or root == rank
 
-    def leaf(array: Array, into: Array | None) -> _Leaf:
+    def leaf(array: Operand, into: Any) -> _Leaf:
         if shares is None:
             shape: Shape = (size, *array.shape)
         else:
@@ -82,7 +96,7 @@ def reduce_scatter(operation: str, rank: int, size: int, x: Any, op: str, counts
     dtypes.check_op(operation, op)
     shares = None if counts is None else checks.counts(operation, counts, size)
 
-    def leaf(array: Array, into: Array | None) -> _Leaf:
+    def leaf(array: Operand, into: Any) -> _Leaf:
         dtypes.check_op_dtype(operation, op, array.dtype)
         shape = share_shape(operation, array.shape, rank, size, shares)
         parcel = Parcel(operation, [shape], [array], [into], reduces=True)
@@ -110,9 +124,22 @@ def scatter_header(operation: str, size: int, x: Any, counts: Counts) -> tuple[A
     return trees.rebuild(x, [Spec(array.dtype, array.shape) for array in arrays]), shares
 
 
-def placeholders(specs: Any) -> Any:
-    """Return a tree of arrays of the given dtypes and shapes that take no memory."""
-    return trees.rebuild(specs, [np.broadcast_to(np.empty((), s.dtype), s.shape) for s in trees.leaves(specs)])
+def placeholders(specs: Any, model: Any) -> Any:
+    """Return a tree of arrays of the given dtypes and shapes that take no memory.
+
+    Parameters
+    ----------
+    specs : tree of Spec
+    model : tree of arrays, or anything else
+        Whose library the results are to be of; NumPy's where it does not fit.
+    """
+    models = trees.leaves(model) if trees.alike(specs, model) else repeat(None)
+    return trees.rebuild(specs, [_placeholder(*each) for each in zip(trees.leaves(specs), models, strict=False)])
+
+
+def _placeholder(spec: Spec, model: Any) -> Operand:
+    empty = np.broadcast_to(np.empty((), spec.dtype), spec.shape)
+    return Operand(model, owner(model) or NUMPY, empty, spec.dtype, spec.shape)
 
 
 def scatter(
@@ -120,7 +147,7 @@ def scatter(
 ) -> Prepared:  # fmt: skip
     """Prepare a scatter; off the root, only the dtypes and shapes of ``whole`` are looked at."""
 
-    def leaf(array: Array, into: Array | None) -> _Leaf:
+    def leaf(array: Operand, into: Any) -> _Leaf:
         shape = share_shape(operation, array.shape, rank, size, shares)
         parcel = Parcel(operation, [shape], [array], [into])
         send = outgoing(array, apart_from=parcel.wire) if rank == root else None
@@ -137,7 +164,7 @@ def alltoall(
 ) -> Prepared:  # fmt: skip
     """Prepare an exchange of rows between all ranks."""
 
-    def leaf(array: Array, into: Array | None) -> _Leaf:
+    def leaf(array: Operand, into: Any) -> _Leaf:
         if shares is None or recv_shares is None:
             checks.rows(operation, array.shape, size, "(one row per rank)")
             shape = array.shape
@@ -165,7 +192,7 @@ def send(operation: str, x: Any, dest: int, tag: int) -> Prepared:
 def recv(operation: str, like: Any, source: int, tag: int, out: Any) -> Prepared:
     """Prepare the receipt of one message per array of a tree."""
 
-    def leaf(array: Array, into: Array | None) -> _Leaf:
+    def leaf(array: Operand, into: Any) -> _Leaf:
         parcel = Parcel(operation, [array.shape], [array], [into])
         return Call("recv", dtype=array.dtype, recv=parcel.wire, peer=source, tag=tag), parcel
 
@@ -185,12 +212,13 @@ def _leafwise(
     operation: str,
     x: Any,
     out: Any,
-    leaf: Callable[[Array, Array | None], _Leaf],
+    leaf: Callable[[Operand, Any], _Leaf],
     complete: Callable[[Parcel], None] = lambda parcel: None,
 ) -> Prepared:
     """Prepare a collective that treats each array of a tree by itself."""
-    arrays = [accept(operation, array) for array in trees.leaves(x)]
-    pairs = [leaf(*each) for each in zip(arrays, trees.leaves_like(operation, x, out), strict=True)]
+    outs = trees.leaves_like(operation, x, out)
+    arrays = apart(operation, [accept(operation, array) for array in trees.leaves(x)], outs)
+    pairs = [leaf(*each) for each in zip(arrays, outs, strict=True)]
     parcels = [parcel for _, parcel in pairs if parcel is not None]
 
     def finish() -> Any:

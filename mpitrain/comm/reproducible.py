@@ -38,15 +38,19 @@ BUCKET_BYTES = 4 * 1024 * 1024
 """Integers are summed this much at a time, in memory that is used again."""
 
 
-def allreduce(comm: Collectives, x: Any, op: str, out: Any, algorithm: str | None) -> Any:
+def allreduce(
+    comm: Collectives, x: Any, op: str, out: Any, algorithm: str | None, bucket_bytes: int | None
+) -> Any:  # fmt: skip
     """Reduce over all ranks, for all: `Communicator.allreduce` with ``reproducible=True``."""
-    return Reduction(comm, "allreduce", op, comm.size, None, algorithm).of_tree(x, out)
+    return Reduction(comm, "allreduce", op, comm.size, None, algorithm, bucket_bytes).of_tree(x, out)
 
 
-def reduce(comm: Collectives, x: Any, op: str, root: int, out: Any, algorithm: str | None) -> Any:
+def reduce(
+    comm: Collectives, x: Any, op: str, root: int, out: Any, algorithm: str | None, bucket_bytes: int | None
+) -> Any:  # fmt: skip
     """Reduce over all ranks, for the root: `Communicator.reduce` with ``reproducible=True``."""
     root = checks.rank("reduce", "root", root, comm.size)
-    return Reduction(comm, "reduce", op, comm.size, root, algorithm).of_tree(x, out)
+    return Reduction(comm, "reduce", op, comm.size, root, algorithm, bucket_bytes).of_tree(x, out)
 
 
 def reduce_scatter(comm: Collectives, x: Any, op: str, counts: Counts, out: Any, algorithm: str | None) -> Any:
@@ -105,6 +109,8 @@ class Reduction:
         The rank that gets the result; all if None.
     algorithm : str, optional
         Of the sums of integers.
+    bucket_bytes : int, optional
+        The most that one of their messages has; `BUCKET_BYTES` if None.
 
     Raises
     ------
@@ -118,8 +124,10 @@ class Reduction:
     terms: int
     root: int | None = None
     algorithm: str | None = None
+    bucket_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        checks.bucket_bytes(self.operation, self.bucket_bytes)
         dtypes.check_op(self.operation, self.op)
         if self.op not in ("sum", "mean"):
             why = "rounds at every step" if self.op == "prod" else "gives the same bits in any order anyway"
@@ -140,7 +148,7 @@ class Reduction:
 
     def of_tree(self, x: Any, out: Any) -> Any:
         """Sum a tree of every rank, packed as for an ordinary reduction; integers are summed as they are."""
-        fused = Fused(self.operation, x, out if self.receives else None, reduces=True)
+        fused = Fused(self.operation, x, out if self.receives else None, True, self.bucket_bytes)
         for parcel in fused.parcels:
             dtypes.check_op_dtype(self.operation, self.op, parcel.dtype)
         fused.fill()
@@ -175,7 +183,7 @@ class Reduction:
                 self.scatter_lanes(code, [term.values], term.pieces, table, shares, as_reals(parcel.values))
                 self._check_half(parcel)
             else:
-                self.comm.reduce_scatter(array, counts=shares, out=parcel.parts[0], algorithm=self.algorithm)
+                self.comm.reduce_scatter(array.host(), counts=shares, out=parcel.parts[0], algorithm=self.algorithm)
         return trees.rebuild(x, (parcel.results()[0] for parcel in parcels))
 
     def agree(self, terms: Sequence[Term]) -> list[FixedPoint]:
@@ -234,7 +242,7 @@ class Reduction:
         out : array, shape (n,)
             Where the result goes if this rank gets it; may be one of ``lanes``.
         """
-        step, size = BUCKET_BYTES // 8, int(out.size)
+        step, size = max(1, (self.bucket_bytes or BUCKET_BYTES) // 8), int(out.size)
         bucket = namespace(out, *lanes).empty(min(step, size), np.int64)
         for start in range(0, size, step):
             stop = min(start + step, size)

@@ -1,9 +1,12 @@
-"""Arrays in nested dictionaries, lists and tuples: taken apart in an order that all ranks share, and put together."""
+"""Arrays in nested dictionaries, lists and tuples: taken apart in an order that all ranks share, and put together.
+
+A None in a container is a place without an array, and stays None.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import repeat
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from copy import copy
 from typing import Any
 
 from mpitrain._errors import InputError
@@ -13,16 +16,18 @@ def leaves(tree: Any) -> Iterator[Any]:
     """Yield what a tree holds; dictionaries in the order of their sorted keys."""
     if isinstance(tree, Mapping):
         for key in _order(tree):
-            yield from leaves(tree[key])
+            if tree[key] is not None:
+                yield from leaves(tree[key])
     elif isinstance(tree, (list, tuple)):
         for child in tree:
-            yield from leaves(child)
+            if child is not None:
+                yield from leaves(child)
     else:
         yield tree
 
 
 def rebuild(tree: Any, values: Iterable[Any]) -> Any:
-    """Return a tree of the same structure with ``values`` in place of its leaves."""
+    """Return a tree of the same structure, and of the same containers, with ``values`` in place of its leaves."""
     return _rebuild(tree, iter(values))
 
 
@@ -30,20 +35,52 @@ def leaves_like(operation: str, tree: Any, other: Any) -> list[Any]:
     """Return the leaves of ``other``, which must have the structure of ``tree``; as many None if it is None."""
     if other is None:
         return [None for _ in leaves(tree)]
-    got, expected = rebuild(other, repeat("array")), rebuild(tree, repeat("array"))
-    if got != expected:
-        raise InputError("out has another structure than the input", operation=operation, got=got, expected=expected)
+    if not alike(tree, other):
+        raise InputError(
+            "out has another structure than the input", operation=operation, got=_structure(other),
+            expected=_structure(tree),
+        )  # fmt: skip
     return list(leaves(other))
+
+
+def alike(tree: Any, other: Any) -> bool:
+    """Tell whether two trees have the same structure."""
+    return bool(_structure(tree) == _structure(other))
+
+
+def _structure(tree: Any) -> Any:
+    """Return the tree in plain containers, which are equal whatever the order of their keys."""
+    if isinstance(tree, Mapping):
+        return {key: _structure(tree[key]) for key in tree}
+    if isinstance(tree, (list, tuple)):
+        children = map(_structure, tree)
+        return list(children) if isinstance(tree, list) else tuple(children)
+    return None if tree is None else "array"
 
 
 def _rebuild(tree: Any, values: Iterator[Any]) -> Any:
     if isinstance(tree, Mapping):
-        built = {key: _rebuild(tree[key], values) for key in _order(tree)}
-        return {key: built[key] for key in tree}
+        built = {key: _child(tree[key], values) for key in _order(tree)}
+        return _mapping_like(tree, {key: built[key] for key in tree})
     if isinstance(tree, (list, tuple)):
-        children = [_rebuild(child, values) for child in tree]
+        children = [_child(child, values) for child in tree]
         return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
     return next(values)
+
+
+def _child(tree: Any, values: Iterator[Any]) -> Any:
+    return None if tree is None else _rebuild(tree, values)
+
+
+def _mapping_like(tree: Mapping[Any, Any], built: dict[Any, Any]) -> Any:
+    """Return a mapping of the type of ``tree``, such as ``OrderedDict``."""
+    if type(tree) is dict:
+        return built
+    if not isinstance(tree, MutableMapping):
+        return type(tree)(built)  # type: ignore[call-arg]  # as immutable mappings are made
+    made = copy(tree)  # with its attributes, in which a state_dict of PyTorch's keeps its versions
+    made.update(built)
+    return made
 
 
 def _order(tree: Mapping[Any, Any]) -> list[Any]:

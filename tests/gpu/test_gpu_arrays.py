@@ -90,6 +90,25 @@ def test_allreduce_gives_arrays_of_the_same_library(xp, dtype):
         assert np.array_equal(b, np.full((2, 3), 3, dtype))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64"])
+def test_tensors_stay_on_their_device(device, dtype):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU")
+
+    def run(comm):
+        x = torch.full((2, 3), comm.rank + 1, dtype=getattr(torch, dtype), device=device)
+        total, out = comm.allreduce(x), torch.zeros_like(x)
+        comm.allgather(x.T, out=torch.zeros((3, 3, 2), dtype=x.dtype, device=device))
+        assert comm.allreduce([x], out=[out])[0] is out
+        assert total.device == x.device
+        return total.tolist(), out.tolist()
+
+    for found in LocalWorld(3).run(run):
+        assert found == ([[6] * 3] * 2, [[6] * 3] * 2)
+
+
 def test_data_parallel_training(xp, allocator):
     def run(comm, allocate):
         method = DataParallel(comm, allocator=allocate)
