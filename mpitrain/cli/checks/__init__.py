@@ -7,6 +7,7 @@ BEFORE: tuple[tuple[str, Check], ...] = (
     ("Python", python.python),
     ("mpitrain", python.package),
     ("NumPy", python.numpy),
+    ("loops", python.loops),
     ("extras", python.extras),
     ("encoding", python.encoding),
     ("conda", python.conda),

@@ -13,8 +13,10 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 import mpitrain
+from mpitrain import _env
 from mpitrain.cli.checks.finding import Finding, ok, warn
 from mpitrain.comm.launch import library
+from mpitrain.comm.transports import kernel
 
 _EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "torch": "torch"}
 """Module and distribution of what is needed for some jobs only; CuPy is looked at with the GPUs."""
@@ -29,6 +31,16 @@ def python() -> Finding:
 def package() -> Finding:
     """Which mpitrain."""
     return ok(f"{mpitrain.__version__}, {Path(mpitrain.__file__).parent}")
+
+
+def loops() -> Finding:
+    """Whether the compiled loops of the shared transport are there."""
+    if kernel.library() is None:
+        return warn(
+            "not compiled, or of another version: NumPy does the work of the shared transport, slower",
+            "install a C compiler, then pip install --force-reinstall --no-deps mpitrain",
+        )
+    return ok("compiled" if _env.kernel() else "compiled, but MPITRAIN_KERNEL=off")
 
 
 def numpy() -> Finding:
