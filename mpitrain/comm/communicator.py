@@ -81,6 +81,7 @@ class Communicator(Collectives, Messages):
         if self._node is None:
             with self._together(Prepared("node", [], lambda: None)):
                 self._node = self._split_node()
+                self._keep(self._node)
         return self._node
 
     @property
@@ -88,6 +89,7 @@ class Communicator(Collectives, Messages):
         """The communicator of each node's rank 0; None on other ranks.  Collective over all ranks at its first use."""
         if self._leaders is None:
             self._leaders = (self.split(0 if self.node.rank == 0 else None, axis="leaders"),)
+            self._keep(self._leaders[0])
         return self._leaders[0]
 
     def split(self, color: int | None, key: int = 0, axis: str = "split") -> Communicator | None:

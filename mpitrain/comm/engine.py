@@ -47,6 +47,7 @@ class Engine(ABC):
         self._under_way: list[Handle] = []
         self._node: Communicator | None = None
         self._leaders: tuple[Communicator | None] | None = None
+        self._made: list[Communicator] = []
         self.tuning: Table | None = None
         self._transport: Transport | None = None
 
@@ -88,6 +89,11 @@ class Engine(ABC):
             return lambda: self._complete(again())
         call = Call("allreduce", dtype=dtype, recv=wire(values), op=op)
         return partial(self._run, call)
+
+    def _keep(self, made: Communicator | None) -> None:
+        """Free a communicator, if this rank is in it, with this one."""
+        if made is not None:
+            self._made.append(made)
 
     def _moves(self) -> Transport:
         if self._transport is None:
@@ -136,16 +142,20 @@ class Engine(ABC):
     # Life.
 
     def free(self) -> None:
-        """Release the communicator once what is under way has completed; it cannot be used afterwards.  Collective."""
+        """Release the communicator once what is under way has completed; it cannot be used afterwards.  Collective.
+
+        What it made for itself (`node`, `leaders`, those of its algorithms and its transport) goes with it, what was
+        split from it does not.
+        """
         if self._freed:
             return
         with self._together(Prepared("free()", [], lambda: None)):
             for handle in self._under_way:
                 handle.wait()
             self._under_way.clear()
+            for made in reversed(self._made):
+                made.free()
             self._freed = True
-            if self._transport is not None:
-                self._transport.free()
             self._free()
 
     def __enter__(self) -> Self:

@@ -87,6 +87,7 @@ def _obstacle(comm: Communicator) -> str | None:
 def _shared(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Transport:
     """Make the shared transport; what fails on one node is raised on all."""
     across = comm.split(comm.node.rank, axis="across") if comm.size > comm.node.size else None
+    comm._keep(across)
     order = None if platform.machine() in _STRONGLY_ORDERED else barrier()
     spins = comm.node.size <= len(os.sched_getaffinity(0))
     timeout_s = math.inf  # the watchdog ends what waits too long, and tells what the other ranks do

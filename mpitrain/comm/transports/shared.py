@@ -125,11 +125,6 @@ class SharedTransport(Transport):
         run = partial(perform, [wait, *self._steps(op, parts, result), wait])
         return Planned(run, buffer if result is None else _read_only(result.view().reshape(buffer.shape)))
 
-    def free(self) -> None:
-        """Release the communicator across nodes."""
-        if self._across is not None:
-            self._across.free()
-
     def _exchange(self, place: Place, values: Array, op: str) -> list[Place]:
         posts = self._fence.exchange(_kind(values.dtype, op), *place, values.size)
         return [Place(block, offset) for _, block, offset, _ in posts]
