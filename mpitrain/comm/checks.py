@@ -9,7 +9,11 @@ from typing import Any
 from mpitrain._errors import InputError
 
 TAG_MAX = 32766
-"""Largest tag of callers: the largest that every MPI library supports, 32767, is that of our own algorithms."""
+"""Largest tag of callers."""
+
+OWN_TAG = 32767
+"""Of messages that a collective is made of, so that they never meet the callers': the largest that every MPI library
+supports."""
 
 
 def _index(operation: str, what: str, value: Any, expected: str) -> int:

@@ -86,7 +86,8 @@ class Communicator(Collectives, Messages):
         if self._node is None:
             with self._together(Prepared("node", [], lambda: None)):
                 self._node = self._split_node()
-            self._keep(self._node)
+                self._keep(self._node)
+            self._include(self._node)
         return self._node
 
     @property
@@ -94,6 +95,7 @@ class Communicator(Collectives, Messages):
         """The communicator of each node's rank 0; None on other ranks.  Collective over all ranks at its first use."""
         if self._leaders is None:
             self._leaders = (self.split(0 if self.node.rank == 0 else None, axis="leaders"),)
+            self._keep(self._leaders[0])
         return self._leaders[0]
 
     def split(self, color: int | None, key: int = 0, axis: str = "split") -> Communicator | None:
@@ -113,7 +115,7 @@ class Communicator(Collectives, Messages):
         with self._together(Prepared(f"split(axis={axis!r})", [], lambda: None)):
             part = self._split(color, key, axis)
         if part is not None:
-            self._keep(part)
+            self._include(part)
         return part
 
     # Shared memory and plans.

@@ -20,9 +20,6 @@ from mpitrain.comm.calls import Call, Prepared
 if TYPE_CHECKING:
     from mpitrain.comm.engine import Engine
 
-_BELOW_BYTES = 1 << 30
-"""Larger calls take so long that the general way, which may cut them, costs nothing."""
-
 
 class Doing:
     """What the guard shows of a call under way."""
@@ -46,7 +43,7 @@ def allreduce(comm: Engine, x: Any, op: str, out: Any) -> Array | None:
     if not (comm.plain and type(op) is str and type(x) is np.ndarray):
         return None
     flags, kind = x.flags, _reduction(x.dtype, op)
-    if kind is None or not flags.c_contiguous or x.nbytes > _BELOW_BYTES:
+    if kind is None or not flags.c_contiguous:
         return None
     if out is None:
         out = np.empty(x.shape, x.dtype)
@@ -66,7 +63,7 @@ def broadcast(comm: Engine, x: Any, root: int, out: Any) -> Array | None:
     if not (comm.plain and type(root) is int and 0 <= root < comm.size and type(x) is np.ndarray):
         return None
     flags = x.flags
-    if not (_travels(x.dtype) and flags.c_contiguous) or x.nbytes > _BELOW_BYTES:
+    if not (_travels(x.dtype) and flags.c_contiguous):
         return None
     if out is None:
         out = np.empty(x.shape, x.dtype)

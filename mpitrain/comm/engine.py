@@ -54,6 +54,7 @@ class Engine(ABC):
         self._under_way: list[Handle] = []
         self._node: Communicator | None = None
         self._leaders: tuple[Communicator | None] | None = None
+        self._made: list[Communicator] = []
         self.tuning: Table | None = None
         self._transport: Transport | None = None
         self._parts: WeakSet[Engine] = WeakSet()
@@ -113,6 +114,11 @@ class Engine(ABC):
         """Whether calls may take the short way (`mpitrain.comm.direct`): nothing looks at each of them."""
         return self._checker is None and self.tuning is None and not self._freed
 
+    def _keep(self, made: Communicator | None) -> None:
+        """Free a communicator, if this rank is in it, with this one."""
+        if made is not None:
+            self._made.append(made)
+
     def _moves(self) -> Transport:
         if self._transport is None:
             self._transport = self._choose_transport()
@@ -169,7 +175,7 @@ class Engine(ABC):
         """
         return _UNMARKED if self._recorder is None else self._recorder.phase(name)
 
-    def _keep(self, part: Communicator) -> None:
+    def _include(self, part: Communicator) -> None:
         """Take note of a communicator that was split from this one, which a trace of this one includes."""
         self._parts.add(part)
         if self._recorder is not None:
@@ -178,16 +184,20 @@ class Engine(ABC):
     # Life.
 
     def free(self) -> None:
-        """Release the communicator once what is under way has completed; it cannot be used afterwards.  Collective."""
+        """Release the communicator once what is under way has completed; it cannot be used afterwards.  Collective.
+
+        What it made for itself (`node`, `leaders`, those of its algorithms and its transport) goes with it, what was
+        split from it does not.
+        """
         if self._freed:
             return
         with self._together(Prepared("free()", [], lambda: None)):
             for handle in self._under_way:
                 handle.wait()
             self._under_way.clear()
+            for made in reversed(self._made):
+                made.free()
             self._freed = True
-            if self._transport is not None:
-                self._transport.free()
             self._free()
 
     def __enter__(self) -> Self:

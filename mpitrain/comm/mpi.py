@@ -12,11 +12,13 @@ from mpi4py import MPI
 from mpitrain import _env
 from mpitrain._errors import CommunicationError, MismatchError
 from mpitrain._typing import Array, DType
+from mpitrain.comm import pieces
 from mpitrain.comm.calls import Call, Handle
 from mpitrain.comm.channel import Channel
 from mpitrain.comm.communicator import Communicator
 from mpitrain.comm.debug import Checker
 from mpitrain.comm.ledger import Ledger
+from mpitrain.comm.pieces import Pieces
 from mpitrain.comm.transports.blocks import PAGE_BYTES
 from mpitrain.comm.transports.choice import choose, ranks_per_node
 from mpitrain.comm.transports.shared import SMALLEST_BYTES
@@ -70,6 +72,7 @@ class MpiCommunicator(Communicator):
     ) -> None:  # fmt: skip
         super().__init__(comm.Get_rank(), comm.Get_size(), ledger, Watch(ledger.axis, channel, timeout_s))
         self._channel, self._name, self._splits = channel, name, 0
+        self._windows: list[MPI.Win] = []
         self._comm = comm
         self.library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")
         comm.Set_errhandler(MPI.ERRORS_RETURN)  # mpi4py turns what is returned into exceptions
@@ -87,6 +90,9 @@ class MpiCommunicator(Communicator):
             assert call.op is not None
             if self._moves().allreduce(call.recv, call.recv, call.op):
                 return
+        if pieces.is_long(call, self.size):
+            self._run_pieces(pieces.cut(call, self.rank, self.size))
+            return
         if call.operation == "recv":  # only a request's status tells how much came
             self._begin(call).wait()
             return
@@ -94,7 +100,17 @@ class MpiCommunicator(Communicator):
             name, arguments = _message(call, self.rank)
             getattr(self._comm, name)(*arguments)
 
+    def _run_pieces(self, cut: Pieces) -> None:
+        messages = [self._begin(piece) for piece in cut.calls if piece.peer is not None]
+        for piece in cut.calls:
+            if piece.peer is None:
+                self._run(piece)
+        _Joint(messages, cut.finish).wait()
+
     def _begin(self, call: Call) -> Handle:
+        if pieces.is_long(call, self.size):
+            cut = pieces.cut(call, self.rank, self.size)
+            return _Joint([self._begin(piece) for piece in cut.calls], cut.finish)
         with _translated(call):
             name, arguments = _message(call, self.rank)
             return _MpiHandle(call, getattr(self._comm, f"I{name.lower()}")(*arguments))
@@ -109,12 +125,18 @@ class MpiCommunicator(Communicator):
             flat = recv.reshape(-1)
             if self._moves().allreduce(flat if send is recv else send.reshape(-1), flat, op):
                 return
+        if recv.size > pieces.CHUNK_ELEMENTS:
+            super()._allreduce_now(send, recv, op)
+            return
         try:
             self._comm.Allreduce(MPI.IN_PLACE if send is recv else send, recv, _OPS[op])
         except MPI.Exception as error:
             raise _translation(f"allreduce of {recv.size} {recv.dtype}", error) from error
 
     def _broadcast_now(self, values: Array, root: int) -> None:
+        if values.size > pieces.CHUNK_ELEMENTS:
+            super()._broadcast_now(values, root)
+            return
         try:
             self._comm.Bcast(values, root)
         except MPI.Exception as error:
@@ -128,6 +150,7 @@ class MpiCommunicator(Communicator):
         node = cast("MpiCommunicator", self.node)
         window = MPI.Win.Allocate_shared(PAGE_BYTES, comm=node._comm)
         window.Lock_all(MPI.MODE_NOCHECK)
+        self._windows.append(window)
         return window.Sync
 
     def _split_node(self) -> Communicator:
@@ -165,6 +188,9 @@ class MpiCommunicator(Communicator):
         raise SystemExit(code)  # for the type checker: Abort does not return
 
     def _free(self) -> None:
+        for window in self._windows:
+            window.Unlock_all()
+            window.Free()
         self._comm.Free()
         if not self._name:
             self._channel.free()
@@ -195,12 +221,30 @@ class _MpiHandle:
         recv = self._call.recv
         if self._call.operation != "recv" or recv is None:
             return
-        got = self._status.Get_count(MPI.BYTE)
+        got = self._status.Get_elements(MPI.BYTE)  # Get_count ends at 2 GiB where the library has 32-bit counts
         if got != recv.nbytes:
             raise MismatchError(
                 f"a message of another size came from rank {self._call.peer}", operation="recv",
                 got=f"{got} bytes", expected=f"{recv.nbytes}",
             )  # fmt: skip
+
+
+class _Joint:
+    """The pieces of a long call under way."""
+
+    def __init__(self, handles: list[Handle], finish: Callable[[], None]) -> None:
+        self._handles = handles
+        self._finish: Callable[[], None] | None = finish
+
+    def wait(self) -> None:
+        for handle in self._handles:
+            handle.wait()
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
+
+    def test(self) -> bool:
+        return all(handle.test() for handle in self._handles)
 
 
 @contextmanager
@@ -222,11 +266,24 @@ def _datatype(dtype: DType) -> MPI.Datatype:
     return _DATATYPES[dtype.name]
 
 
+@cache  # for good: few sizes are so large
+def _whole(dtype: DType, elements: int, chunk: int) -> MPI.Datatype:
+    """Return a type of which one element is an array of more elements than a count can say."""
+    one, (chunks, rest) = _datatype(dtype), divmod(elements, chunk)
+    full, tail = one.Create_contiguous(chunk), one.Create_contiguous(rest)
+    made = MPI.Datatype.Create_struct([chunks, 1], [0, chunks * chunk * dtype.itemsize], [full, tail])
+    full.Free()
+    tail.Free()
+    return made.Commit()
+
+
 def _spec(array: Array | None, counts: tuple[int, ...] | None = None) -> Any:
     """Return a buffer in the form that mpi4py's methods take."""
     if array is None:
         return None
     datatype = _datatype(array.dtype)
+    if array.size > pieces.CHUNK_ELEMENTS:  # a message: collectives are cut before
+        return [array, 1, _whole(array.dtype, array.size, pieces.CHUNK_ELEMENTS)]
     return [array, datatype] if counts is None else [array, counts, None, datatype]
 
 

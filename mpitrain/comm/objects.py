@@ -1,10 +1,12 @@
-"""Small Python objects between the ranks of one job: pickled here, moved as bytes by the ordinary collectives.
+"""Python objects between the ranks of one job: pickled here, moved as bytes by the ordinary collectives.
 
 Only these functions pickle.  What they read was written by a rank of the same job, never by a file or another party.
+An object's bytes are held once on each side: written into the memory that is sent, and read where they arrived.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ def broadcast(comm: Engine, obj: Any, root: int) -> Any:
     data = _dump(obj) if sends else np.empty(0, np.uint8)
     length = comm._complete(prepare.broadcast("broadcast_object", _length(data), root, None, sends))
     data = data if sends else np.empty(int(length), np.uint8)
-    return _load(comm._complete(prepare.broadcast("broadcast_object", data, root, None, sends)))
+    return _load(comm._complete(prepare.broadcast("broadcast_object", data, root, data, sends)))
 
 
 def gather(comm: Engine, obj: Any, root: int | None) -> list[Any] | None:
@@ -42,15 +44,15 @@ def gather(comm: Engine, obj: Any, root: int | None) -> list[Any] | None:
 def scatter(comm: Engine, objects: Sequence[Any] | None, root: int) -> Any:
     """Give each rank its item of the root's sequence."""
     operation = "scatter_object"
-    lengths, data = np.zeros(comm.size, np.int64), np.empty(0, np.uint8)
+    lengths, whole = np.zeros(comm.size, np.int64), np.empty(0, np.uint8)
     if comm.rank == root:
         if objects is None or len(objects) != comm.size:
             got = "None" if objects is None else f"{len(objects)} objects"
             raise InputError("unusable objects", operation=operation, got=got, expected=f"{comm.size}, one per rank")
-        parts = [_dump(obj) for obj in objects]
-        lengths, data = np.array([part.size for part in parts], np.int64), np.concatenate(parts)
+        whole = _dump(*objects, lengths=lengths)
     lengths = comm._complete(prepare.broadcast(operation, lengths, root, None, comm.rank == root))
-    whole = data if comm.rank == root else np.empty(int(lengths.sum()), np.uint8)
+    if comm.rank != root:
+        whole = prepare.placeholders(prepare.Spec(whole.dtype, (int(lengths.sum()),)), None)
     shares = tuple(lengths.tolist())
     return _load(comm._complete(prepare.scatter(operation, comm.rank, comm.size, whole, root, shares, None)))
 
@@ -65,15 +67,23 @@ def send(comm: Engine, obj: Any, dest: int, tag: int) -> None:
 def recv(comm: Engine, source: int, tag: int) -> Any:
     """Receive what `send` sent."""
     length = comm._complete(prepare.recv("recv_object", np.zeros((), np.int64), source, tag, None))
-    return _load(comm._complete(prepare.recv("recv_object", np.empty(int(length), np.uint8), source, tag, None)))
+    data = np.empty(int(length), np.uint8)
+    return _load(comm._complete(prepare.recv("recv_object", data, source, tag, data)))
 
 
-def _dump(obj: Any) -> Array:
-    return np.frombuffer(pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL), np.uint8)
+def _dump(*objects: Any, lengths: Array | None = None) -> Array:
+    """Return the bytes of objects, one after the other, in memory that may be written to; fill in their lengths."""
+    stream = io.BytesIO()
+    for i, obj in enumerate(objects):
+        begun = stream.tell()
+        pickle.dump(obj, stream, protocol=pickle.HIGHEST_PROTOCOL)
+        if lengths is not None:
+            lengths[i] = stream.tell() - begun
+    return np.frombuffer(stream.getbuffer(), np.uint8)
 
 
 def _load(data: Array) -> Any:
-    return pickle.loads(data.tobytes())
+    return pickle.loads(data.data)
 
 
 def _length(data: Array) -> Array:

@@ -15,7 +15,8 @@ from mpitrain.comm import Communicator
 from mpitrain.comm.transports import choice
 
 Check = Callable[[Communicator], None]
-BLOCKING = [check for check in CHECKS if "request" not in check.__name__]  # requests use no transport
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* was dropped without wait:ResourceWarning")
 
 
 @pytest.fixture(params=["compiled", "numpy"])
@@ -31,7 +32,7 @@ def eager(
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("check", [*shared_checks.CHECKS, *BLOCKING], ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [*shared_checks.CHECKS, *CHECKS], ids=lambda check: check.__name__)
 def test_processes_over_shared_memory(eager: Communicator, check: Check) -> None:
     assert eager.transport == ("shared" if eager.size > 1 else "host")
     check(eager)

@@ -55,6 +55,7 @@ class Hierarchy:
         smallest = int(comm.allreduce(np.int64(node.size), "min", algorithm="default"))
         leaders = min(leaders or smallest, smallest)
         cross = comm.split(node.rank if node.rank < leaders else None, axis="cross")
+        comm._keep(cross)
         return cls(node._links, None if cross is None else cross._links, leaders)
 
 

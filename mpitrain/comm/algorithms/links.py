@@ -12,13 +12,11 @@ import numpy as np
 
 from mpitrain._typing import Array, DType
 from mpitrain.comm.calls import Call, Handle
-from mpitrain.comm.checks import TAG_MAX
+from mpitrain.comm.checks import OWN_TAG
 
 if TYPE_CHECKING:
     from mpitrain.comm.algorithms.hierarchical import Hierarchy
     from mpitrain.comm.communicator import Communicator
-
-_TAG = TAG_MAX + 1  # callers cannot use it, so that their messages and ours never meet
 
 
 class Links:
@@ -97,8 +95,8 @@ class Links:
     def _sent(self, words: Array, dest: int) -> Call:
         self._messages += 1
         self._bytes += words.nbytes
-        return Call("send", dtype=words.dtype, send=words, peer=dest, tag=_TAG)
+        return Call("send", dtype=words.dtype, send=words, peer=dest, tag=OWN_TAG)
 
 
 def _wanted(into: Array, source: int) -> Call:
-    return Call("recv", dtype=into.dtype, recv=into, peer=source, tag=_TAG)
+    return Call("recv", dtype=into.dtype, recv=into, peer=source, tag=OWN_TAG)

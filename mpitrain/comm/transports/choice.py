@@ -91,6 +91,7 @@ def _obstacle(comm: Communicator) -> str | None:
 def _shared(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Transport:
     """Make the shared transport; what fails on one node is raised on all."""
     across = comm.split(comm.node.rank, axis="across") if comm.size > comm.node.size else None
+    comm._keep(across)
     compiled = across is None and all(comm.allgather_object(kernel.available()))
     order = None if platform.machine() in _STRONGLY_ORDERED else barrier()
     spins = _cores(comm.node) >= comm.node.size

@@ -25,6 +25,3 @@ class HostTransport(Transport):
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out a reduction."""
         return None
-
-    def free(self) -> None:
-        """Nothing to release."""

@@ -153,11 +153,6 @@ class SharedTransport(Transport):
         run = self._kernel.plan(op, buffer, own, self._node.size if op == "mean" else 0)
         return Planned(run, own if in_place else _read_only(own.view()))
 
-    def free(self) -> None:
-        """Release the communicator across nodes."""
-        if self._across is not None:
-            self._across.free()
-
     def _by_kernel(self, kernel: Kernel, place: Place, send: Array, recv: Array, op: str) -> bool:
         kind = _kind(send.dtype, op)
         if kernel.allreduce(op, send, recv, (kind, *place, send.size)):

@@ -51,7 +51,3 @@ class Transport(ABC):
     @abstractmethod
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Plan reductions of a contiguous buffer; None where nothing beats the communicator's own way.  Collective."""
-
-    @abstractmethod
-    def free(self) -> None:
-        """Release what it holds.  Collective."""

@@ -1,0 +1,90 @@
+"""What a communicator holds of the MPI library is given back when it is freed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from conformance import same
+
+from mpitrain.comm import Communicator
+from mpitrain.comm.transports import choice
+
+CYCLES = 3000
+
+
+def use(comm: Communicator) -> None:
+    """Let a communicator make all that it makes for itself."""
+    assert comm.node.size
+    assert comm.leaders is None or comm.leaders.size
+    comm.node.allreduce(1, algorithm="hierarchical")  # the node's own node
+    assert comm.allreduce(1, algorithm="hierarchical") == comm.size
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks_per_node", ["1", "2", "4"])
+def test_what_it_made_for_itself_goes_with_it(
+    world: Communicator, ranks_per_node: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpi4py import MPI
+
+    from mpitrain.comm.mpi import MpiCommunicator
+
+    made: list[MpiCommunicator] = []
+    child = MpiCommunicator._child
+
+    def remembered(self: MpiCommunicator, *args: Any) -> MpiCommunicator | None:
+        found = child(self, *args)
+        made.extend([found] if found is not None else [])
+        return found
+
+    monkeypatch.setenv("MPITRAIN_RANKS_PER_NODE", ranks_per_node)
+    monkeypatch.setattr(MpiCommunicator, "_child", remembered)
+    monkeypatch.setattr(choice, "_STRONGLY_ORDERED", ())  # a window as well
+    comm = world.split(0)
+    assert comm is not None
+    use(comm)
+    users = comm.split(0)
+    assert users is not None
+    assert comm.transport in ("host", "shared")
+    comm.free()
+    alive = [each for each in made if each._comm != MPI.COMM_NULL]
+    assert alive == [users]
+    same(users.allreduce(1), world.size)
+    users.free()
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_thousands_of_communicators_one_after_the_other(world: Communicator) -> None:
+    if world.size != 2:
+        pytest.skip("on two ranks")
+    for _ in range(CYCLES):
+        comm = world.split(0)
+        assert comm is not None
+        with comm:
+            use(comm)
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_hundreds_of_shared_memory_transports_one_after_the_other(world: Communicator) -> None:
+    for _ in range(CYCLES // 10):
+        comm = world.split(0)
+        assert comm is not None
+        with comm:
+            x = comm.empty(20_000)
+            x[...] = 1
+            comm.allreduce(x, out=x)
+            assert x[-1] == comm.size
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("option", ["algorithm", "reproducible"])
+def test_methods_that_do_not_block_take_no_algorithm(world: Communicator, option: str) -> None:
+    calls: list[Callable[..., Any]] = [world.iallreduce, world.ireduce, world.ibroadcast, world.ireduce_scatter]
+    for call in [*calls, world.iallgather]:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+            call(np.zeros(world.size), **{option: "ring"})
