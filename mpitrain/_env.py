@@ -101,3 +101,8 @@ def kernel() -> bool:
 def ranks_per_node() -> str | None:
     """Return ``MPITRAIN_RANKS_PER_NODE``: into parts of how many ranks each node is cut, to try many nodes on one."""
     return os.environ.get("MPITRAIN_RANKS_PER_NODE") or None
+
+
+def tuning() -> bool:
+    """Tell whether a tuning table in the cache may choose algorithms: not with ``MPITRAIN_TUNING=off``."""
+    return os.environ.get("MPITRAIN_TUNING", "").lower() not in ("off", "0", "no", "false")

@@ -12,6 +12,7 @@ from mpitrain import __version__, _env
 from mpitrain._errors import LaunchError, MpitrainError
 
 _COMMANDS = {
+    "bench": "Measure the collectives beside those of others, and tune them.",
     "doctor": "Check this machine: Python, MPI, launcher, threads, shared memory, GPU.",
     "init": "Copy a job file and its sbatch file into this folder.",
     "predict": "Apply a trained model to new inputs.",

@@ -44,7 +44,7 @@ def command(ranks: int | None, quiet: bool, exit_code: Path | None, **options: A
     """
     if options["run_dir"] and options["resume"]:
         raise click.UsageError("--resume goes on in the run's own directory; leave out --run-dir.")
-    _check_no_launcher(ranks)
+    check_no_launcher(ranks)
     if quiet:
         options["progress"] = "none"
     if ranks is None or ranks == 1:
@@ -53,7 +53,8 @@ def command(ranks: int | None, quiet: bool, exit_code: Path | None, **options: A
         sys.exit(_launch(ranks, options))
 
 
-def _check_no_launcher(ranks: int | None) -> None:
+def check_no_launcher(ranks: int | None) -> None:
+    """Refuse ``-n`` on a rank that a launcher has started: each would start ranks of its own."""
     launched = _env.launched_size()
     if ranks is not None and launched is not None and launched[1] > 1:
         raise LaunchError(

@@ -125,6 +125,11 @@ class Communicator(Collectives, Messages):
         """What reduces large arrays: ``"shared"`` memory or the ``"host"`` library.  Collective at its first use."""
         return self._moves().name
 
+    @property
+    def transport_reason(self) -> str:
+        """Why `transport` is what it is, in a few words.  Collective at its first use."""
+        return self._moves().why
+
     def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
         """Allocate memory that the ranks of a node share, each its own array.  Collective.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mpitrain import _env
 from mpitrain._errors import CommunicationError, MissingExtraError
-from mpitrain.comm import guard, threads
+from mpitrain.comm import guard, threads, tuning
 from mpitrain.comm.communicator import Communicator
 
 _world: Communicator | None = None
@@ -18,7 +20,8 @@ def world() -> Communicator:
     """Return the communicator of all ranks of the job; MPI starts at the first call.
 
     It works on a private duplicate of ``MPI.COMM_WORLD``, and is the same object at every call.  The first call is
-    collective: it also refuses a job whose ranks do not form one world, and sets the number of BLAS threads.
+    collective: it also refuses a job whose ranks do not form one world, sets the number of BLAS threads, and lets the
+    tuning table choose algorithms that ``mpitrain bench collectives --tune`` kept for this machine and layout, if any.
 
     Raises
     ------
@@ -36,7 +39,20 @@ def world() -> Communicator:
             guard.abort_on_uncaught(_world)
             warnings.filterwarnings("default", ".* was dropped without wait", ResourceWarning)  # which Python hides
         threads.set_blas_threads(_world)
+        with _uncounted(_world):
+            tuning.adopt(_world)
     return _world
+
+
+@contextmanager
+def _uncounted(comm: Communicator) -> Iterator[None]:
+    """Leave what starting takes out of the numbers of debug mode and out of the ledger: they are the program's."""
+    checker, comm._checker = comm._checker, None
+    try:
+        yield
+    finally:
+        comm._checker = checker
+        comm.ledger.reset()
 
 
 def _load() -> Any:

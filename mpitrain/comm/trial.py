@@ -25,8 +25,9 @@ def main(limit_s: float) -> None:
         sys.exit(f"error: {error}")
     abort_on_uncaught(comm)
     total = int(comm.allreduce(comm.rank + 1))
+    moves = {"transport": comm.transport, "why": comm.transport_reason}
     if comm.rank == 0:
-        print(json.dumps({"size": comm.size, "total": total, **asdict(support())}), flush=True)
+        print(json.dumps({"size": comm.size, "total": total, **moves, **asdict(support())}), flush=True)
 
 
 if __name__ == "__main__":

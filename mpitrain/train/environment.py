@@ -15,6 +15,7 @@ import threadpoolctl
 
 from mpitrain import _env
 from mpitrain.comm import Communicator
+from mpitrain.comm.machine import cpu_model
 
 _PACKAGES = ("mpitrain", "numpy", "mpi4py", "sklearn", "cupy", "torch", "jax", "ml_dtypes")
 _GIT_TIMEOUT_S = 5.0
@@ -59,7 +60,7 @@ def _node() -> dict[str, Any]:
     """Describe what this rank runs on; a node is told by its first rank."""
     return {
         "host": socket.gethostname(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpus_per_rank": len(os.sched_getaffinity(0)),
         "threads_set": "=".join(_env.user_threads() or ()),
         "blas": [
@@ -75,15 +76,6 @@ def _versions() -> dict[str, str]:
     used = {name: sys.modules[name] for name in _PACKAGES if name in sys.modules}
     packages = {name: str(getattr(module, "__version__", "unknown")) for name, module in used.items()}
     return {"python": platform.python_version(), **packages}
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())  # ARM's /proc/cpuinfo names no model
 
 
 def _git_commit() -> str | None:

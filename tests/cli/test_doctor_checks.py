@@ -17,8 +17,8 @@ import numpy
 import pytest
 
 from mpitrain._errors import LaunchError
-from mpitrain.cli.checks import AFTER, BEFORE, finding, host, mpi, python, slurm, survey, world
-from mpitrain.comm import launch
+from mpitrain.cli.checks import AFTER, BEFORE, finding, host, mpi, python, reductions, slurm, survey, world
+from mpitrain.comm import launch, tuning
 
 OPEN_MPI = launch.Library("Open MPI v5.0.8, package: x", "openmpi", Path("/opt/ompi/lib/libmpi.so.40"))
 MPICH = launch.Library("MPICH Version:      4.2.0", "mpich", Path("/opt/mpich/lib/libmpi.so.12"))
@@ -404,3 +404,43 @@ def test_a_process_alone_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.comm, found.problem, alone.threads, survey.usable_cpus([alone])) == (None, None, 3, 3)
     monkeypatch.setattr(os, "statvfs", lambda path: (_ for _ in ()).throw(OSError()))
     assert survey.take().ranks[0].shared is None
+
+
+# How arrays are reduced.
+
+
+def row(algorithm: str) -> tuning.Row:
+    return tuning.Row("allreduce", 2, 64, algorithm, {"default": 2e-6, algorithm: 1e-6})
+
+
+def table(layout: str, algorithm: str) -> tuning.Table:
+    return tuning.Table(tuning.Key("2 x CPU", "MPI", "auto", layout), (row(algorithm),))
+
+
+def test_what_reduces_large_arrays() -> None:
+    assert reductions.transport(survey.Survey([])) is None
+    shared = survey.Survey([], transport=("shared", "the 2 ranks of each node map each other's memory"))
+    told(reductions.transport(shared), "ok", "shared: the 2 ranks")
+
+
+def test_what_the_tuning_table_of_these_ranks_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPITRAIN_TUNING", raising=False)
+    found = survey.Survey([], tuning=tuning.Found(table("1x2", "ring"), "tuning table /x.json with 1 rows"))
+    told(reductions.tuning(found), "ok", "/x.json", "allreduce: ring")
+    refused = survey.Survey([], tuning=tuning.Found(None, "tuning table ignored: /x.json", refused=True))
+    told(reductions.tuning(refused), "warn", "ignored: /x.json", "mpitrain bench collectives --tune")
+    none = survey.Survey([], tuning=tuning.Found(None, "no tuning table for this machine"))
+    told(reductions.tuning(none), "ok", "no tuning table", str(tuning.folder()))
+    monkeypatch.setenv("MPITRAIN_TUNING", "off")
+    told(reductions.tuning(found), "ok", "off, by MPITRAIN_TUNING")
+
+
+def test_all_tuning_tables_where_no_launcher_tells_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPITRAIN_TUNING", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    told(reductions.tuning(survey.Survey([])), "ok", "no table in", "mpitrain bench collectives --tune -n N")
+    for layout in ("1x2", "2x2"):
+        tuning.save(table(layout, "ring"))
+    told(reductions.tuning(survey.Survey([])), "ok", "2 tables in", "layout 1x2: allreduce: ring", "layout 2x2")
+    tuning.path_of(table("1x2", "ring").key).write_text("{")
+    told(reductions.tuning(survey.Survey([])), "warn", "cannot be read", "remove it")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mpitrain._errors import LaunchError, MissingExtraError
+from mpitrain.cli import limited
 from mpitrain.cli.checks import finding, start, survey
 
 Launch = Callable[..., tuple[int | None, str]]
@@ -49,6 +50,7 @@ def test_alone(doctor: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     assert {line[:4] for line in lines[:-1]} <= {"ok  ", "warn"}
     assert lines[-1].startswith("nothing is broken, ")
     assert [line for line in lines if line[6:].startswith("launch ") and "mpiexec -n 2: one world of 2, in " in line]
+    assert [line for line in lines if line[6:].startswith(("reductions ", "tuning "))] == lines[-3:-1]
     assert "\x1b" not in done.stdout
 
 
@@ -69,6 +71,8 @@ def test_under_mpiexec_one_rank_prints(launch: Launch) -> None:
     assert found["launch"].endswith("=2, one world of 2 ranks")
     assert found["versions"] == "the same on all ranks"
     assert ": 2 ranks on " in found["ranks"]
+    assert found["reductions"].split(":")[0] in ("host", "shared")
+    assert "tuning" in found
 
 
 def test_all_ranks_end_with_one_when_something_is_broken(launch: Launch, tmp_path: Path) -> None:
@@ -165,7 +169,7 @@ def test_a_rank_that_hangs_ends_itself_and_tells_where() -> None:
 
 def test_mpi_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(start.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(start, "_run", lambda *_: 1)
+    monkeypatch.setattr(limited, "_run", lambda *_: 1)
     found = start.start(ALONE)
     assert found is not None
     assert (found.status, found.found) == ("FAIL", "MPI does not start: exit code 1: no output")

@@ -15,7 +15,9 @@ import pytest
 
 from mpitrain._errors import InputError, StorageError
 from mpitrain.comm import Communicator, LocalWorld
-from mpitrain.comm.tuning import Found, Key, Row, Table, cache, install, load, measure, path_of, save
+from mpitrain.comm.algorithms.registry import assign
+from mpitrain.comm.calls import Call, Prepared
+from mpitrain.comm.tuning import Found, Key, Row, Table, adopt, cache, install, kept, load, measure, path_of, save, tune
 
 KEY = Key("8 x CPU", "MPI 1.0", "host", "2x4")
 
@@ -64,6 +66,29 @@ def test_calls_follow_the_table_of_their_communicator() -> None:
     root, middle, last = LocalWorld(3).run(program)
     assert root == [(2, 16), (4, (333 + 333) * 8 + (334 + 333) * 8), (0, 0), (1, 8)]
     assert middle[0] == last[0] == (1, 8)
+
+
+def test_describes_its_choices_and_joins_rows_that_choose_alike() -> None:
+    rows = [row(4**i, "doubling" if i < 4 else "ring") for i in range(1, 12)]
+    table = Table(KEY, (*rows, row(64, "default", "reduce"), row(1024, "default", "reduce")))
+    assert table.describe() == [
+        "allreduce: doubling below 128 bytes, ring above",
+        "reduce: default",
+    ]  # 128 = √(64 · 256)
+    assert [table.choose("allreduce", size, 8) for size in (127, 128)] == ["doubling", "ring"]
+    assert table.choose("reduce", 64, 8) == "default"
+
+
+def test_a_call_that_the_table_leaves_to_the_default_is_handed_on_as_it_was() -> None:
+    def program(comm: Communicator) -> bool:
+        comm.tuning = Table(KEY, (row(64, "default", size=1), row(4096, "ring", size=1)))
+        small, large = (
+            Prepared("allreduce", [Call("allreduce", recv=np.ones(n), dtype=np.dtype(float))], lambda: None)
+            for n in (8, 512)
+        )
+        return assign(comm, small, None) is small and assign(comm, large, None).calls[0].algorithm == "ring"
+
+    assert LocalWorld(1).run(program) == [True]
 
 
 def test_is_read_as_it_was_written() -> None:
@@ -118,7 +143,7 @@ def test_a_table_is_found_by_the_layout_that_it_was_kept_for(caches: Path) -> No
     assert list(path.parent.iterdir()) == [path]
     other = found_on(4, 4)
     assert (other.table, other.refused) == (None, False)
-    assert "mpitrain.comm.tuning.measure makes one" in other.note
+    assert "mpitrain bench collectives --tune makes one" in other.note
 
 
 @pytest.mark.parametrize("damage", [b"{", b"\xff\xfe", b'{"version": 1}'])
@@ -154,6 +179,47 @@ def test_install_sets_the_table_and_warns_of_a_file_that_cannot_be_used(caches: 
         warnings.simplefilter("always")
         assert LocalWorld(4, ranks_per_node=2).run(program) == [None] * 4
     assert [str(each.message).split(":")[0] for each in seen] == ["tuning table ignored"]
+
+
+def adopted(size: int) -> list[str | None]:
+    def program(comm: Communicator) -> str | None:
+        adopt(comm)
+        return comm.tuning and comm.tuning.choose("allreduce", 64, comm.size)
+
+    return LocalWorld(size, ranks_per_node=2).run(program)
+
+
+def test_the_world_adopts_what_was_kept_for_it(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPITRAIN_TRANSPORT", raising=False)
+    assert adopted(4) == [None] * 4
+    (key, *_) = LocalWorld(4, ranks_per_node=2).run(lambda comm: cache.key_of(comm, "auto"))
+    path = save(Table(key, (row(64, "ring", size=4),)))
+    assert adopted(4) == ["ring"] * 4
+    assert adopted(2) == [None] * 2
+    assert list(kept().items()) == [(path, Table(key, (row(64, "ring", size=4),)))]
+    with monkeypatch.context() as off:
+        off.setenv("MPITRAIN_TUNING", "off")
+        assert adopted(4) == [None] * 4
+    with monkeypatch.context() as other:
+        other.setenv("MPITRAIN_TRANSPORT", "host")
+        assert adopted(4) == [None] * 4
+    path.write_text("{")
+    assert list(kept().values()) == [None]
+    with pytest.warns(RuntimeWarning, match="tuning table ignored") as told:
+        assert adopted(4) == [None] * 4
+    assert len(told) == 1
+
+
+def test_tuning_again_takes_over_what_is_not_measured(caches: Path) -> None:
+    def program(comm: Communicator) -> list[str]:
+        for operation in ("allreduce", "broadcast"):
+            table = tune(comm, [operation], sizes_bytes=[64], rounds=1)
+            if comm.rank == 0:
+                save(table)
+            comm.barrier()
+        return [each.operation for each in table.rows]
+
+    assert LocalWorld(2).run(program) == [["allreduce", "broadcast"]] * 2
 
 
 def test_a_cache_that_cannot_be_written_is_an_error(caches: Path) -> None:

@@ -1,6 +1,6 @@
 """What ``mpitrain doctor`` looks at, in the order in which it is printed; one function each."""
 
-from mpitrain.cli.checks import host, mpi, python, slurm, start, world
+from mpitrain.cli.checks import host, mpi, python, reductions, slurm, start, world
 from mpitrain.cli.checks.finding import Check
 
 BEFORE: tuple[tuple[str, Check], ...] = (
@@ -33,5 +33,7 @@ AFTER: tuple[tuple[str, Check], ...] = (
     ("ranks", world.layout),
     ("threads", world.threads),
     ("/dev/shm", world.shared_memory),
+    ("reductions", reductions.transport),
+    ("tuning", reductions.tuning),
 )
 """Checks of what the ranks told (`mpitrain.cli.checks.survey.Survey`)."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +13,24 @@ from mpitrain import _env
 from mpitrain.cli.checks.finding import Finding, fail, ok, warn
 from mpitrain.cli.checks.survey import Survey
 from mpitrain.cli.checks.world import plural
+from mpitrain.cli.limited import Ended, run_limited
 from mpitrain.comm.launch import launch_command
 from mpitrain.comm.support import support
 
 LIMIT_S = 30.0
 _RANKS = 2
-_GRACE_S = 5.0
+_EARLIER_S = 5.0
 """Ranks end by themselves so much before the limit, to tell where they hung."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What came of starting ranks.
-
-    Parameters
-    ----------
-    code : int or None
-        Exit code; None if it was ended at the limit.
-    seconds : float
-        Wall time.
-    output : str
-        All that was printed, standard error included.
-    """
-
-    code: int | None
-    seconds: float
-    output: str
+class Trial(Ended):
+    """What came of starting ranks."""
 
     @property
     def worlds(self) -> list[dict[str, Any]]:
         """What rank 0 of each world printed."""
         return [json.loads(line) for line in self.output.splitlines() if line.startswith('{"size"')]
-
-    @property
-    def ending(self) -> str:
-        """How it ended, in a few words."""
-        if self.code is None:
-            return f"no end after {self.seconds:.0f} s"
-        lines = [line.strip() for line in self.output.splitlines() if any(map(str.isalnum, line))]
-        error = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no output")
-        return f"exit code {self.code}: {error}"
 
     def keep(self) -> Path:
         """Write the output to a file that stays."""
@@ -68,33 +43,9 @@ class Trial:
 
 def try_ranks(ranks: int | None, limit_s: float = LIMIT_S) -> Trial:
     """Start the smallest MPI job on ``ranks`` ranks, or as one process without a launcher, and wait for its end."""
-    rank = [sys.executable, "-m", "mpitrain.comm.trial", str(max(limit_s - _GRACE_S, limit_s / 2))]
+    rank = [sys.executable, "-m", "mpitrain.comm.trial", str(max(limit_s - _EARLIER_S, limit_s / 2))]
     argv, env = (rank, _env.snapshot()) if ranks is None else launch_command(ranks, rank)
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        began = time.monotonic()
-        code = _run(argv, env, limit_s, log.fileno())
-        seconds = time.monotonic() - began
-        log.seek(0)
-        return Trial(code, seconds, log.read())
-
-
-def _run(argv: Sequence[str], env: dict[str, str], limit_s: float, output: int) -> int | None:
-    child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-    try:
-        return child.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        child.terminate()  # a launcher that is killed at once leaves its ranks behind
-        return None
-    finally:
-        _end(child)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    try:
-        child.wait(_GRACE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+    return Trial(*astuple(run_limited(argv, env, limit_s)))
 
 
 def start(survey: Survey) -> Finding | None:
@@ -126,6 +77,7 @@ def launch(survey: Survey) -> Finding:
     if survey.comm is not None:
         return _launched(survey.comm.size)
     trial = try_ranks(_RANKS)
+    survey.transport = _transport(trial)
     worlds = [(world["size"], world["total"]) for world in trial.worlds]
     if trial.code == 0 and worlds == [(_RANKS, _RANKS * (_RANKS + 1) // 2)]:
         return ok(f"mpiexec -n {_RANKS}: one world of {_RANKS}, in {trial.seconds:.1f} s")
@@ -134,6 +86,12 @@ def launch(survey: Survey) -> Finding:
     else:
         problem, remedy = trial.ending, ""
     return fail(f"mpiexec -n {_RANKS}: {problem}", f"{remedy}read {trial.keep()}")
+
+
+def _transport(trial: Trial) -> tuple[str, str] | None:
+    """Return what would reduce large arrays on ranks that were tried, and why."""
+    first = next(iter(trial.worlds), {})
+    return (first["transport"], first["why"]) if "transport" in first else None
 
 
 def _launched(size: int) -> Finding:

@@ -11,8 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mpitrain import _env
 from mpitrain._errors import MpitrainError
-from mpitrain.comm import Communicator, abort_on_uncaught, world
+from mpitrain.comm import Communicator, abort_on_uncaught, tuning, world
 from mpitrain.comm.threads import blas_threads, cpu_quota, share
+from mpitrain.comm.tuning import Found
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Rank:
     versions: dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Survey:
     """The ranks of this launch.
 
@@ -64,11 +65,17 @@ class Survey:
         Their world; None without a launcher.
     problem : MpitrainError or None
         Why they form no world, though a launcher started them.
+    transport : (str, str) or None
+        What reduces large arrays on these ranks, and why; without a launcher, on those that `launch` tried.
+    tuning : Found or None
+        What the cache holds for these ranks; None without a launcher.
     """
 
     ranks: list[Rank]
     comm: Communicator | None = None
     problem: MpitrainError | None = None
+    transport: tuple[str, str] | None = None
+    tuning: Found | None = None
 
     @property
     def nodes(self) -> list[list[Rank]]:
@@ -96,7 +103,9 @@ def take() -> Survey:
             problem = error
         else:
             abort_on_uncaught(comm)
-            return Survey(_everyone(comm), comm)
+            transport = (comm.transport, comm.transport_reason)
+            found = tuning.load(comm, tuning.chosen_transport())
+            return Survey(_everyone(comm), comm, transport=transport, tuning=found)
     return Survey([_alone()], problem=problem)
 
 

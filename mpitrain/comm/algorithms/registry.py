@@ -60,7 +60,10 @@ def assign(comm: Engine, prepared: Prepared, algorithm: str | None) -> Prepared:
         return prepared
     if algorithm is not None:
         _check(prepared.operation, algorithm)
-    calls = [replace(call, algorithm=_choice(comm, call, algorithm)) for call in prepared.calls]
+    choices = [_choice(comm, call, algorithm) for call in prepared.calls]
+    if not any(choices):
+        return prepared
+    calls = [replace(call, algorithm=choice) for call, choice in zip(prepared.calls, choices, strict=True)]
     return replace(prepared, calls=calls)
 
 

@@ -55,11 +55,11 @@ def choose(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Tra
             "unknown transport", operation="MPITRAIN_TRANSPORT", got=wish, expected=" or ".join(TRANSPORTS)
         )
     if wish == HostTransport.name:
-        return HostTransport()
+        return _for(HostTransport(), f"MPITRAIN_TRANSPORT={wish}")
     obstacle = _obstacle(comm)
     if obstacle is None:
         try:
-            return _shared(comm, barrier)
+            return _for(_shared(comm, barrier), f"the {comm.node.size} ranks of each node map each other's memory")
         except StorageError as error:
             obstacle = str(error)
     if wish == SharedTransport.name and comm.size > 1:
@@ -67,7 +67,12 @@ def choose(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Tra
             "shared memory cannot be used", operation="MPITRAIN_TRANSPORT", got=obstacle,
             remedy="unset it, or set it to host",
         )  # fmt: skip
-    return HostTransport()
+    return _for(HostTransport(), obstacle)
+
+
+def _for(transport: Transport, why: str) -> Transport:
+    transport.why = why
+    return transport
 
 
 def ranks_per_node() -> int | None:

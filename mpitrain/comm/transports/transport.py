@@ -32,9 +32,12 @@ class Transport(ABC):
     ----------
     name : str
         As `MPITRAIN_TRANSPORT` calls it.
+    why : str
+        Why it was chosen, for people.
     """
 
     name: str
+    why: str = ""
 
     @abstractmethod
     def empty(self, shape: Shape, dtype: DType) -> Array:

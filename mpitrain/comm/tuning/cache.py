@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import warnings
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mpitrain import _env
 from mpitrain._errors import InputError, StorageError
+from mpitrain.comm.machine import cpu_model
 from mpitrain.comm.tuning.table import Key, Table
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ def key_of(comm: Communicator, transport: str = "host") -> Key:
 def path_of(key: Key) -> Path:
     """Return the file of a key, whether it exists or not."""
     digest = hashlib.sha256("\n".join(astuple(key)).encode()).hexdigest()[:16]
-    return Path(_env.cache_directory()) / "mpitrain" / "tuning" / f"{digest}.json"
+    return folder() / f"{digest}.json"
 
 
 def save(table: Table) -> Path:
@@ -90,11 +93,50 @@ def install(comm: Communicator, transport: str = "host") -> Found:
 
     Without a table, the backend goes on to perform all calls; a file that cannot be used is warned of on rank 0.
     """
+    return _use(comm, transport, stacklevel=3)
+
+
+def adopt(comm: Communicator) -> None:
+    """Install the table that was kept for this launch, if there is one, unless ``MPITRAIN_TUNING=off``.
+
+    Collective: a byte where no table was ever kept.  To be called by `mpitrain.world`, whose caller a warning names.
+    """
+    if comm.broadcast(np.uint8(comm.rank == 0 and _env.tuning() and bool(_files()))):
+        _use(comm, chosen_transport(), stacklevel=4)
+
+
+def chosen_transport() -> str:
+    """Return under which name of a transport tables of `mpitrain.world` are kept: the user's choice, or ``auto``."""
+    return _env.transport() or "auto"
+
+
+def kept() -> dict[Path, Table | None]:
+    """Return all tables in the cache, None for a file that cannot be read; on one rank only."""
+    found: dict[Path, Table | None] = dict.fromkeys(_files())
+    for path in found:
+        with suppress(InputError, OSError, UnicodeDecodeError):
+            found[path] = Table.from_json(path.read_text())
+    return found
+
+
+def folder() -> Path:
+    """Return where tables are kept, whether it exists or not."""
+    return Path(_env.cache_directory()) / "mpitrain" / "tuning"
+
+
+def _use(comm: Communicator, transport: str, stacklevel: int) -> Found:
     found = load(comm, transport)
     comm.tuning = found.table
     if found.refused and comm.rank == 0:
-        warnings.warn(found.note, RuntimeWarning, stacklevel=2)
+        warnings.warn(found.note, RuntimeWarning, stacklevel)
     return found
+
+
+def _files() -> list[Path]:
+    try:
+        return sorted(folder().glob("*.json"))
+    except OSError:  # a folder that rank 0 may not read is no reason to leave the others waiting
+        return []
 
 
 def _read(key: Key) -> Found:
@@ -102,7 +144,7 @@ def _read(key: Key) -> Found:
     try:
         table = Table.from_json(path.read_text())
     except FileNotFoundError:
-        note = "no tuning table for this machine, MPI library and layout; mpitrain.comm.tuning.measure makes one"
+        note = "no tuning table for this machine, MPI library and layout; mpitrain bench collectives --tune makes one"
         return Found(None, note)
     except (InputError, OSError, UnicodeDecodeError) as error:
         return Found(None, f"tuning table ignored: {path} cannot be read: {error}", refused=True)
@@ -114,9 +156,4 @@ def _read(key: Key) -> Found:
 
 def _machine() -> str:
     """Name the kind of machine: nodes of one kind share a table."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{os.cpu_count()} x {next(models, platform.machine())}"
+    return f"{os.cpu_count()} x {cpu_model()}"

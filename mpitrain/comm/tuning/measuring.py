@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpitrain._typing import Array
 from mpitrain.comm.algorithms import DEFAULT, names
-from mpitrain.comm.tuning.cache import key_of
+from mpitrain.comm.timing import race
+from mpitrain.comm.tuning.cache import chosen_transport, key_of, load
 from mpitrain.comm.tuning.table import Row, Table
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 SIZES_BYTES: tuple[int, ...] = tuple(4**i for i in range(2, 14))
 """16 bytes to 64 MiB."""
 
+OPERATIONS = ("allreduce", "reduce", "broadcast", "reduce_scatter", "allgather")
+"""What has algorithms of our own."""
+
 _MARGIN = 1.05  # how much faster than the default a candidate must be, lest noise chooses
 
 _Trial = Callable[[str], object]
@@ -26,7 +31,7 @@ _Trial = Callable[[str], object]
 
 def measure(
     comm: Communicator,
-    operations: Iterable[str] = ("allreduce", "reduce", "broadcast", "reduce_scatter", "allgather"),
+    operations: Iterable[str] = OPERATIONS,
     sizes_bytes: Iterable[int] = SIZES_BYTES,
     rounds: int = 11,
     transport: str = "host",
@@ -66,6 +71,35 @@ def measure(
     return Table(key_of(comm, transport), tuple(rows))
 
 
+def tune(comm: Communicator, operations: Iterable[str] = OPERATIONS, **how: Any) -> Table:
+    """Measure the table that `mpitrain.world` will use on these ranks.
+
+    Parameters
+    ----------
+    comm : Communicator
+        The world's.
+    operations : iterable of str
+        What to measure; what the cache already holds of others is taken over.
+    **how
+        As for `measure`.
+
+    Returns
+    -------
+    Table
+        The same on all ranks; `save` keeps it.
+
+    Notes
+    -----
+    Collective.
+    """
+    measured = tuple(operations)
+    transport = chosen_transport()
+    before = load(comm, transport).table
+    table = measure(comm, measured, transport=transport, **how)
+    others = (row for row in before.rows if row.operation not in measured) if before else ()
+    return replace(table, rows=(*others, *table.rows))
+
+
 def _trial(comm: Communicator, operation: str, row: Array, whole: Array) -> _Trial:
     """Return what performs an operation by an algorithm, in place."""
     trials: dict[str, _Trial] = {
@@ -80,16 +114,10 @@ def _trial(comm: Communicator, operation: str, row: Array, whole: Array) -> _Tri
 
 def _race(comm: Communicator, candidates: list[str], trial: _Trial, rounds: int) -> dict[str, float]:
     """Return the median seconds of each candidate, after one round that is not counted."""
-    taken = np.zeros((rounds + 1, len(candidates)))
-    for number in range(rounds + 1):
-        for turn in range(len(candidates)):
-            i = (turn + number) % len(candidates)
-            comm.barrier()
-            start = time.perf_counter()
-            trial(candidates[i])
-            taken[number, i] = time.perf_counter() - start
-    slowest = comm.allreduce(taken, "max", algorithm=DEFAULT)
-    return dict(zip(candidates, np.median(slowest[1:], axis=0).tolist(), strict=True))
+    contenders = [[partial(trial, name)] for name in candidates]
+    race(comm, contenders, 1)
+    seconds = race(comm, contenders, rounds)
+    return dict(zip(candidates, np.median(seconds, axis=0).tolist(), strict=True))
 
 
 def _fastest(seconds: dict[str, float]) -> str:

@@ -104,17 +104,25 @@ class Table:
 
     @cached_property
     def _choices(self) -> dict[tuple[str, int], tuple[list[float], list[str]]]:
-        """By operation and size: the choices in order of bytes, and the geometric means between them."""
+        """By operation and size: the choices in order of bytes, and where one ends; none where all are the default."""
+        found = {key: _ranges(rows) for key, rows in self._groups().items()}
+        return {key: ranges for key, ranges in found.items() if ranges[1] != [DEFAULT]}
+
+    def _groups(self) -> dict[tuple[str, int], list[Row]]:
         groups: dict[tuple[str, int], list[Row]] = {}
         for row in sorted(self.rows, key=lambda row: row.total_bytes):
             groups.setdefault((row.operation, row.size), []).append(row)
-        return {
-            key: (
-                [sqrt(one.total_bytes * two.total_bytes) for one, two in pairwise(rows)],
-                [row.algorithm for row in rows],
-            )
-            for key, rows in groups.items()
-        }
+        return groups
+
+    def describe(self) -> list[str]:
+        """Return a line per operation that says which algorithm is chosen for which sizes."""
+        lines = []
+        for (operation, _), rows in self._groups().items():
+            limits, algorithms = _ranges(rows)
+            ends = [f" below {_size(limit)}" for limit in limits] + [" above" if limits else ""]
+            words = (f"{name}{end}" for name, end in zip(algorithms, ends, strict=True))
+            lines.append(f"{operation}: {', '.join(words)}")
+        return lines
 
     def to_json(self) -> str:
         """Return the table as text for people and programs."""
@@ -139,6 +147,23 @@ class Table:
             raise InputError("of another version", operation="tuning table", got=found["version"], expected=_VERSION)
         key = Key(**_typed(found["key"], {field.name: str for field in fields(Key)}, "the key"))
         return cls(key, tuple(_row(number, row) for number, row in enumerate(found["rows"])))
+
+
+def _ranges(rows: list[Row]) -> tuple[list[float], list[str]]:
+    """Return the choices in order of bytes, and the geometric means between the rows where they change."""
+    limits: list[float] = []
+    algorithms = [rows[0].algorithm]
+    for one, two in pairwise(rows):
+        if one.algorithm != two.algorithm:
+            limits.append(sqrt(one.total_bytes * two.total_bytes))
+            algorithms.append(two.algorithm)
+    return limits, algorithms
+
+
+def _size(count: float) -> str:
+    """Return a number of bytes for people."""
+    unit, name = next(((unit, name) for unit, name in ((2**20, "MiB"), (2**10, "KiB")) if count >= unit), (1, "bytes"))
+    return f"{count / unit:.3g} {name}"
 
 
 def _row(number: int, found: Any) -> Row:

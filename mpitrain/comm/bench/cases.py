@@ -1,0 +1,143 @@
+"""Our own ways to call a collective: a table with an entry for each, and the arrays that it is called on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from mpitrain._typing import Array, Shape
+from mpitrain.comm.algorithms import names
+
+if TYPE_CHECKING:
+    from mpitrain.comm.communicator import Communicator
+
+Call: TypeAlias = Callable[[], Any]
+"""Performs a collective once and returns its result."""
+
+Pair: TypeAlias = tuple[Array, Array]
+"""What a rank hands in, and where its result goes; `Variant.in_place` leaves the second alone."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One participant of a race.
+
+    Parameters
+    ----------
+    name : str
+        What it is called in the results.
+    calls : list of callable
+        One per pair of arrays.
+    inputs : list of array
+        What the calls read.
+    overwrites : bool
+        Whether they write there too.
+    """
+
+    name: str
+    calls: list[Call]
+    inputs: list[Array]
+    overwrites: bool
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of our ways to call a collective.
+
+    Parameters
+    ----------
+    operation, name : str
+        What it is called in the results.
+    bind : callable
+        From a communicator and a pair of arrays to the call.  Collective.
+    in_place : bool
+        The result replaces the input; it is then compared with rivals that do so too.
+    node_memory : bool
+        The input is from `Communicator.empty`.
+    transports : tuple of str
+        On which it differs from the other variants.
+    leading : bool
+        Compared with all rivals, in every launch.
+    """
+
+    operation: str
+    name: str
+    bind: Callable[[Communicator, Array, Array], Call]
+    in_place: bool = False
+    node_memory: bool = False
+    transports: tuple[str, ...] = ("host",)
+    leading: bool = False
+
+
+_BOTH = ("host", "shared")
+
+
+def _waiting(begin: Callable[[], Any]) -> Call:
+    return lambda: begin().wait()
+
+
+def _own(operation: str) -> list[Variant]:
+    """Return a variant per algorithm of our own, which sends messages whatever the transport."""
+    binds: dict[str, Callable[[str, Communicator, Array, Array], Call]] = {
+        "allreduce": lambda name, c, x, y: partial(c.allreduce, x, out=y, algorithm=name),
+        "broadcast": lambda name, c, x, y: partial(c.broadcast, x, out=x, algorithm=name),
+        "reduce_scatter": lambda name, c, x, y: partial(c.reduce_scatter, x, out=y, algorithm=name),
+        "allgather": lambda name, c, x, y: partial(c.allgather, x, out=y, algorithm=name),
+    }
+    in_place = operation == "broadcast"
+    return [Variant(operation, name, partial(binds[operation], name), in_place) for name in names(operation)]
+
+
+# fmt: off
+VARIANTS: tuple[Variant, ...] = (
+    Variant("allreduce", "checked", lambda c, x, y: partial(c.allreduce, x, out=y), transports=_BOTH, leading=True),
+    Variant("allreduce", "checked in place", lambda c, x, y: partial(c.allreduce, x, out=x),
+            in_place=True, transports=_BOTH, leading=True),
+    Variant("allreduce", "in place on comm.empty", lambda c, x, y: partial(c.allreduce, x, out=x),
+            in_place=True, node_memory=True, transports=("shared",), leading=True),
+    Variant("allreduce", "plan", lambda c, x, y: c.allreduce_plan(x), node_memory=True, transports=_BOTH, leading=True),
+    Variant("allreduce", "plan in place", lambda c, x, y: c.allreduce_plan(x, in_place=True),
+            in_place=True, node_memory=True, transports=_BOTH, leading=True),
+    Variant("allreduce", "nonblocking", lambda c, x, y: _waiting(partial(c.iallreduce, x, out=y))),
+    Variant("allreduce", "reproducible", lambda c, x, y: partial(c.allreduce, x, out=y, reproducible=True),
+            transports=_BOTH),
+    *_own("allreduce"),
+    Variant("broadcast", "checked", lambda c, x, y: partial(c.broadcast, x, out=x), in_place=True, leading=True),
+    Variant("broadcast", "nonblocking", lambda c, x, y: _waiting(partial(c.ibroadcast, x, out=x)), in_place=True),
+    *_own("broadcast"),
+    Variant("reduce_scatter", "checked", lambda c, x, y: partial(c.reduce_scatter, x, out=y), leading=True),
+    Variant("reduce_scatter", "nonblocking", lambda c, x, y: _waiting(partial(c.ireduce_scatter, x, out=y))),
+    Variant("reduce_scatter", "reproducible", lambda c, x, y: partial(c.reduce_scatter, x, out=y, reproducible=True)),
+    *_own("reduce_scatter"),
+    Variant("allgather", "checked", lambda c, x, y: partial(c.allgather, x, out=y), leading=True),
+    Variant("allgather", "nonblocking", lambda c, x, y: _waiting(partial(c.iallgather, x, out=y))),
+    *_own("allgather"),
+)
+# fmt: on
+"""One more way to call is one more entry."""
+
+
+def shapes(operation: str, elements: int, ranks: int) -> tuple[Shape, Shape]:
+    """Return the shapes of what a rank hands in and gets, for a whole array of that many elements.
+
+    Shares are equal: the elements are rounded down to a multiple of the ranks, but to one each at least.
+    """
+    share = max(1, elements // ranks)
+    match operation:
+        case "reduce_scatter":
+            return (ranks, share), (share,)
+        case "allgather":
+            return (share,), (ranks, share)
+        case _:
+            return (elements,), (elements,)
+
+
+def correct(operation: str, ranks: int, result: Array) -> bool:
+    """Tell whether a result is right, where every rank r handed in nothing but r + 1."""
+    numbers = np.arange(1, ranks + 1).reshape(-1, 1)
+    expected = {"allreduce": numbers.sum(), "reduce_scatter": numbers.sum(), "allgather": numbers, "broadcast": 1}
+    return bool(np.all(result == expected[operation]))

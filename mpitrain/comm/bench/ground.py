@@ -1,0 +1,140 @@
+"""Where a race takes place: the communicators on each transport, and arrays that stay in the cache or never do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpitrain._typing import Array
+from mpitrain.comm.bench.cases import Call, Contender, Pair, Variant, shapes
+from mpitrain.comm.transports.host import HostTransport
+
+if TYPE_CHECKING:
+    from mpitrain.comm.communicator import Communicator
+
+MOST_BUFFERS = 256
+"""Pairs of arrays that calls walk through at most; small arrays stay in the cache all the same."""
+
+Bind = Callable[[str, Array, Array, bool], Call]
+"""From an operation, a pair of arrays and whether the result replaces the first, to a rival's call."""
+
+
+def buffers_for(kind: str, size_bytes: int, cache_bytes: int) -> int:
+    """Return how many pairs of arrays calls walk through.
+
+    Parameters
+    ----------
+    kind : {"resident", "rotating"}
+        One; or so many that a rank's own are twice the cache, at most `MOST_BUFFERS`.
+    size_bytes : int
+        Of one array of a pair.
+    cache_bytes : int
+        Of the last cache.
+    """
+    if kind == "resident":
+        return 1
+    return min(MOST_BUFFERS, max(2, -(-2 * cache_bytes // (2 * size_bytes))))
+
+
+class Stage:
+    """The communicators that our variants run on: all of the job's ranks, a communicator per way to hold memory.
+
+    Arrays of `Communicator.empty` change how a communicator treats ordinary ones, so they have one of their own.
+
+    Parameters
+    ----------
+    world : Communicator
+        All ranks; its tuning table chooses here too.
+
+    Notes
+    -----
+    Collective.
+    """
+
+    def __init__(self, world: Communicator) -> None:
+        self.world = world
+        host = self._split()
+        host._transport = HostTransport()
+        self._comms: dict[tuple[str, bool], Communicator] = {("host", False): host, ("host", True): host}
+        if world.transport == "shared":
+            self._comms |= {("shared", memory): self._split() for memory in (False, True)}
+        self.transports = tuple(dict.fromkeys(transport for transport, _ in self._comms))
+
+    def _split(self) -> Communicator:
+        comm = self.world.split(0, axis="bench")
+        assert comm is not None
+        comm.tuning = self.world.tuning
+        return comm
+
+    def comm(self, variant: Variant, transport: str) -> Communicator:
+        """Return the communicator that a variant runs on."""
+        return self._comms[transport, variant.node_memory]
+
+    def free(self) -> None:
+        """Release all communicators.  Collective."""
+        for comm in self._comms.values():
+            comm.free()
+
+
+class Ground:
+    """The arrays of one operation at one size.
+
+    Parameters
+    ----------
+    operation : str
+        E.g. ``allreduce``.
+    elements, dtype : int, str
+        Of the whole array.
+    ranks : int
+        Of the job.
+    buffers : int
+        Pairs of arrays.
+    """
+
+    def __init__(self, operation: str, elements: int, dtype: str, ranks: int, buffers: int) -> None:
+        self.operation = operation
+        self.shapes = shapes(operation, elements, ranks)
+        self.dtype = np.dtype(dtype)
+        self.pairs: list[Pair] = [self._pair() for _ in range(buffers)]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the whole array."""
+        return max(map(prod, self.shapes)) * self.dtype.itemsize
+
+    def _pair(self) -> Pair:
+        x, y = (np.ones(shape, self.dtype) for shape in self.shapes)  # written, so that memory is really there
+        return x, y
+
+    def ours(self, variant: Variant, comm: Communicator) -> Contender:
+        """Return one of our variants on these arrays.  Collective."""
+        pairs = self.pairs
+        if variant.node_memory:
+            pairs = [(comm.empty(self.shapes[0], self.dtype), y) for _, y in pairs]
+        calls = [variant.bind(comm, x, y) for x, y in pairs]
+        return Contender("ours", calls, [x for x, _ in pairs], variant.in_place)
+
+    def rival(self, name: str, bind: Bind, in_place: bool) -> Contender:
+        """Return a rival on these arrays."""
+        calls = [bind(self.operation, x, y, in_place) for x, y in self.pairs]
+        return Contender(name, calls, [x for x, _ in self.pairs], in_place or self.operation == "broadcast")
+
+    def always_in_place(self, name: str, bind: Bind, in_place: bool) -> Contender:
+        """Return a rival that knows allreduce in place only; it works on the results of those that do not."""
+        if in_place or self.operation != "allreduce":
+            return self.rival(name, bind, in_place)
+        calls = [bind(self.operation, y, y, True) for _, y in self.pairs]
+        return Contender(name, calls, [y for _, y in self.pairs], True)
+
+    def copies(self) -> list[Call]:
+        """Return what copies an array of the whole size, on each pair in turn."""
+        size = self.total_bytes // self.dtype.itemsize
+        arrays = [(np.ones(size, self.dtype), np.ones(size, self.dtype)) for _ in self.pairs]
+        return [_copying(y, x) for x, y in arrays]
+
+
+def _copying(into: Array, values: Array) -> Call:
+    return lambda: np.copyto(into, values)

@@ -1,0 +1,273 @@
+"""What every rank of a launch does: race each of our variants with the rivals, and tell what came of it.
+
+As ``python -m mpitrain.comm.bench.ranks SPEC RESULT SECONDS`` it is a launch of a campaign of ``mpitrain bench``: the
+task is read from a file, rank 0 writes the result to another, and ranks that take too long end by themselves.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpitrain._errors import CommunicationError, MissingExtraError, MpitrainError
+from mpitrain._typing import Array
+from mpitrain.comm.bench.cases import VARIANTS, Contender, Variant, correct
+from mpitrain.comm.bench.ground import Bind, Ground, Stage, buffers_for
+from mpitrain.comm.bench.results import Copy, Launch, Measurement, Quantiles, Rivalry
+from mpitrain.comm.bench.spec import Spec
+from mpitrain.comm.guard import abort_on_uncaught
+from mpitrain.comm.machine import cpu_model, last_level_cache_bytes
+from mpitrain.comm.start import world
+from mpitrain.comm.timing import race
+
+if TYPE_CHECKING:
+    from mpitrain.comm.communicator import Communicator
+
+MAIN = "mpi4py"
+"""The rival of all variants; others meet the leading ones."""
+
+_FEWEST, _MOST = 7, 2000
+"""Turns of a race that is given a time."""
+
+
+def measure(comm: Communicator, spec: Spec) -> Launch:
+    """Measure what a task asks for.
+
+    Parameters
+    ----------
+    comm : Communicator
+        The world's.
+    spec : Spec
+        The same on all ranks.
+
+    Returns
+    -------
+    Launch
+        The same on all ranks, but for ``about``, which is rank 0's view.
+
+    Raises
+    ------
+    CommunicationError
+        One of our variants gave a wrong result.
+
+    Notes
+    -----
+    Collective.
+    """
+    with _rivals(comm, spec) as (rivals, notes):
+        stage = Stage(comm)
+        bench = Bench(stage, spec, rivals, notes)
+        copies = [bench.copy(size) for size in spec.sizes_bytes]
+        measurements = [
+            measured for operation in spec.operations for size in spec.sizes_bytes
+            for measured in bench.size(operation, size)
+        ]  # fmt: skip
+        about = _about(comm, spec, stage.transports)
+        stage.free()
+    return Launch(spec.component, spec.round, about, copies, measurements, list(dict.fromkeys(notes)))
+
+
+class Bench:
+    """A launch under way: what all its races share.
+
+    Parameters
+    ----------
+    stage : Stage
+        The communicators.
+    spec : Spec
+        The task.
+    rivals : dict of str to callable
+        By name; `MAIN` races with every variant, others with the leading ones.
+    notes : list of str
+        Takes what was left out.
+    """
+
+    def __init__(self, stage: Stage, spec: Spec, rivals: dict[str, Bind], notes: list[str]) -> None:
+        self._stage, self._spec, self._rivals, self._notes = stage, spec, rivals, notes
+        self._comm = stage.world
+        self._cache_bytes = int(self._comm.allreduce(last_level_cache_bytes(), "max"))
+
+    def copy(self, size_bytes: int) -> Copy:
+        """Let all ranks copy arrays at once."""
+        buffers = self._buffers(size_bytes)
+        ground = self._ground("broadcast", size_bytes)
+        seconds = self._timed([ground.copies()])
+        return Copy(size_bytes, buffers, Quantiles.of(seconds[:, 0]))
+
+    def size(self, operation: str, size_bytes: int) -> Iterator[Measurement]:
+        """Yield the measurements of an operation at a size."""
+        ground = self._ground(operation, size_bytes)
+        for variant in chosen(self._spec):
+            if variant.operation == operation:
+                for transport in variant.transports:
+                    if transport in self._stage.transports:
+                        yield self._duel(ground, variant, transport, size_bytes)
+
+    def _duel(self, ground: Ground, variant: Variant, transport: str, size_bytes: int) -> Measurement:
+        """Race one variant with each rival in turn."""
+        ours = ground.ours(variant, self._stage.comm(variant, transport))
+        if not self._right(ground, ours):
+            raise CommunicationError(
+                f"{variant.name} gave a wrong result", operation=ground.operation, got=f"{ground.total_bytes} bytes",
+                remedy="report it as a bug of mpitrain's",
+            )  # fmt: skip
+        times, rivals = {}, {}
+        for name in self._rivals:
+            if name == MAIN or variant.leading:
+                rival = self._rival(ground, name, variant)
+                if rival is not None:
+                    times[name] = self._race(ours, rival)
+                    rivals[name] = Rivalry.of(times[name][:, 1], times[name][:, 0])
+        alone = times.get(MAIN)
+        if alone is None:  # the library cannot do this, or does it wrong
+            alone = self._timed([ours.calls])
+        return Measurement(
+            ground.operation, variant.name, transport, size_bytes, ground.total_bytes, Quantiles.of(alone[:, 0]), rivals
+        )
+
+    def _race(self, ours: Contender, rival: Contender) -> Array:
+        """Race two, with nobody else between them: others would cool the caches."""
+        for contender in (ours, rival):
+            _fill(contender, 0 if contender.overwrites else self._comm.rank + 1)
+        return self._timed([ours.calls, rival.calls])
+
+    def _rival(self, ground: Ground, name: str, variant: Variant) -> Contender | None:
+        """Return a rival that is able to do this, and does it right."""
+        make = ground.rival if name == MAIN else ground.always_in_place
+        contender = make(name, self._rivals[name], variant.in_place)
+        if self._right(ground, contender):
+            return contender
+        self._notes.append(f"{name}: no {ground.operation} of {ground.dtype}, or a wrong one; left out")
+        return None
+
+    def _right(self, ground: Ground, contender: Contender) -> bool:
+        """Tell whether a contender's first call gives the right result on all ranks."""
+        _fill(contender, self._comm.rank + 1)
+        try:
+            right = correct(ground.operation, self._comm.size, np.asarray(contender.calls[0]()))
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, MpitrainError):
+                raise
+            right = False
+        return bool(self._comm.allreduce(int(right), "min"))
+
+    def _timed(self, contenders: list[list[Any]]) -> Array:
+        """Race after a few turns that are not counted, which also tell how many turns the time allows."""
+        taken = race(self._comm, contenders, 3)
+        repeats = self._spec.repeats
+        if repeats is None:
+            turn_s = float(np.median(taken.sum(axis=1)))
+            repeats = int(np.clip(self._spec.time_s / max(turn_s, 1e-7), _FEWEST, _MOST))
+        return race(self._comm, contenders, repeats)
+
+    def _ground(self, operation: str, size_bytes: int) -> Ground:
+        elements = max(1, size_bytes // np.dtype(self._spec.dtype).itemsize)
+        return Ground(operation, elements, self._spec.dtype, self._comm.size, self._buffers(size_bytes))
+
+    def _buffers(self, size_bytes: int) -> int:
+        return buffers_for(self._spec.buffers, size_bytes, self._cache_bytes)
+
+
+def chosen(spec: Spec) -> list[Variant]:
+    """Return the variants that a task is about."""
+    return [
+        each for each in VARIANTS
+        if each.operation in spec.operations
+        and (each.leading or not spec.leading)
+        and (not spec.variants or each.name in spec.variants)
+    ]  # fmt: skip
+
+
+def _fill(contender: Contender, value: int) -> None:
+    for array in contender.inputs:
+        array[...] = value
+
+
+@contextmanager
+def _rivals(comm: Communicator, spec: Spec) -> Iterator[tuple[dict[str, Bind], list[str]]]:
+    """Yield the rivals of this launch by name, and a list for notes, which says who is missing."""
+    from mpitrain.comm.bench import gloo, rivals
+
+    found: dict[str, Bind] = {MAIN: rivals.bind}
+    if not spec.gloo:
+        yield found, []
+        return
+    try:
+        gloo.check()
+        problem = None
+    except MissingExtraError as error:
+        problem = str(error)
+    problem = next(filter(None, comm.allgather_object(problem)), None)
+    if problem is not None:
+        yield found, [f"gloo left out: {problem}"]
+        return
+    with gloo.group(comm) as bind:
+        yield found | {gloo.NAME: bind}, []
+
+
+def _about(comm: Communicator, spec: Spec, transports: tuple[str, ...]) -> dict[str, Any]:
+    """Describe what was measured on what.  Collective."""
+    from mpitrain.comm.bench.rivals import DATATYPES
+
+    nodes = [len(list(ranks)) for _, ranks in groupby(sorted(map(int, comm.allgather(_first_of_node(comm)))))]
+    return {
+        "ranks": comm.size,
+        "ranks_of_nodes": nodes,
+        "machine": {
+            "cpu": cpu_model(),
+            "cpus": os.cpu_count(),
+            "cpus_of_rank_0": len(os.sched_getaffinity(0)),
+            "last_level_cache_bytes": last_level_cache_bytes(),
+        },
+        "versions": {"python": platform.python_version(), **_versions()},
+        "mpi_library": comm.library,
+        "transports": list(transports),
+        "tuning": comm.tuning.describe() if comm.tuning else [],
+        "dtype": spec.dtype,
+        "mpi_datatype": DATATYPES[spec.dtype].Get_name(),
+        "buffers": spec.buffers,
+        "repeats": spec.repeats,
+        "time_s": spec.time_s,
+        "command": list(spec.command),
+    }
+
+
+def _first_of_node(comm: Communicator) -> int:
+    return int(comm.node.broadcast(comm.rank))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("mpitrain", "numpy", "mpi4py", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main(spec: str, result: str, limit_s: str) -> None:
+    """Read a task, measure, and let rank 0 write the result."""
+    faulthandler.dump_traceback_later(float(limit_s), exit=True)  # leaves no rank behind
+    task = Spec.from_json(Path(spec).read_bytes())
+    comm = world()
+    abort_on_uncaught(comm)
+    launch = measure(comm, task)
+    if comm.rank == 0:
+        partial_file = Path(f"{result}.part")
+        partial_file.write_bytes(launch.to_json())
+        partial_file.replace(result)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

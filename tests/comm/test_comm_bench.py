@@ -1,0 +1,229 @@
+"""What the benchmark computes: statistics, bandwidths, buffers, set-ups of MPI libraries, and the race itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpitrain._errors import CommunicationError, InputError
+from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.comm.bench.cases import VARIANTS, correct, shapes
+from mpitrain.comm.bench.components import components, disabled
+from mpitrain.comm.bench.ground import MOST_BUFFERS, Stage, buffers_for
+from mpitrain.comm.bench.ranks import Bench, chosen
+from mpitrain.comm.bench.results import (
+    Copy,
+    Launch,
+    Measurement,
+    Quantiles,
+    Report,
+    Rivalry,
+    bus_bandwidth,
+    geometric_mean,
+)
+from mpitrain.comm.bench.spec import OPERATIONS, Spec
+from mpitrain.comm.machine import last_level_cache_bytes
+from mpitrain.comm.timing import race
+
+
+def test_quantiles_of_numbers_that_are_known() -> None:
+    assert Quantiles.of(np.arange(101.0)) == Quantiles(101, 10.0, 25.0, 50.0, 75.0, 90.0)
+    assert Quantiles.of(np.array([2.0])) == Quantiles(1, 2.0, 2.0, 2.0, 2.0, 2.0)
+
+
+def test_ratios_are_paired_turn_by_turn() -> None:
+    ours, theirs = np.array([1.0, 10.0, 100.0]), np.array([2.0, 30.0, 100.0])  # the machine slows down all the while
+    found = Rivalry.of(theirs, ours)
+    assert found.ratio.p50 == 2.0  # that of the medians would be 3
+    assert found.behind_s.p50 == -1.0
+    assert found.seconds.p50 == 30.0
+
+
+def test_rounds_are_joined_by_their_medians() -> None:
+    rounds = [Quantiles.of(np.full(n, value)) for n, value in ((3, 1.0), (3, 2.0), (5, 90.0))]
+    assert Quantiles.across(rounds) == Quantiles(11, 2.0, 2.0, 2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [("allreduce", 1.5), ("broadcast", 1.0), ("reduce_scatter", 0.75), ("allgather", 0.75)],
+)
+def test_bus_bandwidth_is_what_an_optimal_algorithm_sends_per_rank_and_second(operation: str, expected: float) -> None:
+    assert bus_bandwidth(operation, 4, 1000, 0.5) == expected * 2000
+    assert bus_bandwidth(operation, 1, 1000, 0.5) == 0.0
+
+
+def test_geometric_mean() -> None:
+    assert geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+    assert math.isnan(geometric_mean([]))
+
+
+RIVALRY = Rivalry.of(np.array([2.0, 4.0]), np.array([1.0, 1.0]))
+MEASURED = Measurement("allreduce", "plan", "shared", 4, 4, Quantiles.of(np.ones(2)), {"mpi4py": RIVALRY})
+LAUNCH = Launch("default", 1, {"ranks": 2}, [Copy(4, 1, Quantiles.of(np.ones(2)))], [MEASURED], ["a note"])
+
+
+def test_reports_are_read_as_they_were_written() -> None:
+    report = Report(["mpitrain"], [LAUNCH, replace(LAUNCH, component="sm")], ["han: skipped"])
+    text = report.to_json()
+    assert Report.from_json(text) == report
+    found = json.loads(text)
+    assert found["version"] == 1
+    assert found["launches"][0]["measurements"][0]["rivals"]["mpi4py"]["ratio"] == {
+        "count": 2, "p10": 2.2, "p25": 2.5, "p50": 3.0, "p75": 3.5, "p90": 3.8
+    }  # fmt: skip
+    assert Launch.from_json(LAUNCH.to_json()) == LAUNCH
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b'{"command": [], "launches": [{}], "failures": []}'])
+def test_anything_else_is_refused(text: bytes) -> None:
+    with pytest.raises(InputError, match="benchmark results: not what a benchmark writes"):
+        Report.from_json(text)
+
+
+def test_measurements_of_a_set_up_over_all_rounds() -> None:
+    slower = replace(MEASURED, seconds=Quantiles.of(np.full(2, 3.0)), rivals={})
+    report = Report([], [LAUNCH, replace(LAUNCH, round=2, measurements=[slower])], [])
+    (found,) = report.measurements("default").values()
+    assert found.seconds.p50 == 2.0
+    assert found.rivals == {}  # it was not there in every round
+    assert report.measurements("sm") == {}
+    assert report.copies("default")[4].seconds.count == 4
+
+
+def test_a_task_is_read_as_it_was_written() -> None:
+    spec = Spec((4, 8), ("broadcast",), repeats=3, gloo=True, command=("mpitrain", "bench"))
+    assert Spec.from_json(spec.to_json()) == spec
+
+
+def test_names_of_variants_are_different_and_each_operation_has_a_leading_one() -> None:
+    names = [(each.operation, each.name) for each in VARIANTS]
+    assert len(set(names)) == len(names)
+    leading = chosen(Spec((4,), leading=True))
+    assert {each.operation for each in leading} == set(OPERATIONS)
+    assert {each.name for each in leading} == {each.name for each in VARIANTS if each.leading} < {n for _, n in names}
+    assert {each.name for each in chosen(Spec((4,), ("allgather",), variants=("ring", "plan")))} == {"ring"}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_shapes_and_what_is_correct(operation: str, ranks: int) -> None:
+    """Our own collectives as threads are the oracle of the shapes, and plain NumPy that of the values."""
+
+    def program(comm: Communicator) -> list[bool]:
+        send, recv = shapes(operation, 1, ranks)
+        x = np.full(send, comm.rank + 1.0)
+        result = getattr(comm, operation)(x)
+        wrong = result.copy()
+        wrong.reshape(-1)[-1] += 1
+        return [result.shape == recv, correct(operation, ranks, result), not correct(operation, ranks, wrong)]
+
+    assert all(itertools.chain(*LocalWorld(ranks, timeout_s=30).run(program)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size_bytes", "expected"),
+    [("resident", 2**20, 1), ("rotating", 2**20, 32), ("rotating", 2**30, 2), ("rotating", 4, MOST_BUFFERS)],
+)
+def test_rotating_buffers_are_twice_the_cache(kind: str, size_bytes: int, expected: int) -> None:
+    assert buffers_for(kind, size_bytes, cache_bytes=32 * 2**20) == expected
+
+
+def test_the_last_cache(tmp_path: Path) -> None:
+    for number, (level, size) in enumerate([("1", "48K"), ("3", "32768K\n"), ("2", "1M"), ("4", "none")]):
+        folder = tmp_path / f"index{number}"
+        folder.mkdir()
+        (folder / "level").write_text(level)
+        (folder / "size").write_text(size)
+    (tmp_path / "index3" / "level").unlink()
+    assert last_level_cache_bytes(tmp_path) == 32 * 2**20
+
+
+def test_a_race_gives_the_slowest_rank_and_takes_buffers_in_turn() -> None:
+    used: list[tuple[str, int]] = []
+
+    def program(comm: Communicator) -> np.ndarray:
+        def call(name: str, number: int) -> None:
+            if comm.rank == 0:
+                used.append((name, number))
+            time.sleep(0.03 if (name, comm.rank) == ("slow", 1) else 0.001)
+
+        contenders = [[lambda n=name, i=i: call(n, i) for i in range(3)] for name in ("slow", "quick")]
+        return race(comm, contenders, 3)
+
+    one, two = LocalWorld(2, timeout_s=30).run(program)
+    assert one.shape == (3, 2)
+    assert np.array_equal(one, two)
+    assert one[:, 0].min() >= 0.03 > 0.02 > np.median(one[:, 1])
+    assert [number for _, number in used] == [0, 1, 2, 0, 1, 2]
+    assert [name for name, _ in used] == ["slow", "quick", "quick", "slow", "slow", "quick"]
+
+
+def copying(operation: str, x: np.ndarray, y: np.ndarray, in_place: bool) -> Callable[[], np.ndarray]:
+    """A rival that communicates nothing: what it gives is right on one rank only."""
+
+    def call() -> np.ndarray:
+        np.copyto(y, x.reshape(y.shape))
+        return y
+
+    return call
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rival_that_gives_wrong_results_is_left_out_with_a_note(ranks: int) -> None:
+    def program(comm: Communicator) -> tuple[list[Measurement], list[str]]:
+        notes: list[str] = []
+        spec = Spec((64,), ("allgather",), repeats=2, variants=("checked",))
+        bench = Bench(Stage(comm), spec, {"mpi4py": copying}, notes)
+        return list(bench.size("allgather", 64)), notes
+
+    for (found,), notes in LocalWorld(ranks, timeout_s=30).run(program):
+        assert found.seconds.count == 2
+        assert list(found.rivals) == (["mpi4py"] if ranks == 1 else [])
+        assert notes == ([] if ranks == 1 else ["mpi4py: no allgather of float32, or a wrong one; left out"])
+
+
+def test_a_wrong_result_of_ours_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    lies = replace(VARIANTS[0], bind=lambda comm, x, y: lambda: x)
+    monkeypatch.setattr("mpitrain.comm.bench.ranks.VARIANTS", (lies,))
+
+    def program(comm: Communicator) -> None:
+        list(Bench(Stage(comm), Spec((64,), repeats=2), {}, []).size("allreduce", 64))
+
+    with pytest.raises(CommunicationError, match="allreduce: checked gave a wrong result"):
+        LocalWorld(2, timeout_s=30).run(program)
+
+
+def test_set_ups_of_open_mpi() -> None:
+    found = {each.name: each for each in components("openmpi")}
+    assert next(iter(found)) == "default"
+    assert found["default"].settings == {}
+    assert found["sm"].settings == {"OMPI_MCA_coll_sm_priority": "100"}
+    assert found["sm"].operations == ("allreduce", "broadcast")
+    tuned = [each for name, each in found.items() if name.startswith("tuned")]
+    assert [each.settings["OMPI_MCA_coll_tuned_allreduce_algorithm"] for each in tuned] == list("123456")
+    assert all(each.settings["OMPI_MCA_coll_tuned_use_dynamic_rules"] == "1" for each in tuned)
+    assert {each.needs for each in tuned} == {"tuned"}
+
+
+def test_set_ups_of_others() -> None:
+    assert [each.name for each in components("unknown")] == ["default"]
+    assert len(components("mpich")) > 1
+    assert all(name.startswith("MPIR_CVAR_") for each in components("mpich") for name in each.settings)
+
+
+def test_open_mpi_tells_whether_a_component_takes_part() -> None:
+    sm = next(each for each in components("openmpi") if each.name == "sm")
+    log = "[n:1] coll:base:comm_select: selecting          sm, priority {}"
+    assert disabled(sm, log.format("100, Enabled")) is None
+    assert "does not enable its component sm" in (disabled(sm, log.format("  0, Disabled")) or "")
+    assert disabled(sm, "") is not None
+    assert disabled(components("openmpi")[0], "") is None
