@@ -19,6 +19,9 @@ from mpitrain.arrays.dtypes import accumulator
 from mpitrain.arrays.namespace import is_cupy, namespace, to_host
 from mpitrain.comm import dtypes, trees
 
+LATE_FROM_BYTES = 1 << 20
+"""Arrays from this size on may be copied by whoever performs a call, while messages are under way."""
+
 
 def accept(operation: str, x: Any) -> Array:
     """Return ``x`` as an array whose element type can travel.
@@ -127,6 +130,17 @@ class Parcel:
         for part, like, out in zip(self.parts, self._likes, self._outs, strict=True):
             if like is not out or not np.may_share_memory(part, out):
                 part[...] = to_host(like)
+
+    def source(self) -> Array | None:
+        """Return the values that `fill` would copy, as words, where they are one large array that can be read as it is.
+
+        Whoever performs the call may then copy them when it suits.
+        """
+        like = self._likes[0]
+        if len(self._likes) > 1 or self.values.nbytes < LATE_FROM_BYTES or not isinstance(like, np.ndarray):
+            return None
+        fits = like.dtype == self.values.dtype and like.flags.c_contiguous and like.flags.aligned
+        return wire(np.asarray(like)) if fits and not np.may_share_memory(like, self.values) else None
 
     def results(self) -> list[Array]:
         """Return the arrays, each in the caller's library and dtype, or in its ``out``."""

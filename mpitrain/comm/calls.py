@@ -36,6 +36,9 @@ class Call:
         Of a ragged ``alltoall``: elements that come from each rank (``counts``: that go to each).
     algorithm : str, optional
         One of `mpitrain.comm.algorithms` that performs it; None: the backend does.
+    source : array, one-dimensional, optional
+        Of an ``allreduce``: the values that ``recv`` is to begin with, until `load` has copied them there; None: they
+        are there.
     """
 
     operation: str
@@ -49,6 +52,12 @@ class Call:
     counts: tuple[int, ...] | None = None
     recv_counts: tuple[int, ...] | None = None
     algorithm: str | None = None
+    source: Array | None = None
+
+    def load(self) -> None:
+        """Copy what ``recv`` is to begin with."""
+        if self.source is not None and self.recv is not None:
+            self.recv[...] = self.source
 
     @property
     def logical_bytes(self) -> int:

@@ -111,7 +111,10 @@ class Communicator(Collectives, Messages):
 
     @property
     def transport(self) -> str:
-        """What reduces large arrays: ``"shared"`` memory or the ``"host"`` library.  Collective at its first use."""
+        """What reduces large arrays: ``"shared"`` memory, messages over the ``"network"``, or the ``"host"`` library.
+
+        Collective at its first use.
+        """
         return self._moves().name
 
     def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
@@ -129,7 +132,7 @@ class Communicator(Collectives, Messages):
         NumPy array
             Zeros, page-aligned, in the memory next to this rank.  `allreduce` with ``out`` the same array, and
             `allreduce_plan`, reduce it (and equal views of it on all ranks) where it lies.  Ordinary memory where
-            `transport` is ``"host"``.
+            `transport` is not ``"shared"``.
 
         Raises
         ------

@@ -16,6 +16,7 @@ from mpitrain.arrays.dtypes import accumulator
 from mpitrain.comm.buffers import wire
 from mpitrain.comm.calls import Call, Handle
 from mpitrain.comm.channel import Channel
+from mpitrain.comm.checks import TAG_MAX
 from mpitrain.comm.communicator import Communicator
 from mpitrain.comm.debug import Checker
 from mpitrain.comm.ledger import Ledger
@@ -120,6 +121,16 @@ class MpiCommunicator(Communicator):
                 raise _translation(call, error) from error
 
         return run
+
+    def _reduce_from(self, call: Call) -> bool:
+        assert call.source is not None
+        assert call.recv is not None
+        if call.recv.nbytes < SMALLEST_BYTES or call.op is None:
+            return False
+        return self._moves().allreduce_from(call.source, call.recv, call.op)
+
+    def _progress(self) -> None:
+        self._comm.Iprobe(self.rank, TAG_MAX + 1)  # which is never there: libraries stop looking when they find one
 
     def _choose_transport(self) -> Transport:
         return choose(self, self._memory_barrier)

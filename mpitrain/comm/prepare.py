@@ -29,11 +29,13 @@ def reduction(operation: str, size: int, x: Any, op: str, out: Any, root: int | 
     fused = Fused(operation, x, out if receives else None, reduces=True)
     for parcel in fused.parcels:
         dtypes.check_op_dtype(operation, op, parcel.dtype)
-    fused.fill()
     primitive = "allreduce" if root is None else "reduce"
-    calls = [
-        Call(primitive, dtype=parcel.dtype, recv=parcel.wire, op=_summed(op), root=root) for parcel in fused.parcels
-    ]
+    calls = []
+    for parcel in fused.parcels:
+        source = parcel.source() if operation == "allreduce" else None
+        if source is None:
+            parcel.fill()
+        calls.append(Call(primitive, dtype=parcel.dtype, recv=parcel.wire, op=_summed(op), root=root, source=source))
 
     def finish() -> Any:
         if not receives:

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from mpitrain._errors import CommunicationError, InputError, MismatchError, StorageError
 from mpitrain._typing import Array
 from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.comm.algorithms import pipelined
 from mpitrain.comm.calls import Call
 from mpitrain.comm.local import LocalCommunicator
-from mpitrain.comm.transports import blocks, shared
+from mpitrain.comm.transports import blocks, far, network, shared
 from mpitrain.comm.transports.choice import choose
 from mpitrain.comm.transports.fence import LINE_BYTES, Fence
-from mpitrain.comm.transports.shards import bounds, pieces, shards_of_chunks
+from mpitrain.comm.transports.shards import bounds, pieces, pieces_of_chunks
 
 Check = Callable[[Communicator], None]
 BLOCKING = [check for check in CHECKS if "request" not in check.__name__]  # requests use no transport
@@ -35,8 +36,13 @@ BLOCKING = [check for check in CHECKS if "request" not in check.__name__]  # req
 @pytest.fixture
 def over_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let threads reduce everything over shared memory, in chunks of a few elements."""
-    for name, size in {"CHUNK_BYTES": 256, "FAR_CHUNK_BYTES": 512, "PIECE_BYTES": 128}.items():
+    for name, size in {"CHUNK_BYTES": 256, "PIECE_BYTES": 128}.items():
         monkeypatch.setattr(shared, name, size)
+    monkeypatch.setattr(far, "SHARD_BYTES", 256)
+    for module in (far, network):
+        monkeypatch.setattr(module, "PIPELINED_FROM_BYTES", 600)  # some arrays below it, some above
+    for name in ("MESSAGE_BYTES", "LEAST_MESSAGE_BYTES"):
+        monkeypatch.setattr(pipelined, name, 32)
     for name in ("STREAMED_FROM_BYTES", "SMALLEST_BYTES"):
         monkeypatch.setattr(shared, name, 1)
     monkeypatch.setenv("MPITRAIN_TIMEOUT_S", "10")  # a rank that fails must not be waited for until the test times out
@@ -63,10 +69,12 @@ def test_ordinary_threads_pass_the_same_checks(check: Check, size: int) -> None:
 
 @pytest.mark.usefixtures("over_shared_memory")
 @pytest.mark.parametrize("check", [*shared_checks.CHECKS, *BLOCKING], ids=lambda check: check.__name__)
-@pytest.mark.parametrize(("size", "ranks_per_node"), [(2, 2), (3, 3), (4, 2)])
-def test_threads_over_shared_memory(check: Check, size: int, ranks_per_node: int) -> None:
+@pytest.mark.parametrize(("size", "ranks_per_node"), [(2, 2), (3, 3), (4, 2), (3, 1)])
+def test_threads_over_shared_memory_and_a_network(check: Check, size: int, ranks_per_node: int) -> None:
     def body(comm: Communicator) -> None:
-        assert comm.transport == "shared"  # chosen now: the ledger counts that too
+        assert comm.transport == (
+            "network" if ranks_per_node == 1 else "shared"
+        )  # chosen now: the ledger counts that too
         check(comm)
 
     LocalWorld(size, ranks_per_node=ranks_per_node, timeout_s=60).run(body)
@@ -104,7 +112,7 @@ def test_values_are_combined_in_rank_order() -> None:
 
 
 @pytest.mark.usefixtures("over_shared_memory")
-@pytest.mark.parametrize(("size", "ranks_per_node", "wish"), [(3, 2, None), (3, 1, None), (1, 1, None), (2, 2, "host")])
+@pytest.mark.parametrize(("size", "ranks_per_node", "wish"), [(3, 2, None), (1, 1, None), (2, 2, "host")])
 def test_the_host_transport_is_chosen(
     size: int, ranks_per_node: int, wish: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +125,7 @@ def test_the_host_transport_is_chosen(
 @pytest.mark.usefixtures("over_shared_memory")
 @pytest.mark.parametrize(
     ("wish", "ranks_per_node", "words"),
-    [("rdma", 3, "got rdma; expected host or shared"), ("shared", 2, "nodes have 1 to 2 ranks")],
+    [("rdma", 3, "got rdma; expected host or shared or network"), ("shared", 2, "nodes have 1 to 2 ranks")],
 )
 def test_a_wish_that_cannot_be_met_is_an_error(
     wish: str, ranks_per_node: int, words: str, monkeypatch: pytest.MonkeyPatch
@@ -226,7 +234,10 @@ def test_pieces_cover_a_range(elements: int, ranks: int) -> None:
     covered = [i for piece in pieces(3, elements, 100) for i in range(elements)[piece]]
     assert covered == list(range(3, elements))
     cut = [
-        i for rank in range(ranks) for s in shards_of_chunks(elements, rank, ranks, 4, 512) for i in range(elements)[s]
+        i
+        for rank in range(ranks)
+        for s in pieces_of_chunks(elements, rank, ranks, 4, 512, 3)
+        for i in range(elements)[s]
     ]
     assert sorted(cut) == list(range(elements))
 

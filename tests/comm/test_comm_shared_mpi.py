@@ -11,8 +11,9 @@ import shared_checks
 from conformance import CHECKS, folded, same, values
 
 import mpitrain.comm.mpi
-from mpitrain.comm import Communicator
-from mpitrain.comm.transports import choice, shared
+from mpitrain.comm import Communicator, buffers
+from mpitrain.comm.algorithms import pipelined
+from mpitrain.comm.transports import choice, far, network, shared
 
 Check = Callable[[Communicator], None]
 BLOCKING = [check for check in CHECKS if "request" not in check.__name__]  # requests use no transport
@@ -21,11 +22,17 @@ BLOCKING = [check for check in CHECKS if "request" not in check.__name__]  # req
 @pytest.fixture
 def eager(world: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Communicator]:
     """A communicator that reduces everything over shared memory, in chunks of a few elements."""
-    for name, size in {"CHUNK_BYTES": 256, "FAR_CHUNK_BYTES": 512, "PIECE_BYTES": 128}.items():
+    for name, size in {"CHUNK_BYTES": 256, "PIECE_BYTES": 128}.items():
         monkeypatch.setattr(shared, name, size)
+    monkeypatch.setattr(far, "SHARD_BYTES", 256)
+    for module in (far, network):
+        monkeypatch.setattr(module, "PIPELINED_FROM_BYTES", 600)  # some arrays below it, some above
+    for name in ("MESSAGE_BYTES", "LEAST_MESSAGE_BYTES"):
+        monkeypatch.setattr(pipelined, name, 32)
     for name in ("STREAMED_FROM_BYTES", "SMALLEST_BYTES"):
         monkeypatch.setattr(shared, name, 9)  # the numbers by which a transport is agreed on stay below
     monkeypatch.setattr(mpitrain.comm.mpi, "SMALLEST_BYTES", 9)
+    monkeypatch.setattr(buffers, "LATE_FROM_BYTES", 9)
     with world.split(0, axis="world") as comm:
         yield comm
 
@@ -33,19 +40,29 @@ def eager(world: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Comm
 @pytest.mark.mpi
 @pytest.mark.parametrize("check", [*shared_checks.CHECKS, *BLOCKING], ids=lambda check: check.__name__)
 def test_processes_over_shared_memory(eager: Communicator, check: Check) -> None:
-    assert eager.transport == ("shared" if eager.size > 1 else "host")
+    assert eager.transport == _fitting(eager)
     check(eager)
+
+
+def _fitting(comm: Communicator) -> str:
+    """The transport for the nodes as they are: one, or several where the tests are run over a network."""
+    sizes = set(comm.allgather(comm.node.size).tolist())
+    if comm.size == 1 or len(sizes) > 1:
+        return "host"
+    return "network" if sizes == {1} else "shared"
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("check", shared_checks.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize(("variable", "value"), [("MPITRAIN_TRANSPORT", "host"), ("MPITRAIN_RANKS_PER_NODE", "2")])
-def test_without_shared_memory_and_on_nodes_of_two(
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("MPITRAIN_TRANSPORT", "host"), ("MPITRAIN_RANKS_PER_NODE", "1"), ("MPITRAIN_RANKS_PER_NODE", "2")],
+)
+def test_without_shared_memory_and_on_small_nodes(
     eager: Communicator, check: Check, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    shares = variable == "MPITRAIN_RANKS_PER_NODE" and eager.size in (2, 4)  # three make nodes of unequal size
-    assert eager.transport == ("shared" if shares else "host")
+    assert eager.transport == ("host" if variable == "MPITRAIN_TRANSPORT" else _fitting(eager))
     check(eager)
 
 

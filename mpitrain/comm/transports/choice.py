@@ -12,13 +12,14 @@ from mpitrain import _env
 from mpitrain._errors import InputError, StorageError
 from mpitrain.comm.transports.fence import Fence
 from mpitrain.comm.transports.host import HostTransport
+from mpitrain.comm.transports.network import NetworkTransport
 from mpitrain.comm.transports.shared import SharedTransport
 from mpitrain.comm.transports.transport import Transport
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
 
-TRANSPORTS = (HostTransport.name, SharedTransport.name)
+TRANSPORTS = (HostTransport.name, SharedTransport.name, NetworkTransport.name)
 
 _STRONGLY_ORDERED = ("x86_64", "AMD64", "i386", "i686")
 
@@ -27,7 +28,7 @@ def choose(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Tra
     """Return the transport of a communicator.
 
     ``shared`` where every node has the same number of its ranks, two or more, which can map each other's memory;
-    else ``host``.
+    ``network`` where every rank has a node to itself; else ``host``.
 
     Parameters
     ----------
@@ -50,15 +51,18 @@ def choose(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Tra
         raise InputError(
             "unknown transport", operation="MPITRAIN_TRANSPORT", got=wish, expected=" or ".join(TRANSPORTS)
         )
-    if wish == HostTransport.name:
+    if wish == HostTransport.name or comm.size == 1:
         return HostTransport()
-    obstacle = _obstacle(comm)
+    sizes = {int(size) for size in comm.allgather(comm.node.size)}
+    if wish == NetworkTransport.name or (wish is None and sizes == {1}):
+        return NetworkTransport(comm)
+    obstacle = _obstacle(sizes)
     if obstacle is None:
         try:
             return _shared(comm, barrier)
         except StorageError as error:
             obstacle = str(error)
-    if wish == SharedTransport.name and comm.size > 1:
+    if wish == SharedTransport.name:
         raise InputError(
             "shared memory cannot be used", operation="MPITRAIN_TRANSPORT", got=obstacle,
             remedy="unset it, or set it to host",
@@ -76,9 +80,8 @@ def ranks_per_node() -> int | None:
     return int(text)
 
 
-def _obstacle(comm: Communicator) -> str | None:
-    """Return what forbids shared memory, the same on all ranks."""
-    sizes = {int(size) for size in comm.allgather(comm.node.size)}
+def _obstacle(sizes: set[int]) -> str | None:
+    """Return what forbids shared memory, given how many ranks nodes have; the same on all ranks."""
     if sizes == {1}:
         return "no two ranks are on one node"
     return None if len(sizes) == 1 else f"nodes have {min(sizes)} to {max(sizes)} ranks"

@@ -22,13 +22,12 @@ import numpy as np
 
 from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import is_half
-from mpitrain.comm.buffers import wire
-from mpitrain.comm.calls import Call
 from mpitrain.comm.dtypes import UFUNCS
 from mpitrain.comm.transports.blocks import NOWHERE, PAGE_BYTES, Arena, Place
+from mpitrain.comm.transports.far import Far, FarStream, FarWorkspace
 from mpitrain.comm.transports.fence import Fence
 from mpitrain.comm.transports.program import Step, fold, perform
-from mpitrain.comm.transports.shards import bounds, pieces, shards_of_chunks
+from mpitrain.comm.transports.shards import bounds, pieces
 from mpitrain.comm.transports.transport import Planned, Transport
 from mpitrain.comm.transports.workspace import Stream, Workspace
 
@@ -40,9 +39,6 @@ PIECE_BYTES = 128 * 1024
 
 CHUNK_BYTES = 256 * 1024
 """What passes through the workspace between two fences, of each rank; within one node."""
-
-FAR_CHUNK_BYTES = 4 * 1024 * 1024
-"""The same with several nodes, where each chunk costs a message across; arrays in shared memory are cut alike."""
 
 STREAMED_FROM_BYTES = 16 * 1024 * 1024
 """Ordinary arrays from this size on pass through the workspace; smaller ones are left to the MPI library.
@@ -80,10 +76,11 @@ class SharedTransport(Transport):
     def __init__(self, comm: Communicator, across: Communicator | None, fence: Callable[[Array], Fence]) -> None:
         self._comm, self._node, self._across = comm, comm.node, across
         self._arena = Arena(self._node)
-        self._chunk_bytes = CHUNK_BYTES if across is None else FAR_CHUNK_BYTES
-        _, memory = self._arena.allocate(PAGE_BYTES + Workspace.CHUNKS * self._chunk_bytes)
+        self._far = None if across is None else Far(across, self._node.rank, self._node.size)
+        needed = Workspace.CHUNKS * CHUNK_BYTES if self._far is None else FarWorkspace.needed_bytes(self._far)
+        _, memory = self._arena.allocate(PAGE_BYTES + needed)
         self._fence = fence(memory[:, :PAGE_BYTES])
-        self._workspace = Workspace(memory[:, PAGE_BYTES:], self._node.rank, self._chunk_bytes)
+        self._stream = self._streams(memory[:, PAGE_BYTES:])
         self._least_bytes = STREAMED_FROM_BYTES
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
@@ -96,11 +93,20 @@ class SharedTransport(Transport):
 
     def allreduce(self, values: Array, op: str) -> bool:
         """Reduce an array in place where this transport is the faster way."""
+        return self._allreduce(values, op, None)
+
+    def allreduce_from(self, source: Array, values: Array, op: str) -> bool:
+        """Copy chunk by chunk, while messages are under way."""
+        if self._far is None or values.nbytes < STREAMED_FROM_BYTES or self._arena.locate(values) != NOWHERE:
+            return False
+        return self._allreduce(values, op, source)
+
+    def _allreduce(self, values: Array, op: str, source: Array | None) -> bool:
         if values.nbytes < self._least_bytes:
             return False
         place = self._arena.locate(values)
         streams = values.nbytes >= STREAMED_FROM_BYTES
-        stream = Stream(self._workspace, self._fence, values, UFUNCS[op], self._far(op)) if streams else None
+        stream = self._stream(values, op, source) if streams else None
         if stream is not None and place == NOWHERE:
             stream.copy_in(0)
         places = self._exchange(place, values, op)
@@ -149,38 +155,31 @@ class SharedTransport(Transport):
 
     def _steps(self, op: str, parts: list[Array], result: Array | None = None) -> Iterator[Step]:
         """Yield how this rank reduces its shard: into one result, or where it lies, for every rank."""
-        far = self._far(op)
+        if self._far is not None:
+            yield from self._far.steps(op, parts, result, self._comm.size)
+            return
         for piece in self._own_pieces(parts[0]):
             sources = [part[piece] for part in parts]
             into = sources[0] if result is None else result[piece]
-            yield from fold(op, sources, into, self._comm.size if far is None else 0)
-            if far is not None:
-                yield far, (into,)
-            if far is not None and op == "mean":
-                yield np.divide, (into, self._comm.size, into)
+            yield from fold(op, sources, into, self._comm.size)
             for target in sources[1:] if result is None else ():
                 yield np.copyto, (target, into)
 
     def _own_pieces(self, values: Array) -> list[slice]:
-        """Cut this rank's shard: by cache size within a node; across nodes into the messages that streams send."""
-        item_bytes, rank, ranks = values.itemsize, self._node.rank, self._node.size
-        if self._across is None:
-            cuts = bounds(values.size, ranks, item_bytes)
-            return pieces(cuts[rank], cuts[rank + 1], PIECE_BYTES // item_bytes)
-        return shards_of_chunks(values.size, rank, ranks, item_bytes, self._chunk_bytes)
+        """Cut this rank's shard by cache size."""
+        cuts, rank = bounds(values.size, self._node.size, values.itemsize), self._node.rank
+        return pieces(cuts[rank], cuts[rank + 1], PIECE_BYTES // values.itemsize)
 
-    def _far(self, op: str) -> Callable[[Array], None] | None:
-        across = self._across
-        if across is None:
-            return None
-        summed = "sum" if op == "mean" else op
+    def _streams(self, memory: Array) -> Callable[[Array, str, Array | None], Stream | FarStream]:
+        """Return what makes the stream of an ordinary array through the workspace."""
+        far, fence = self._far, self._fence
+        if far is not None:
+            across = FarWorkspace(far, memory)
+            return lambda values, op, source: FarStream(far, across, fence, values, op, source)
+        near = Workspace(memory, self._node.rank, CHUNK_BYTES)
+        return lambda values, op, _: Stream(near, fence, values, UFUNCS[op])
 
-        def reduce_across(shard: Array) -> None:
-            across._run(Call("allreduce", dtype=shard.dtype, recv=wire(shard), op=summed))  # a part, not to be counted
-
-        return reduce_across
-
-    def _run(self, stream: Stream, place: Place, places: list[Place]) -> None:
+    def _run(self, stream: Stream | FarStream, place: Place, places: list[Place]) -> None:
         """Stream what is not in one shared block, on all ranks."""
         if any(each != NOWHERE for each in places):
             if place != NOWHERE:

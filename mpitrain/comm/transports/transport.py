@@ -47,6 +47,13 @@ class Transport(ABC):
         False where the communicator's own way is faster; then nothing was communicated.  ``op`` is never ``mean``.
         """
 
+    def allreduce_from(self, source: Array, values: Array, op: str) -> bool:
+        """As `allreduce`, of values that are first to be copied from elsewhere; False where that saves nothing.
+
+        The other ranks may call `allreduce` meanwhile, and whether this is done need not be agreed on.
+        """
+        return False
+
     @abstractmethod
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Plan reductions of a contiguous buffer; None where nothing beats the communicator's own way.  Collective."""
