@@ -37,8 +37,9 @@ class Collectives(Engine):
             ``and`` and ``or`` are bitwise on integers.  ``min`` and ``max`` of NaN are undefined.
         out : like ``x``, optional
             Where the result goes; ``out=x`` reduces in place.
-        algorithm : {"ring", "recursive", "doubling", "tree", "ordered", "hierarchical", "default"}, optional
-            How it is performed.
+        algorithm : str, optional
+            How it is performed: ``"ring"``, ``"recursive"``, ``"doubling"``, ``"tree"``, ``"ordered"``,
+            ``"pipelined"``, ``"hierarchical"`` or ``"default"``.
         reproducible : bool
             Sum, or take the mean, in fixed point: the same bits for every order of the ranks, algorithm and backend,
             off by at most p·2^−53 times the largest magnitude of each array in x before it is rounded once (below

@@ -122,7 +122,10 @@ class Communicator(Collectives, Messages):
 
     @property
     def transport(self) -> str:
-        """What reduces large arrays: ``"shared"`` memory or the ``"host"`` library.  Collective at its first use."""
+        """What reduces large arrays: ``"shared"`` memory, messages over the ``"network"``, or the ``"host"`` library.
+
+        Collective at its first use.
+        """
         return self._moves().name
 
     @property
@@ -145,7 +148,7 @@ class Communicator(Collectives, Messages):
         NumPy array
             Zeros, page-aligned, in the memory next to this rank.  `allreduce` with ``out`` the same array, and
             `allreduce_plan`, reduce it (and equal views of it on all ranks) where it lies.  Ordinary memory where
-            `transport` is ``"host"``.
+            `transport` is not ``"shared"``.
 
         Raises
         ------

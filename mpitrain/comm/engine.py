@@ -86,6 +86,10 @@ class Engine(ABC):
     def _free(self) -> None:
         """Release what the backend holds."""
 
+    def _progress(self) -> None:
+        """Let messages go on while this rank waits for something else; for a backend that needs to be called."""
+        return
+
     def _choose_transport(self) -> Transport:
         """Return what reduces large arrays; called once, by all ranks.  A backend that has a better one says so."""
         return HostTransport()
@@ -221,14 +225,17 @@ class Engine(ABC):
             if self._checker is not None:
                 self._checker.meet(prepared)
             for call in prepared.calls:
-                if call.algorithm is None:
-                    self._run(call)
-                else:
-                    algorithms.perform(self, call)
+                self._perform(call)
         finally:
             watch.current = outer
             watch.count += 1
         return prepared.finish()
+
+    def _perform(self, call: Call) -> None:
+        if call.algorithm is None:
+            self._run(call)
+        else:
+            algorithms.perform(self, call)
 
     @contextmanager
     def _together(self, prepared: Prepared) -> Iterator[None]:

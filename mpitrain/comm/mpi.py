@@ -15,6 +15,7 @@ from mpitrain._typing import Array, DType
 from mpitrain.comm import pieces
 from mpitrain.comm.calls import Call, Handle
 from mpitrain.comm.channel import Channel
+from mpitrain.comm.checks import TAG_MAX
 from mpitrain.comm.communicator import Communicator
 from mpitrain.comm.debug import Checker
 from mpitrain.comm.ledger import Ledger
@@ -141,6 +142,9 @@ class MpiCommunicator(Communicator):
             self._comm.Bcast(values, root)
         except MPI.Exception as error:
             raise _translation(f"broadcast of {values.size} {values.dtype}", error) from error
+
+    def _progress(self) -> None:
+        self._comm.Iprobe(self.rank, TAG_MAX + 1)  # which is never there: libraries stop looking when they find one
 
     def _choose_transport(self) -> Transport:
         return choose(self, self._memory_barrier)

@@ -127,9 +127,10 @@ def check_ordered_bits(comm: Communicator) -> None:
         for n in (1, 5, 100):
             x = real_values(comm.rank, n, dtype)
             expected = left_fold(comm.size, n, dtype)
-            same_bits(comm.allreduce(x, algorithm="ordered"), expected)
-            cut = [comm.allreduce(part, algorithm="ordered") for part in (x[: n // 3], x[n // 3 :])]
-            same_bits(np.concatenate(cut), expected)
+            for name in ("ordered", "pipelined"):
+                same_bits(comm.allreduce(x, algorithm=name), expected)
+                cut = [comm.allreduce(part, algorithm=name) for part in (x[: n // 3], x[n // 3 :])]
+                same_bits(np.concatenate(cut), expected)
             root = comm.size - 1
             got = comm.reduce(x, root=root, algorithm="ordered")
             same_bits(expected if got is None else got, expected)
@@ -205,6 +206,10 @@ def _ring_scatter(rank: int, p: int, parts: list[int]) -> Sent:
 
 def _ring_gather(rank: int, p: int, parts: list[int]) -> Sent:
     return _all_but(rank + 1, parts)
+
+
+def _own_to_all(rank: int, p: int, parts: list[int]) -> Sent:
+    return _sum([parts[rank]] * (p - 1))
 
 
 def _shares_to_root(rank: int, p: int, parts: list[int]) -> Sent:
@@ -314,6 +319,7 @@ FORMULAS: dict[tuple[str, str], Callable[[int, int, list[int]], Sent]] = {
     ("allreduce", "doubling"): _whole_doubling,
     ("allreduce", "tree"): _then(_up_the_tree, _down_the_tree),
     ("allreduce", "ordered"): _then(_ring_scatter, _ring_gather),
+    ("allreduce", "pipelined"): _then(_ring_scatter, _own_to_all),
     ("reduce", "ring"): _then(_ring_scatter, _shares_to_root),
     ("reduce", "tree"): _up_the_tree,
     ("reduce", "ordered"): _then(_ring_scatter, _shares_to_root),
@@ -331,6 +337,7 @@ FORMULAS: dict[tuple[str, str], Callable[[int, int, list[int]], Sent]] = {
 EVEN: dict[tuple[str, str], Callable[[int, int], Sent]] = {
     ("allreduce", "ring"): lambda p, n: (2 * (p - 1), 2 * (p - 1) * n // p),
     ("allreduce", "ordered"): lambda p, n: (2 * (p - 1), 2 * (p - 1) * n // p),
+    ("allreduce", "pipelined"): lambda p, n: (2 * (p - 1), 2 * (p - 1) * n // p),
     ("reduce_scatter", "ring"): lambda p, n: (p - 1, (p - 1) * n // p),
     ("reduce_scatter", "ordered"): lambda p, n: (p - 1, (p - 1) * n // p),
     ("allgather", "ring"): lambda p, n: (p - 1, (p - 1) * n // p),

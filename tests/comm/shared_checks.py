@@ -12,7 +12,8 @@ from conformance import folded, ops, same, values
 
 from mpitrain._errors import DtypeError, InputError
 from mpitrain.comm import Communicator
-from mpitrain.comm.transports import kernel, shared
+from mpitrain.comm.algorithms import pipelined
+from mpitrain.comm.transports import far, kernel, network, shared
 
 CHECKS: list[Callable[[Communicator], None]] = []
 SHAPES: list[tuple[int, ...]] = [(), (1,), (7,), (3, 5), (0,), (40, 33)]
@@ -28,12 +29,18 @@ def use_loops(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, streamed_from_bytes: int) -> None:
     """Let arrays of a few elements pass through shared memory in several chunks."""
-    sizes = {"CHUNK_BYTES": 256, "COMPILED_CHUNK_BYTES": 256, "FAR_CHUNK_BYTES": 512, "PIECE_BYTES": 128}
+    sizes = {"CHUNK_BYTES": 256, "COMPILED_CHUNK_BYTES": 256, "PIECE_BYTES": 128}
     for name in ("STREAMED_FROM_BYTES", "SMALLEST_BYTES"):
         sizes[name] = streamed_from_bytes
     for name, size in sizes.items():
         monkeypatch.setattr(shared, name, size)
-    monkeypatch.setattr(kernel, "PAST_CACHE_FROM_BYTES", 1024)
+    for module in (kernel, shared):
+        monkeypatch.setattr(module, "PAST_CACHE_FROM_BYTES", 1024)
+    monkeypatch.setattr(far, "SHARD_BYTES", 256)
+    for module in (far, network):
+        monkeypatch.setattr(module, "PIPELINED_FROM_BYTES", 600)  # some arrays below it, some above
+    for name in ("MESSAGE_BYTES", "LEAST_MESSAGE_BYTES"):
+        monkeypatch.setattr(pipelined, name, 32)
 
 
 def check(function: Callable[[Communicator], None]) -> Callable[[Communicator], None]:

@@ -9,7 +9,7 @@ from conformance import CHECKS
 
 from mpitrain._errors import InputError, MismatchError
 from mpitrain.comm import Communicator, LocalWorld, dtypes
-from mpitrain.comm.algorithms import Hierarchy, hierarchical, names, ordered, ring
+from mpitrain.comm.algorithms import Hierarchy, hierarchical, names, ordered, pipelined, ring
 from mpitrain.comm.tuning import Key, Row, Table
 
 PAIRS = pytest.mark.parametrize(("operation", "name"), suite.PAIRS)
@@ -45,12 +45,14 @@ def test_conforms_where_the_table_chooses_it(name: str) -> None:
 def test_ordered_is_the_left_fold_in_rank_order(size: int, landing_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ordered, "LANDING_BYTES", landing_bytes)
     monkeypatch.setattr(ordered, "PIECE_BYTES", 16)
+    monkeypatch.setattr(pipelined, "LANDING_BYTES", landing_bytes)
+    monkeypatch.setattr(pipelined, "LEAST_MESSAGE_BYTES", 16)
     LocalWorld(size, timeout_s=20).run(suite.check_ordered_bits)
 
 
 def test_the_data_of_that_test_tells_other_orders_apart() -> None:
     expected = suite.left_fold(4, 100, "float32").tobytes()
-    for name in set(names("allreduce")) - {"ordered"}:
+    for name in set(names("allreduce")) - {"ordered", "pipelined"}:
         got = LocalWorld(4).run(
             lambda c, name=name: c.allreduce(suite.real_values(c.rank, 100, "float32"), algorithm=name)
         )
@@ -59,9 +61,12 @@ def test_the_data_of_that_test_tells_other_orders_apart() -> None:
 
 def test_ordered_folds_even_what_does_not_commute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dtypes.UFUNCS, "sum", np.subtract)
-    got = LocalWorld(5).run(lambda c: c.allreduce(suite.real_values(c.rank, 40, "float64"), algorithm="ordered"))
-    for each in got:
-        suite.same_bits(each, suite.left_fold(5, 40, "float64", np.subtract))
+    for name in ("ordered", "pipelined"):
+        got = LocalWorld(5).run(
+            lambda c, name=name: c.allreduce(suite.real_values(c.rank, 40, "float64"), algorithm=name)
+        )
+        for each in got:
+            suite.same_bits(each, suite.left_fold(5, 40, "float64", np.subtract))
 
 
 @pytest.mark.parametrize("size", [2, 3, 6, 8])

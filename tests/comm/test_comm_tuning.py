@@ -239,7 +239,16 @@ def test_measure_times_all_candidates_and_all_ranks_agree() -> None:
     assert [(each.operation, each.total_bytes) for each in rows[:4]] == [
         ("allreduce", 12), ("allreduce", 4092), ("reduce", 12), ("reduce", 4092),
     ]  # fmt: skip
-    assert set(rows[0].seconds) == {"default", "ring", "recursive", "doubling", "tree", "ordered", "hierarchical"}
+    assert set(rows[0].seconds) == {
+        "default",
+        "ring",
+        "recursive",
+        "doubling",
+        "tree",
+        "ordered",
+        "pipelined",
+        "hierarchical",
+    }
     assert all(seconds > 0 for each in rows for seconds in each.seconds.values())
     assert all(each.algorithm in each.seconds for each in rows)
     assert Table.from_json(tables[0].to_json()) == tables[0]

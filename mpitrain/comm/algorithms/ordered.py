@@ -7,6 +7,7 @@ operations in MPICH", IJHPCA 19, 2005, section 4.4, with all partners at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -39,8 +40,15 @@ def _fold_own(links: Links, pieces: list[Array], combine: np.ufunc) -> None:
     landing = links.scratch("landing", links.size * own.size, own.dtype).reshape(links.size, own.size)
     others = [rank % links.size for rank in range(links.rank + 1, links.rank + links.size)]
     links.exchange([(pieces[rank], rank) for rank in others], [(landing[rank], rank) for rank in reversed(others)])
-    values = [own if rank == links.rank else landing[rank] for rank in range(links.size)]
+    fold([own if rank == links.rank else landing[rank] for rank in range(links.size)], own, combine)
+
+
+def fold(values: Sequence[Array], out: Array, combine: np.ufunc) -> None:
+    """Write ((x₀ + x₁) + x₂) + … to ``out``, which may be one of the values; the others may be overwritten."""
     total = values[0]
-    for value in values[1:]:
+    for value in values[1:-1]:
         combine(total, value, out=total)
-    own[...] = total
+    if len(values) > 1:
+        combine(total, values[-1], out=out)
+    else:
+        out[...] = total

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
-from mpitrain.comm.algorithms import doubling, hierarchical, ordered, recursive, ring, shares, tree
+from mpitrain.comm.algorithms import doubling, hierarchical, ordered, pipelined, recursive, ring, shares, tree
 from mpitrain.comm.algorithms.links import Links
 from mpitrain.comm.calls import Call, Prepared
 
@@ -29,6 +29,7 @@ ALGORITHMS: dict[tuple[str, str], Algorithm] = {
     ("allreduce", "doubling"): doubling.allreduce,
     ("allreduce", "tree"): tree.allreduce,
     ("allreduce", "ordered"): partial(shares.allreduce, ordered.reduce_scatter, ring.allgather),
+    ("allreduce", "pipelined"): pipelined.allreduce,
     ("allreduce", "hierarchical"): hierarchical.allreduce,
     ("reduce", "ring"): partial(shares.reduce, ring.reduce_scatter),
     ("reduce", "tree"): tree.reduce,

@@ -13,11 +13,15 @@ from typing import ClassVar
 
 from mpitrain._typing import Array, DType
 from mpitrain.arrays import FlatBuffer, Key, namespace
+from mpitrain.arrays.namespace import is_cupy
 from mpitrain.comm.codecs.codec import Codec, State
 from mpitrain.comm.communicator import Communicator
 
 Wire = tuple[Array, ...]
 """What travels instead of an array of shape (rows, n): arrays that have as many rows."""
+
+_CHUNK = 1 << 14
+"""At least so many values are rounded at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +55,57 @@ class Format(Codec):
     def decode(self, wire: Wire, dtype: DType) -> Array:
         """Return the values of `encode`'s arrays, shape (rows, n): the same bits wherever it runs."""
 
+    @property
+    def unit(self) -> int:
+        """How many values, from the first of a row on, must be written together."""
+        return 1
+
+    def part(self, wire: Wire, begin: int, end: int) -> Wire:
+        """Return what travels instead of the elements ``begin`` to ``end`` of each row; ``begin`` is whole units."""
+        return tuple(array[..., begin:end] for array in wire)
+
     def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key) -> Array:
         """See `Codec.sum`."""
         flat, xp = values.flat, namespace(values.flat)
         width = -(-flat.size // comm.size)
-        rows = xp.zeros((comm.size, width), flat.dtype)  # row r: the elements that rank r owns
-        rows.reshape(-1)[: flat.size] = flat
+        padded = comm.size * width > flat.size
+        rows = xp.zeros((comm.size, width), flat.dtype) if padded else flat.reshape(comm.size, width)
+        if padded:
+            rows.reshape(-1)[: flat.size] = flat
 
-        sent = self.encode(rows, key.child(f"rank{comm.rank}"), 0)
-        rows -= self.decode(sent, flat.dtype)
-        owned = self.decode(comm.alltoall(sent), flat.dtype).sum(axis=0, keepdims=True)
+        owned, total = xp.empty((1, width), flat.dtype), xp.empty_like(rows)  # row r: the elements that rank r owns
+        wire = comm.alltoall(self._take(rows, key.child(f"rank{comm.rank}"), 0))
+        for begin, end in self._chunks(rows):
+            found = self.decode(self.part(wire, begin, end), flat.dtype)
+            found.sum(axis=0, keepdims=True, out=owned[:, begin:end])
 
-        sent = self.encode(owned, key.child("sum"), comm.rank * width)
-        rows[comm.rank] += (owned - self.decode(sent, flat.dtype))[0]
-        total = self.decode(comm.allgather(tuple(part[0] for part in sent)), flat.dtype)
+        wire = self._take(owned, key.child("sum"), comm.rank * width)
+        rows[comm.rank] += owned[0]
+        wire = comm.allgather(tuple(part[0] for part in wire))
+        for begin, end in self._chunks(rows):
+            total[:, begin:end] = self.decode(self.part(wire, begin, end), flat.dtype)
 
-        flat[...] = rows.reshape(-1)[: flat.size]
-        return total.reshape(-1)[: flat.size]
+        if padded:
+            flat[...] = rows.reshape(-1)[: flat.size]
+        result: Array = total.reshape(-1)[: flat.size]
+        return result
+
+    def _take(self, rows: Array, key: Key, start: int) -> Wire:
+        """Return what travels instead of rows, and leave there what is rounded away."""
+        n, found = rows.shape[1], []
+        for row in range(len(rows)):
+            for begin, end in self._chunks(rows):
+                chunk = rows[row : row + 1, begin:end]
+                found.append(self.encode(chunk, key, start + row * n + begin))
+                chunk -= self.decode(found[-1], rows.dtype)
+        join = namespace(rows).concatenate
+        return tuple(join(parts, axis=1).reshape(len(rows), -1) for parts in zip(*found, strict=True))
+
+    def _chunks(self, rows: Array) -> list[tuple[int, int]]:
+        """Cut rows, at least into one part, so that what is computed on the way stays in a CPU's cache."""
+        n = rows.shape[1]
+        step = max(1, n) if is_cupy(rows) else self.unit * -(-_CHUNK // self.unit)
+        return [(begin, min(begin + step, n)) for begin in range(0, max(1, n), step)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,5 +126,7 @@ class Full(Format):
 def saturate(values: Array, largest: float) -> Array:
     """Return ``values`` with finite ones clipped to ±``largest``; those that are not finite must be found out."""
     xp = namespace(values)
+    if bool((xp.abs(values) <= largest).all()):
+        return values
     clipped: Array = xp.where(xp.isfinite(values), xp.clip(values, -largest, largest), values)
     return clipped

@@ -61,7 +61,7 @@ class Bf16(Format):
     def encode(self, rows: Array, key: Key, start: int) -> Wire:
         """See `Format.encode`."""
         xp = namespace(rows)
-        single = saturate(rows, _BFLOAT16_MAX).astype(np.float32)
+        single = saturate(rows, _BFLOAT16_MAX).astype(np.float32, copy=False)
         bits = single.view(np.uint32)
         half_way = (bits >> 16) & 1  # an odd upper half is rounded up at the half, an even one just above it
         half_way += 0x7FFF

@@ -14,8 +14,6 @@ from mpitrain.arrays import Key, namespace
 from mpitrain.comm.codecs.format import Format, Wire
 
 _LARGEST = 127
-_CHUNK = 1 << 14
-"""At least so many values are rounded at a time: they stay in cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +43,21 @@ class Int8(Format):
         xp, block = namespace(rows), self.block
         count, n = rows.shape
         codes, steps = xp.empty((count, n), np.int8), xp.empty((count, -(-n // block)), np.float32)
-        chunk, first_row = block * -(-_CHUNK // block), xp.zeros(1, np.int64)
         for row in range(count):
-            for low in range(0, n, chunk):
-                high, first = min(low + chunk, n), start + row * n
-                noise = key.uniform(first_row, (first + low, first + high), np.float32)[0]
-                found = self._round(rows[row, low:high], noise)
-                codes[row, low:high], steps[row, low // block : -(-high // block)] = found
+            first = start + row * n
+            noise = key.uniform(xp.zeros(1, np.int64), (first, first + n), np.float32)[0]
+            codes[row], steps[row] = self._round(rows[row], noise)
         return codes, steps
+
+    @property
+    def unit(self) -> int:
+        """See `Format.unit`."""
+        return self.block
+
+    def part(self, wire: Wire, begin: int, end: int) -> Wire:
+        """See `Format.part`."""
+        codes, steps = wire
+        return codes[..., begin:end], steps[..., begin // self.block : -(-end // self.block)]
 
     def _round(self, values: Array, noise: Array) -> tuple[Array, Array]:
         """Return the codes of some values, the first of which begins a block, and the step of each block."""

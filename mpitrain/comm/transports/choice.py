@@ -16,13 +16,14 @@ from mpitrain.comm.transports.blocks import PAGE_BYTES
 from mpitrain.comm.transports.fence import Fence
 from mpitrain.comm.transports.host import HostTransport
 from mpitrain.comm.transports.kernel import Kernel
+from mpitrain.comm.transports.network import NetworkTransport
 from mpitrain.comm.transports.shared import SharedTransport
 from mpitrain.comm.transports.transport import Transport
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
 
-TRANSPORTS = (HostTransport.name, SharedTransport.name)
+TRANSPORTS = (HostTransport.name, SharedTransport.name, NetworkTransport.name)
 
 _STRONGLY_ORDERED = ("x86_64", "AMD64", "i386", "i686")
 
@@ -31,7 +32,7 @@ def choose(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Tra
     """Return the transport of a communicator.
 
     ``shared`` where every node has the same number of its ranks, two or more, which can map each other's memory;
-    else ``host``.
+    ``network`` where every rank has a node to itself; else ``host``.
 
     Parameters
     ----------
@@ -56,13 +57,20 @@ def choose(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Tra
         )
     if wish == HostTransport.name:
         return _for(HostTransport(), f"MPITRAIN_TRANSPORT={wish}")
-    obstacle = _obstacle(comm)
+    if comm.size == 1:
+        return _for(HostTransport(), "there is one rank")
+    sizes = {int(size) for size in comm.allgather(comm.node.size)}
+    if wish == NetworkTransport.name:
+        return _for(NetworkTransport(comm), f"MPITRAIN_TRANSPORT={wish}")
+    if wish is None and sizes == {1}:
+        return _for(NetworkTransport(comm), "every rank has a node of its own")
+    obstacle = _obstacle(sizes)
     if obstacle is None:
         try:
             return _for(_shared(comm, barrier), f"the {comm.node.size} ranks of each node map each other's memory")
         except StorageError as error:
             obstacle = str(error)
-    if wish == SharedTransport.name and comm.size > 1:
+    if wish == SharedTransport.name:
         raise InputError(
             "shared memory cannot be used", operation="MPITRAIN_TRANSPORT", got=obstacle,
             remedy="unset it, or set it to host",
@@ -85,9 +93,8 @@ def ranks_per_node() -> int | None:
     return int(text)
 
 
-def _obstacle(comm: Communicator) -> str | None:
-    """Return what forbids shared memory, the same on all ranks."""
-    sizes = {int(size) for size in comm.allgather(comm.node.size)}
+def _obstacle(sizes: set[int]) -> str | None:
+    """Return what forbids shared memory, given how many ranks nodes have; the same on all ranks."""
     if sizes == {1}:
         return "no two ranks are on one node"
     return None if len(sizes) == 1 else f"nodes have {min(sizes)} to {max(sizes)} ranks"

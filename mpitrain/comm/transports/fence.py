@@ -65,8 +65,14 @@ class Fence:
         self._number = 0
         self._exchanges = 0
 
-    def wait(self) -> None:
-        """Return once every rank has come here as often as this one.  Collective over the node."""
+    def wait(self, meanwhile: Callable[[], object] | None = None) -> None:
+        """Return once every rank has come here as often as this one.  Collective over the node.
+
+        Parameters
+        ----------
+        meanwhile : callable, optional
+            Called again and again while waiting.
+        """
         self._number = number = self._number + 1
         if self._order is not None:
             self._order()
@@ -75,8 +81,10 @@ class Fence:
             left = self._spins
             while cell[0] < number:
                 left -= 1
+                if meanwhile is not None:
+                    meanwhile()
                 if left < 0:
-                    self._wait_politely(cell, number)
+                    self._wait_politely(cell, number, meanwhile)
         if self._order is not None:
             self._order()
 
@@ -104,10 +112,12 @@ class Fence:
             raise _mismatch(posts)
         return posts
 
-    def _wait_politely(self, cell: memoryview, number: int) -> None:
+    def _wait_politely(self, cell: memoryview, number: int, meanwhile: Callable[[], object] | None) -> None:
         """Give the CPU to others while waiting; nap when it takes long."""
         begun = time.monotonic()
         while cell[0] < number:
+            if meanwhile is not None:
+                meanwhile()
             waited = time.monotonic() - begun
             if waited < _POLITE_S:
                 os.sched_yield()

@@ -217,8 +217,9 @@ class CompiledFence(Fence):
         self._kernel = kernel
         super().__init__(lines, rank, None, True, math.inf)
 
-    def wait(self) -> None:
+    def wait(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Return once every rank has come here as often as this one.  Collective over the node."""
+        assert meanwhile is None  # of several nodes only, where these loops do not run
         self._kernel.fence()
 
     @property

@@ -18,10 +18,13 @@ def pieces(begin: int, end: int, length: int) -> list[slice]:
     return [slice(start, min(start + length, end)) for start in range(begin, end, length)]
 
 
-def shards_of_chunks(elements: int, rank: int, ranks: int, item_bytes: int, chunk_bytes: int) -> list[slice]:
-    """Return this rank's shard of every chunk of an array that is cut into chunks first."""
+def pieces_of_chunks(
+    elements: int, rank: int, ranks: int, item_bytes: int, chunk_bytes: int, count: int
+) -> list[slice]:  # fmt: skip
+    """Cut an array into chunks, and this rank's shard of each into ``count`` pieces; some may be empty."""
     length, found = chunk_bytes // item_bytes, []
     for start in range(0, elements, length):
         cuts = bounds(min(length, elements - start), ranks, item_bytes)
-        found.append(slice(start + cuts[rank], start + cuts[rank + 1]))
+        begin, size = start + cuts[rank], cuts[rank + 1] - cuts[rank]
+        found += [slice(begin + size * i // count, begin + size * (i + 1) // count) for i in range(count)]
     return found

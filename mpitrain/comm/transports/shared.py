@@ -13,7 +13,7 @@ multi-leader design", SC 2017, section 4).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from math import prod
 from typing import TYPE_CHECKING
@@ -24,16 +24,14 @@ import numpy as np
 from mpitrain._errors import MismatchError
 from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import is_half
-from mpitrain.comm.buffers import wire
-from mpitrain.comm.calls import Call
 from mpitrain.comm.dtypes import UFUNCS
 from mpitrain.comm.transports import topology
 from mpitrain.comm.transports.blocks import NOWHERE, PAGE_BYTES, Arena, Place
+from mpitrain.comm.transports.far import Far, FarStream, FarWorkspace
 from mpitrain.comm.transports.fence import Fence
 from mpitrain.comm.transports.kernel import PAST_CACHE_FROM_BYTES, CompiledFence, Kernel
 from mpitrain.comm.transports.levels import Levels
-from mpitrain.comm.transports.program import Combine, Step, fold, perform
-from mpitrain.comm.transports.shards import bounds, pieces, shards_of_chunks
+from mpitrain.comm.transports.program import Combine, perform
 from mpitrain.comm.transports.transport import Planned, Transport
 from mpitrain.comm.transports.workspace import Stream, Workspace
 
@@ -48,9 +46,6 @@ CHUNK_BYTES = 256 * 1024
 
 COMPILED_CHUNK_BYTES = 1024 * 1024
 """The same with compiled loops, which pass no fences; on nodes of two ranks, and less on wider ones."""
-
-FAR_CHUNK_BYTES = 4 * 1024 * 1024
-"""The same with several nodes, where each chunk costs a message across; arrays in shared memory are cut alike."""
 
 STREAMED_FROM_BYTES = 16 * 1024 * 1024
 """Ordinary arrays from this size on pass through the workspace in NumPy; smaller ones are left to the MPI library.
@@ -104,12 +99,14 @@ class SharedTransport(Transport):
     ) -> None:
         self._comm, self._node, self._across = comm, comm.node, across
         self._arena = Arena(self._node)
-        self._chunk_bytes = _chunk_bytes(self._node.size, across is not None, kernel is not None)
-        _, memory = self._arena.allocate(PAGE_BYTES + Workspace.CHUNKS * self._chunk_bytes)
+        self._far = None if across is None else Far(across, self._node.rank, self._node.size)
+        chunk_bytes = _chunk_bytes(self._node.size, kernel is not None)
+        needed = Workspace.CHUNKS * chunk_bytes if self._far is None else FarWorkspace.needed_bytes(self._far)
+        _, memory = self._arena.allocate(PAGE_BYTES + needed)
         lines = memory[:, :PAGE_BYTES]
         self._kernel = kernel(memory) if kernel else None
         self._fence = CompiledFence(lines, self._node.rank, self._kernel) if self._kernel else fence(lines)
-        self._workspace = Workspace(memory[:, PAGE_BYTES:], self._node.rank, self._chunk_bytes)
+        self._stream = self._streams(memory[:, PAGE_BYTES:], chunk_bytes)
         self._least_bytes = SMALLEST_BYTES if kernel else STREAMED_FROM_BYTES
         self._levels = Levels.of(self._node.allgather_object(topology.domain(os.sched_getaffinity(0))))
         self._laid_out: dict[object, Callable[[], object]] = {}
@@ -171,13 +168,9 @@ class SharedTransport(Transport):
         return True
 
     def _by_numpy(self, place: Place, send: Array, recv: Array, op: str) -> bool:
-        stream = None
-        if send.nbytes >= STREAMED_FROM_BYTES:
-            if send is not recv:
-                np.copyto(recv, send)
-            stream = Stream(self._workspace, self._fence, recv, UFUNCS[op], self._far(op))
-            if place == NOWHERE:
-                stream.copy_in(0)
+        stream = self._stream(send, recv, op) if send.nbytes >= STREAMED_FROM_BYTES else None
+        if stream is not None and place == NOWHERE:
+            stream.copy_in(0)
         places = _places(self._fence.exchange(_kind(send.dtype, op), *place, send.size))
         if _one_block(places):
             self._reduce_where_it_lies(places, recv, op)
@@ -203,8 +196,8 @@ class SharedTransport(Transport):
     def _lay_out(self, op: str, parts: list[Array], result: Array | None) -> Callable[[], object]:
         """Return what reduces arrays in shared memory, between two fences: into one result, or where they lie."""
         wait = (self._fence.wait, ())
-        if self._across is not None:
-            return partial(perform, [wait, *self._steps(op, parts, result), wait])
+        if self._far is not None:
+            return partial(perform, [wait, *self._far.steps(op, parts, result, self._comm.size), wait])
         combines = self._combines(op, parts, result)
         run = self._kernel.reduction(op, combines, result is not None) if self._kernel is not None else None
         if run is not None:
@@ -255,40 +248,22 @@ class SharedTransport(Transport):
         _, memory = self._arena.allocate(-(-values.nbytes // self._node.size))
         return np.asarray(memory.reshape(-1)[: values.nbytes]).view(values.dtype)
 
-    def _steps(self, op: str, parts: list[Array], result: Array | None = None) -> Iterator[Step]:
-        """Yield how this rank reduces its shard: into one result, or where it lies, for every rank."""
-        far = self._far(op)
-        for piece in self._own_pieces(parts[0]):
-            sources = [part[piece] for part in parts]
-            into = sources[0] if result is None else result[piece]
-            yield from fold(op, sources, into, self._comm.size if far is None else 0)
-            if far is not None:
-                yield far, (into,)
-            if far is not None and op == "mean":
-                yield np.divide, (into, self._comm.size, into)
-            for target in sources[1:] if result is None else ():
-                yield np.copyto, (target, into)
+    def _streams(self, memory: Array, chunk_bytes: int) -> Callable[[Array, Array, str], Stream | FarStream]:
+        """Return what makes the stream of ordinary arrays through the workspace."""
+        far, fence = self._far, self._fence
+        if far is not None:
+            across = FarWorkspace(far, memory)
+            return lambda send, recv, op: FarStream(far, across, fence, recv, op, None if send is recv else send)
+        near = Workspace(memory, self._node.rank, chunk_bytes)
 
-    def _own_pieces(self, values: Array) -> list[slice]:
-        """Cut this rank's shard: by cache size within a node; across nodes into the messages that streams send."""
-        item_bytes, rank, ranks = values.itemsize, self._node.rank, self._node.size
-        if self._across is None:
-            cuts = bounds(values.size, ranks, item_bytes)
-            return pieces(cuts[rank], cuts[rank + 1], PIECE_BYTES // item_bytes)
-        return shards_of_chunks(values.size, rank, ranks, item_bytes, self._chunk_bytes)
+        def stream(send: Array, recv: Array, op: str) -> Stream:
+            if send is not recv:
+                np.copyto(recv, send)
+            return Stream(near, fence, recv, UFUNCS[op])
 
-    def _far(self, op: str) -> Callable[[Array], None] | None:
-        across = self._across
-        if across is None:
-            return None
-        summed = "sum" if op == "mean" else op
+        return stream
 
-        def reduce_across(shard: Array) -> None:
-            across._run(Call("allreduce", dtype=shard.dtype, recv=wire(shard), op=summed))  # a part, not to be counted
-
-        return reduce_across
-
-    def _run(self, stream: Stream, place: Place, places: list[Place]) -> None:
+    def _run(self, stream: Stream | FarStream, place: Place, places: list[Place]) -> None:
         """Stream what is not in one shared block, on all ranks."""
         if any(each != NOWHERE for each in places):
             if place != NOWHERE:
@@ -299,10 +274,8 @@ class SharedTransport(Transport):
             self._fence.wait()  # compiled loops use the places next without passing one
 
 
-def _chunk_bytes(ranks: int, across: bool, compiled: bool) -> int:
+def _chunk_bytes(ranks: int, compiled: bool) -> int:
     """Return what passes through the workspace at once; compiled loops want the chunks of a node to fit its cache."""
-    if across:
-        return FAR_CHUNK_BYTES
     return max(CHUNK_BYTES, 2 * COMPILED_CHUNK_BYTES // ranks) if compiled else CHUNK_BYTES
 
 

@@ -7,8 +7,6 @@ fence after its last reader.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from mpitrain._typing import Array, DType
@@ -57,15 +55,11 @@ class Stream:
         Of equal size on all ranks.
     combine : ufunc
         Of two values.
-    far : callable
-        Reduces a shard across nodes in place, on all nodes at once.
     """
 
-    def __init__(
-        self, workspace: Workspace, fence: Fence, values: Array, combine: np.ufunc, far: Callable[[Array], None] | None
-    ) -> None:
+    def __init__(self, workspace: Workspace, fence: Fence, values: Array, combine: np.ufunc) -> None:
         self._rank, self._ranks = workspace.rank, workspace.ranks
-        self._fence, self._combine, self._far = fence, combine, far
+        self._fence, self._combine = fence, combine
         self._places = workspace.places(values.dtype)
         length = workspace.chunk_bytes // values.itemsize
         self._chunks = [values[start : start + length] for start in range(0, values.size, length)]
@@ -106,8 +100,6 @@ class Stream:
         self._combine(parts[0], parts[1], out=result)
         for part in parts[2:]:
             self._combine(result, part, out=result)
-        if self._far is not None:
-            self._far(result)
         own[...] = result
 
     def _copy_out(self, k: int) -> None:
