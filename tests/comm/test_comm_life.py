@@ -48,7 +48,7 @@ def test_what_it_made_for_itself_goes_with_it(
     use(comm)
     users = comm.split(0)
     assert users is not None
-    assert comm.transport in ("host", "shared")
+    assert comm.transport in ("host", "network", "shared")
     comm.free()
     alive = [each for each in made if each._comm != MPI.COMM_NULL]
     assert alive == [users]
