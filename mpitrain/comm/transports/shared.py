@@ -2,8 +2,9 @@
 
 Arrays from `Communicator.empty` are reduced where they lie, after one fence and before another; no copy is sent.
 Ordinary arrays pass chunk by chunk through a workspace that is kept: while a chunk is reduced, the next is copied in
-and the one before is copied out, with one fence a chunk.  Values are combined in the order of the node's ranks, by one
-rank for all, so that results are the same bits on every rank and in every call.
+and the one before is copied out.  On one node compiled loops do both where they were built (`kernel`), else NumPy.
+Values are combined in the order of the node's ranks, level by level on wide nodes, by one rank for all, so that results
+are the same bits on every rank and in every call.
 
 With several nodes, the ranks of one number on all nodes reduce their shard across nodes at the same time, so that
 every byte leaves a node once (M. Bayatpour et al., "Scalable reduction collectives with data partitioning-based
