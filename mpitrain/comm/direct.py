@@ -42,40 +42,40 @@ def allreduce(comm: Engine, x: Any, op: str, out: Any) -> Array | None:
     """Reduce over all ranks; see `Communicator.allreduce`."""
     if not (comm.plain and type(op) is str and type(x) is np.ndarray):
         return None
-    flags, kind = x.flags, _reduction(x.dtype, op)
-    if kind is None or not flags.c_contiguous:
+    kind = _reduction(x.dtype, op)
+    into = _landing(x, out) if kind is not None else None
+    if into is None:
         return None
-    if out is None:
-        out = np.empty(x.shape, x.dtype)
-    elif out is x:
-        if not (flags.writeable and flags.aligned):
-            return None
-    elif not _fits(out, x):
-        return None
-    _perform(comm, Doing("allreduce", out, kind, None), x)
+    _perform(comm, Doing("allreduce", into, kind, None), x)
     if op == "mean":
-        np.divide(out, comm.size, out=out)
-    return out  # type: ignore[no-any-return]
+        np.divide(into, comm.size, out=into)
+    return into
 
 
 def broadcast(comm: Engine, x: Any, root: int, out: Any) -> Array | None:
     """Give the root's values to all; see `Communicator.broadcast`."""
     if not (comm.plain and type(root) is int and 0 <= root < comm.size and type(x) is np.ndarray):
         return None
+    into = _landing(x, out) if _travels(x.dtype) else None
+    if into is None:
+        return None
+    if into is not x and comm.rank == root:
+        np.copyto(into, x)
+    _perform(comm, Doing("broadcast", into, None, root), into)
+    return into
+
+
+def _landing(x: Array, out: Any) -> Array | None:
+    """Return the memory that results for ``x`` are received in; None where that takes more than this."""
     flags = x.flags
-    if not (_travels(x.dtype) and flags.c_contiguous):
+    if not (flags.c_contiguous and flags.aligned):
         return None
     if out is None:
-        out = np.empty(x.shape, x.dtype)
-    elif out is x:
-        if not (flags.writeable and flags.aligned):
-            return None
-    elif not _fits(out, x):
-        return None
-    if out is not x and comm.rank == root:
-        np.copyto(out, x)
-    _perform(comm, Doing("broadcast", out, None, root), out)
-    return out  # type: ignore[no-any-return]
+        return np.empty(x.shape, x.dtype)
+    if out is x:
+        return x if flags.writeable else None
+    found: Array | None = out if _fits(out, x) else None
+    return found
 
 
 def _fits(out: Any, x: Array) -> bool:
