@@ -22,7 +22,6 @@ from mpitrain.comm.ledger import Ledger
 from mpitrain.comm.pieces import Pieces
 from mpitrain.comm.transports.blocks import PAGE_BYTES
 from mpitrain.comm.transports.choice import choose, ranks_per_node
-from mpitrain.comm.transports.shared import SMALLEST_BYTES
 from mpitrain.comm.transports.transport import Transport
 from mpitrain.comm.watchdog import Watch
 
@@ -87,7 +86,8 @@ class MpiCommunicator(Communicator):
         return made
 
     def _run(self, call: Call) -> None:
-        if call.operation == "allreduce" and call.recv is not None and call.recv.nbytes >= SMALLEST_BYTES:
+        if call.operation == "allreduce":
+            assert call.recv is not None
             assert call.op is not None
             if self._moves().allreduce(call.recv, call.recv, call.op):
                 return
@@ -122,10 +122,9 @@ class MpiCommunicator(Communicator):
         return self._child(comm, axis)
 
     def _allreduce_now(self, send: Array, recv: Array, op: str) -> None:
-        if recv.nbytes >= SMALLEST_BYTES:
-            flat = recv.reshape(-1)
-            if self._moves().allreduce(flat if send is recv else send.reshape(-1), flat, op):
-                return
+        flat = recv.reshape(-1)
+        if self._moves().allreduce(flat if send is recv else send.reshape(-1), flat, op):
+            return
         if recv.size > pieces.CHUNK_ELEMENTS:
             super()._allreduce_now(send, recv, op)
             return

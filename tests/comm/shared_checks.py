@@ -36,6 +36,7 @@ def cut_small(monkeypatch: pytest.MonkeyPatch, streamed_from_bytes: int) -> None
         monkeypatch.setattr(shared, name, size)
     for module in (kernel, shared):
         monkeypatch.setattr(module, "PAST_CACHE_FROM_BYTES", 1024)
+    monkeypatch.setattr(kernel, "SLOT_BYTES", 64)  # some arrays are handed over whole, and some pass in chunks
     monkeypatch.setattr(far, "SHARD_BYTES", 256)
     for module in (far, network):
         monkeypatch.setattr(module, "PIPELINED_FROM_BYTES", 600)  # some arrays below it, some above

@@ -51,6 +51,7 @@ def exercise(comm: Communicator, part: Communicator) -> None:
 def record(comm: Communicator, path: Path) -> tuple[Counter[tuple[str, str]], list[Counter[tuple[str, str]]]]:
     part = comm.split(0, axis="part")  # before the trace begins
     assert part is not None
+    assert all(each.transport for each in (comm, part, comm.node))  # chosen now: the ledger leaves that out
     with mpitrain.trace(path, comm):
         before = counted(comm)
         exercise(comm, part)
@@ -181,11 +182,13 @@ def test_nothing_is_different_without_a_trace(world: Communicator, tmp_path: Pat
     with mpitrain.trace(shared_folder(world, tmp_path) / "trace.json", world):
         assert "_start" in vars(part)
         assert type(part._watch) is not Watch
+        assert part._entry is None  # a trace must be told of every call
         with pytest.raises(InputError, match=r"^trace: is being traced already"), mpitrain.trace("x.json", part):
             pass
     for comm, was in before.items():
         now = dict(vars(comm))
         assert now.keys() == was.keys()
+        assert (now.pop("_entry") is None) == (was.pop("_entry") is None)
         assert {key for key in was if now[key] is not was[key]} <= {"_splits"}
         assert type(comm._watch) is Watch
         assert sorted(vars(comm._watch)) == watches[comm]

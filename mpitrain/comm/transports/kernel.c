@@ -3,7 +3,7 @@
  * Optional: transports/kernel.py loads it where it was compiled, and the same protocol in NumPy stands beside it.
  *
  * Memory.  Each rank has a row, mapped by all.  It begins with a page of counters, one to a cache line, which the row's
- * rank alone writes; the places for chunks follow.  Every counter only grows.
+ * rank alone writes, and two slots for small arrays; the places for chunks follow.  Every counter only grows.
  *
  * Ordering.  A rank publishes by a store with release order: all that it read and wrote before is complete when the
  * number is seen.  The others look by loads with acquire order: nothing that follows is done before.  Each datum is
@@ -36,8 +36,8 @@
 #define FOR_THIS_CPU
 #endif
 
-enum { ABI = 1, BLOCK_BYTES = 8192, LINE_BYTES = 128, STORE_BYTES = 16 };
-static const int64_t POLITE_NS = 50000000; /* how long to yield before the caller is told to come again */
+enum { ABI = 2, BLOCK_BYTES = 8192, LINE_BYTES = 128, STORE_BYTES = 16, BRIEF_YIELDS = 32 };
+static const int64_t POLITE_NS = 1000000; /* how long to yield before the caller is told to come again */
 
 enum posted { KIND = 0, BLOCK = 1, OFFSET = 2, ELEMENTS = 3, POSTED = 4 }; /* the numbers of a post */
 enum counter { FENCE = 0, COPIED = 1, REDUCED = 2 }; /* the lines of a row's page */
@@ -45,13 +45,16 @@ enum counter { FENCE = 0, COPIED = 1, REDUCED = 2 }; /* the lines of a row's pag
 typedef struct {
   char *rows;          /* row 0; row r is r * row_bytes further */
   int64_t row_bytes;
-  int64_t header_bytes; /* of a row: its counters */
+  int64_t header_bytes; /* of a row: its counters and slots */
   int64_t place_bytes; /* of each of the four places of a row: two for what is handed in, two for results */
+  int64_t slot_bytes;  /* of each of the two slots at the end of the header */
   int64_t rank, ranks;
   int64_t spins; /* looks before yielding; 0 where ranks share a core */
   int64_t fence; /* number of the last one that this rank came to */
   int64_t exchanges, chunks; /* how often ranks posted, and how many chunks passed through the places */
-  int64_t late;  /* the present wait takes long: look once, as the caller naps between calls */
+  int64_t late;  /* how often the present wait has told the caller to come again */
+  int64_t patience; /* how often it does so before it only looks, as the caller naps between calls */
+  int64_t brief; /* wait for some microseconds only: the caller keeps others waiting */
 } team;
 
 typedef struct {
@@ -109,10 +112,14 @@ static int64_t now_ns(void) {
 }
 
 static int missing(const team *t, const _Atomic int64_t *counter, int64_t number) {
-  if (t->late) return !come(counter, number);
-  for (int64_t left = t->spins; left > 0; left--) {
+  if (t->late > t->patience) return !come(counter, number);
+  for (int64_t left = t->late ? 0 : t->spins; left > 0; left--) {
     if (come(counter, number)) return 0;
     RELAX();
+  }
+  if (t->brief) {
+    for (int looks = t->spins ? 0 : BRIEF_YIELDS; looks > 0 && !come(counter, number); looks--) sched_yield();
+    return !come(counter, number);
   }
   for (const int64_t end = now_ns() + POLITE_NS; now_ns() < end;) {
     for (int looks = 0; looks < 16; looks++) {
@@ -126,8 +133,12 @@ static int missing(const team *t, const _Atomic int64_t *counter, int64_t number
 /* Wait until a counter of every other rank has come to a number. */
 static int late(team *t, enum counter which, int64_t number) {
   for (int64_t rank = 0; rank < t->ranks; rank++)
-    if (rank != t->rank && missing(t, counter_of(t, rank, which), number)) return t->late = 1;
-  return t->late = 0;
+    if (rank != t->rank && missing(t, counter_of(t, rank, which), number)) {
+      t->late++;
+      return 1;
+    }
+  t->late = 0;
+  return 0;
 }
 
 /* ---- Combining: out[i] = left[i] op right[i]; out may be left */
@@ -301,12 +312,48 @@ static void take(const stream *s) {
   }
 }
 
+/* Small arrays are handed over whole, in a slot, and every rank combines all: one fence.
+ *
+ * Two slots in turn: who writes to one again has passed a fence after all have read it. */
+static int is_small(const stream *s) { return s->nbytes <= s->ranks->slot_bytes; }
+
+static char *slot(const team *t, int64_t rank) {
+  return t->rows + rank * t->row_bytes + t->header_bytes - (1 + t->exchanges % 2) * t->slot_bytes;
+}
+
+static void hand_over(stream *s) { memcpy(slot(s->ranks, s->ranks->rank), s->from, s->nbytes); }
+
+static void combine_all(const stream *s) {
+  const team *t = s->ranks;
+  const operation *op = s->op;
+  fold *const f = FOLDS[op->kind / OPS][op->kind % OPS];
+  const int64_t n = s->nbytes / op->item_bytes;
+  f(s->into, slot(t, 0), slot(t, 1), n);
+  for (int64_t rank = 2; rank < t->ranks; rank++) f(s->into, s->into, slot(t, rank), n);
+  if (op->divisor) (op->kind / OPS == F32 ? divide_f32 : divide_f64)(s->into, n, op->divisor);
+}
+
+static int reduce_small(stream *s) {
+  team *t = s->ranks;
+  if (!s->met) {
+    if (!t->late) {
+      t->exchanges++;
+      hand_over(s);
+    }
+    if (mpitrain_fence(t)) return 1;
+  }
+  combine_all(s);
+  s->met = 0;
+  return 0;
+}
+
 /* In step k a rank hands in its chunk k + 1, reduces its shard of chunk k, and takes the other shards of chunk k.
  *
  * Two places of each kind suffice without further waiting: a rank hands in chunk k + 1 after it has taken all shards
  * of chunk k - 1, hence after all have reduced that, and read what lay in the place before.  It reduces chunk k after
  * all have handed in chunk k, hence taken what it had reduced of chunk k - 2. */
 int mpitrain_stream(stream *s) {
+  if (is_small(s)) return reduce_small(s);
   team *t = s->ranks;
   const int64_t chunks = (s->nbytes + t->place_bytes - 1) / t->place_bytes;
   for (; s->chunk < chunks; s->chunk++, s->reduced = 0) {
@@ -335,8 +382,11 @@ int mpitrain_allreduce(stream *s) {
   team *t = s->ranks;
   if (!s->met) {
     if (!t->late) {
-      if (s->post[BLOCK] < 0) hand_in(s);
       t->exchanges++; /* two places in turn: who posts again in the same one has passed a fence after all have read it */
+      if (is_small(s))
+        hand_over(s);
+      else if (s->post[BLOCK] < 0)
+        hand_in(s);
       memcpy(posted(t, t->rank), s->post, sizeof s->post);
     }
     if (mpitrain_fence(t)) return 1;
@@ -347,4 +397,15 @@ int mpitrain_allreduce(stream *s) {
     }
   }
   return mpitrain_stream(s);
+}
+
+/* The same for one ordinary array, by someone who will come again to mpitrain_allreduce if others are not there yet. */
+int mpitrain_begin_allreduce(
+    stream *s, operation *op, const char *from, char *into, int64_t nbytes, int64_t kind, int64_t past_cache) {
+  s->op = op, s->from = from, s->into = into, s->nbytes = nbytes, s->past_cache = past_cache;
+  s->post[KIND] = kind, s->post[BLOCK] = s->post[OFFSET] = -1, s->post[ELEMENTS] = nbytes / op->item_bytes;
+  s->ranks->brief = 1;
+  const int said = mpitrain_allreduce(s);
+  s->ranks->brief = 0;
+  return said;
 }
