@@ -30,7 +30,7 @@ def use_loops(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def cut_small(monkeypatch: pytest.MonkeyPatch, streamed_from_bytes: int) -> None:
     """Let arrays of a few elements pass through shared memory in several chunks."""
     sizes = {"CHUNK_BYTES": 256, "COMPILED_CHUNK_BYTES": 256, "PIECE_BYTES": 128}
-    for name in ("STREAMED_FROM_BYTES", "SMALLEST_BYTES"):
+    for name in ("STREAMED_FROM_BYTES", "SMALLEST_BYTES", "LOCATED_FROM_BYTES"):
         sizes[name] = streamed_from_bytes
     for name, size in sizes.items():
         monkeypatch.setattr(shared, name, size)

@@ -32,9 +32,12 @@ def comm(world: Communicator) -> Iterator[Communicator]:
         yield part
 
 
+@pytest.mark.parametrize("past_cache", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values(comm: Communicator, dtype: str) -> None:
+def test_values(comm: Communicator, dtype: str, past_cache: bool) -> None:
     for elements, op in product(SIZES, ops(dtype)):
+        team = comm._transport._kernel._team
+        team.to_memory = team.writes = past_cache  # else it is as this machine's caches are
         if elements > 1000 and op in ("prod", "and", "or"):
             continue  # that the loops themselves do so is tested elsewhere
         x, out = values(comm.rank, (elements,), dtype), np.zeros(elements, dtype)

@@ -40,6 +40,7 @@ enum { ABI = 2, BLOCK_BYTES = 8192, LINE_BYTES = 128, STORE_BYTES = 16, BRIEF_YI
 static const int64_t POLITE_NS = 1000000; /* how long to yield before the caller is told to come again */
 
 enum posted { KIND = 0, BLOCK = 1, OFFSET = 2, ELEMENTS = 3, POSTED = 4 }; /* the numbers of a post */
+enum { SAMPLE_BYTES = 4096, SAMPLE_EVERY = 16, SLOW_BYTES_PER_NS = 4, SLOW_IN_A_ROW = 3 };
 enum counter { FENCE = 0, COPIED = 1, REDUCED = 2 }; /* the lines of a row's page */
 
 typedef struct {
@@ -54,6 +55,8 @@ typedef struct {
   int64_t exchanges, chunks; /* how often ranks posted, and how many chunks passed through the places */
   int64_t late;  /* how often the present wait has told the caller to come again */
   int64_t patience; /* how often it does so before it only looks, as the caller naps between calls */
+  int64_t to_memory; /* what others read is written past the cache */
+  int64_t slow, writes; /* how often in a row it was slow to write through the cache; how often past it */
   int64_t brief; /* wait for some microseconds only: the caller keeps others waiting */
 } team;
 
@@ -70,7 +73,7 @@ typedef struct { /* what one rank combines between two fences */
   char **results; /* where they go */
   int64_t result_count;
   int64_t nbytes;
-  int64_t past_cache; /* results are not read soon */
+  int64_t past_cache; /* a bit for each result: whether it is stored past the cache */
 } combination;
 
 typedef struct { /* reduces arrays that all ranks map: one combination for each level of the node */
@@ -224,6 +227,24 @@ static void copy(char *target, const char *source, int64_t nbytes, int64_t past_
     memcpy(target, source, nbytes);
 }
 
+/* Write what others read next.
+ *
+ * Where ranks share a cache it stays there.  Where they do not, to write to lines that another core has read takes
+ * several times as long as to write past the cache, so that it is done so.  Which it is cannot be asked for, and may
+ * change while a virtual machine runs; but it shows in how fast this goes, so that each rank finds out for itself, and
+ * looks again now and then. */
+static void write_for_others(team *t, char *to, const char *from, int64_t nbytes) {
+  int64_t tried = nbytes;
+  if (t->to_memory) tried = nbytes >= SAMPLE_BYTES && t->writes++ % SAMPLE_EVERY == 0 ? SAMPLE_BYTES : 0;
+  const int64_t begin = tried >= SAMPLE_BYTES ? now_ns() : 0;
+  memcpy(to, from, tried);
+  if (tried >= SAMPLE_BYTES) {
+    t->slow = (now_ns() - begin) * SLOW_BYTES_PER_NS > tried ? t->slow + 1 : 0;
+    t->to_memory = t->slow >= SLOW_IN_A_ROW;
+  }
+  copy_past(to + tried, from + tried, nbytes - tried);
+}
+
 /* Combine in order, a block at a time, and store where it belongs; a result may be one of the parts. */
 static void combine(const combination *c) {
   _Alignas(64) char block[BLOCK_BYTES];
@@ -234,7 +255,7 @@ static void combine(const combination *c) {
     f(block, c->parts[0] + begin, c->parts[1] + begin, n);
     for (int64_t i = 2; i < c->part_count; i++) f(block, block, c->parts[i] + begin, n);
     if (c->op->divisor) (c->op->kind / OPS == F32 ? divide_f32 : divide_f64)(block, n, c->op->divisor);
-    for (int64_t i = 0; i < c->result_count; i++) copy(c->results[i] + begin, block, length, c->past_cache);
+    for (int64_t i = 0; i < c->result_count; i++) copy(c->results[i] + begin, block, length, c->past_cache >> i & 1);
   }
   drain(c->past_cache);
 }
@@ -282,12 +303,13 @@ static char *place(const stream *s, int64_t chunk, int64_t rank, enum counter wh
 }
 
 static void hand_in(stream *s) {
-  const int64_t chunk = s->handed_in++;
+  const int64_t chunk = s->handed_in++, nbytes = chunk_bytes(s, chunk);
   const range own = shard(s, chunk, s->ranks->rank);
   const char *from = s->from + chunk * s->ranks->place_bytes;
   char *to = place(s, chunk, s->ranks->rank, COPIED);
-  memcpy(to, from, own.begin);
-  memcpy(to + own.end, from + own.end, chunk_bytes(s, chunk) - own.end);
+  write_for_others(s->ranks, to, from, own.begin);
+  write_for_others(s->ranks, to + own.end, from + own.end, nbytes - own.end);
+  drain(s->ranks->to_memory);
   publish(s->ranks, COPIED, s->ranks->chunks + s->handed_in);
 }
 
@@ -297,10 +319,9 @@ static void reduce_own(const stream *s) {
   const int64_t at = s->chunk * t->place_bytes + own.begin, length = own.end - own.begin;
   for (int64_t rank = 0; rank < t->ranks; rank++) s->parts[rank] = place(s, s->chunk, rank, COPIED) + own.begin;
   s->parts[t->rank] = (char *)s->from + at;
-  char *result = place(s, s->chunk, t->rank, REDUCED) + own.begin;
-  combine(&(combination){s->op, s->parts, t->ranks, &result, 1, length, 0});
+  char *results[] = {place(s, s->chunk, t->rank, REDUCED) + own.begin, s->into + at};
+  combine(&(combination){s->op, s->parts, t->ranks, results, 2, length, t->to_memory | s->past_cache << 1});
   publish(t, REDUCED, t->chunks + s->chunk + 1);
-  copy(s->into + at, result, length, s->past_cache);
 }
 
 static void take(const stream *s) {

@@ -48,7 +48,8 @@ class _Team(ctypes.Structure):
     _fields_ = [
         ("rows", c_void_p), ("row_bytes", c_int64), ("header_bytes", c_int64), ("place_bytes", c_int64),
         ("slot_bytes", c_int64), ("rank", c_int64), ("ranks", c_int64), ("spins", c_int64), ("fence", c_int64),
-        ("exchanges", c_int64), ("chunks", c_int64), ("late", c_int64), ("patience", c_int64), ("brief", c_int64),
+        ("exchanges", c_int64), ("chunks", c_int64), ("late", c_int64), ("patience", c_int64), ("to_memory", c_int64),
+        ("slow", c_int64), ("writes", c_int64), ("brief", c_int64),
     ]  # fmt: skip
 
 

@@ -65,7 +65,10 @@ LAID_OUT = 64
 """How many reductions in place are remembered."""
 
 SMALLEST_BYTES = 64 * 1024
-"""Below this, arrays are left to the MPI library, wherever they lie, and no transport need be chosen."""
+"""Below this, NumPy does not reduce arrays in place, wherever they lie."""
+
+LOCATED_FROM_BYTES = 256 * 1024
+"""Below this, compiled loops copy arrays in shared memory as they do others: to find where they lie takes longer."""
 
 
 class SharedTransport(Transport):
@@ -148,7 +151,7 @@ class SharedTransport(Transport):
                 np.divide(into, kernel.ranks, out=into)
             return into
 
-        self._entry = entry.make(kernel, SMALLEST_BYTES, complete, tally)
+        self._entry = entry.make(kernel, LOCATED_FROM_BYTES, complete, tally)
         self._hold()
         return None if self._entry is None else self._entry.allreduce
 
@@ -176,7 +179,8 @@ class SharedTransport(Transport):
 
     def _place(self, send: Array, recv: Array) -> Place:
         """Return where an array lies, if it is to be reduced there."""
-        return self._arena.locate(recv) if send is recv and send.nbytes >= SMALLEST_BYTES else NOWHERE
+        matters_from_bytes = SMALLEST_BYTES if self._kernel is None else LOCATED_FROM_BYTES
+        return self._arena.locate(recv) if send is recv and send.nbytes >= matters_from_bytes else NOWHERE
 
     def _settle(self, kernel: Kernel, done: bool, recv: Array, op: str) -> None:
         """End a reduction by the loops; they leave it where ranks posted different numbers, or a block."""
