@@ -64,6 +64,10 @@ def shared_folder(comm: Communicator, tmp_path: Path) -> Path:
     return Path(comm.broadcast_object(str(tmp_path)))
 
 
+COMPARED_US = 50
+"""As well as clocks are compared, on a busy machine."""
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("debug", [False, True])
 def test_every_call_that_the_ledger_counts_is_one_event(world: Communicator, tmp_path: Path, debug: bool) -> None:
@@ -132,7 +136,7 @@ def test_a_late_rank_is_seen_on_the_others(world: Communicator, tmp_path: Path) 
         world.barrier()
     rows = [[e for e in read(path) if e["name"] == "barrier" and e["pid"] == r] for r in range(world.size)]
     for same in zip(*rows, strict=True):  # nobody leaves before the last has come, on whichever clock
-        assert max(e["ts"] for e in same) <= min(e["ts"] + e["dur"] for e in same)
+        assert max(e["ts"] for e in same) <= min(e["ts"] + e["dur"] for e in same) + COMPARED_US
     waits_us = [row[-1]["dur"] for row in rows]
     assert all(wait > 150_000 for wait in waits_us[:-1])
     assert world.size == 1 or waits_us[-1] < 100_000

@@ -114,7 +114,7 @@ class SharedTransport(Transport):
         self._kernel = kernel(memory) if kernel else None
         self._fence = CompiledFence(lines, self._node.rank, self._kernel) if self._kernel else fence(lines)
         self._stream = self._streams(memory[:, PAGE_BYTES:], chunk_bytes)
-        self._least_bytes = SMALLEST_BYTES if kernel else STREAMED_FROM_BYTES
+        self.least_bytes = 0 if kernel else STREAMED_FROM_BYTES
         self._levels = Levels.of(self._node.allgather_object(topology.domain(os.sched_getaffinity(0))))
         self._entry: Entry | None = None
         self._laid_out: dict[object, Callable[[], object]] = {}
@@ -125,7 +125,7 @@ class SharedTransport(Transport):
         _, memory = self._arena.allocate(int(self._comm.allgather(nbytes).max()))
         self._hold()
         if self._across is None:  # several nodes must not come to different conclusions
-            self._least_bytes = SMALLEST_BYTES
+            self.least_bytes = min(self.least_bytes, SMALLEST_BYTES)
         return np.asarray(memory[self._node.rank, :nbytes]).view(dtype).reshape(shape)
 
     def allreduce(self, send: Array, recv: Array, op: str) -> bool:
@@ -135,7 +135,7 @@ class SharedTransport(Transport):
             post = (kind_of(send.dtype, op), *self._place(send, recv), send.size)
             self._settle(kernel, kernel.allreduce(op, send, recv, post), recv, op)
             return True
-        return send.nbytes >= self._least_bytes and self._by_numpy(send, recv, op)
+        return send.nbytes >= max(self.least_bytes, SMALLEST_BYTES) and self._by_numpy(send, recv, op)
 
     def entry(self, watch: Watch, tally: array[int]) -> Callable[[Any, Any, Any], Array | None] | None:
         """Return what performs plain calls without Python."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable
@@ -37,10 +38,13 @@ class Transport(ABC):
         As `MPITRAIN_TRANSPORT` calls it.
     why : str
         Why it was chosen, for people.
+    least_bytes : float
+        Smaller arrays are always left to the communicator's own way.
     """
 
     name: str
     why: str = ""
+    least_bytes: float = math.inf
 
     @abstractmethod
     def empty(self, shape: Shape, dtype: DType) -> Array:
