@@ -16,11 +16,13 @@ from parallel_cases import (
     IMPORTANCE,
     ROWS,
     STEPS_PER_EPOCH,
+    TEXT,
     KeptKeys,
     Recorder,
     RowsFeed,
     by_label,
     cnn,
+    gpt,
     last_rank,
     mlp,
     plan,
@@ -87,9 +89,17 @@ def check_mlp(comm: Communicator, case: Case, dtype: str) -> None:
 
 
 def check_cnn(comm: Communicator, case: Case, dtype: str) -> None:
-    network = cnn(dtype)
+    check_network(comm, case, cnn, dtype)
+
+
+def check_gpt(comm: Communicator, case: Case, dtype: str) -> None:
+    check_network(comm, replace(case, feed=replace(case.feed, dataset=TEXT)), gpt, dtype)
+
+
+def check_network(comm: Communicator, case: Case, build: Callable[..., KeptKeys], dtype: str) -> None:
+    network = build(dtype)
     found = train(comm, case, network, bucket_bytes=256)
-    exact, m = cnn(), case.microbatches
+    exact, m = build(), case.microbatches
 
     def expected(params: FlatBuffer, step: int) -> tuple[float, FlatBuffer]:
         whole = case.feed.whole(step, m)
@@ -109,6 +119,11 @@ def test_mlp_equals_the_closed_form(on_ranks, case, dtype):
 @every_case
 def test_cnn_with_batchnorm_and_dropout_equals_the_serial_run(on_ranks, case, dtype):
     on_ranks(check_cnn, case, dtype)
+
+
+@pytest.mark.parametrize("name", ["even", "by label, microbatches", "all on the last rank", "importance"])
+def test_gpt_with_dropout_equals_the_serial_run(on_ranks, name):
+    on_ranks(check_gpt, CASES[name], "float64")
 
 
 @settings(max_examples=25, deadline=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -9,10 +11,13 @@ import numpy as np
 import pytest
 from parallel_cases import (
     ROWS,
+    TEXT,
+    KeptKeys,
     Recorder,
     RowsFeed,
     by_label,
     cnn,
+    gpt,
     last_rank,
     mlp,
     plan,
@@ -39,12 +44,14 @@ CLIPPING["by both"] = CLIPPING["by norm"] | CLIPPING["by value"]
 FEED = RowsFeed(owner=by_label)
 
 
-def trained(comm: Communicator, network: Network, optimizer: Optimizer, settings: Plan) -> tuple[Any, FlatBuffer]:
+def trained(
+    comm: Communicator, network: Network, optimizer: Optimizer, settings: Plan, feed: RowsFeed = FEED
+) -> tuple[Any, FlatBuffer]:
     """Train to the end of the plan; return the method, and where it began."""
     method = DataParallel(comm)
     method.setup(network, optimizer, settings)
     start = buffer(network.layout, method.params.flat)
-    assert method.advance(FEED, until=settings.steps).step == settings.steps
+    assert method.advance(feed, until=settings.steps).step == settings.steps
     same_on_all(comm, method.params.sha256())
     return method, start
 
@@ -59,11 +66,21 @@ def check_mlp(comm: Communicator, optimizer: Optimizer, limits: dict[str, float]
 
 
 def check_cnn(comm: Communicator, optimizer: Optimizer, limits: dict[str, float]) -> None:
-    network, exact = cnn(), cnn()
-    method, start = trained(comm, network, optimizer, plan(STEPS, **limits))
+    check_network(comm, cnn, FEED, optimizer, limits)
+
+
+def check_gpt(comm: Communicator, optimizer: Optimizer, limits: dict[str, float]) -> None:
+    check_network(comm, gpt, replace(FEED, dataset=TEXT), optimizer, limits)
+
+
+def check_network(
+    comm: Communicator, build: Callable[[], KeptKeys], feed: RowsFeed, optimizer: Optimizer, limits: dict[str, float]
+) -> None:
+    network, exact = build(), build()
+    method, start = trained(comm, network, optimizer, plan(STEPS, **limits), feed)
 
     def mean_gradient(params: FlatBuffer, step: int) -> FlatBuffer:
-        return network_mean_gradient(exact, params, FEED.whole(step), [network.keys[step]])[1]
+        return network_mean_gradient(exact, params, feed.whole(step), [network.keys[step]])[1]
 
     assert_close(method.params, descend(start, optimizer, mean_gradient, STEPS, schedule, **limits), BOUND)
 
@@ -82,6 +99,10 @@ def test_clipping_takes_the_norm_of_the_whole_gradient(on_ranks, name, limits):
 @pytest.mark.parametrize("name", ["momentum", "adam", "lamb"])
 def test_batchnorm_and_dropout_go_where_the_serial_run_goes(on_ranks, name):
     on_ranks(check_cnn, make_optimizer(name), CLIPPING["by both"])
+
+
+def test_gpt_goes_where_the_serial_run_goes(on_ranks):
+    on_ranks(check_gpt, make_optimizer("adamw", weight_decay=0.1), CLIPPING["by both"])
 
 
 def check_clipping_bites(comm: Communicator) -> None:
