@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import sys
 import tracemalloc
 from contextlib import suppress
 
@@ -387,7 +386,7 @@ def test_malformed_tokens(tmp_path, numbers, options, message):
 
 
 def test_tokens_of_a_broken_length(write):
-    with pytest.raises(DataError, match="t.bin: cannot be read; got .*; expected numbers of type uint16"):
+    with pytest.raises(DataError, match=r"t.bin: cannot be read; got .*; expected numbers of type uint16"):
         load("tokens", {"path": write("t.bin", b"\x00\x01\x02"), "vocabulary_size": 6})
 
 

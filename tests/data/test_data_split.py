@@ -177,7 +177,7 @@ def test_few_rows_cover_overlapping_windows(stride):
 def test_random_rows_of_overlapping_windows_are_not_held_out():
     whole = windows(np.arange(98), "text", 4, 2, [str(i) for i in range(98)])
     for cut in (split, folds):
-        with pytest.raises(InputError, match="text: the rows overlap.* hold out rows at the end"):
+        with pytest.raises(InputError, match=r"text: the rows overlap.* hold out rows at the end"):
             cut(whole, seed=0)
 
 
