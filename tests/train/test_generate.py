@@ -11,6 +11,7 @@ import pytest
 
 from mpitrain._errors import DataError, InputError, JobError
 from mpitrain.comm import LocalWorld
+from mpitrain.data.windows import windows
 from mpitrain.train import Job, train_job
 from mpitrain.train.assembly import build_model
 from mpitrain.train.facts import Facts
@@ -55,6 +56,14 @@ def test_the_seed_and_the_place_decide(letters: Predictor):
     assert generate(letters, "a", 30, temperature=5.0, seed=0) == texts[0]
     assert generate(letters, "a" + texts[0][:10], 20, temperature=5.0, seed=0) == texts[0][10:]
     assert generate(letters, "a", 30, temperature=50.0, top_k=1) == generate(letters, "a", 30, temperature=0)
+
+
+def test_each_place_has_a_chance_of_its_own(letters: Predictor, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mpitrain.train.generate._scores", lambda predictor, tokens: np.zeros(8))
+    text = generate(letters, "a", 400)
+    counts = [text.count(letter) for letter in "abcdefgh"]
+    assert sum(counts) == 400
+    assert 25 < min(counts) <= max(counts) < 75  # 50 ± 6.6
 
 
 def test_bits_per_character_are_in_the_result(letters: Predictor):
@@ -107,6 +116,12 @@ def test_draws_at_the_ends():
     assert draw(scores, 1.0, None, np.nextafter(1.0, 0.0)) == 1
     assert draw(scores, 0.0, 3, 0.9) == 1
     assert draw(np.zeros(3), 1.0, None, np.nextafter(1.0, 0.0)) == 2
+
+
+def test_overlapping_windows_are_hashed_but_once():
+    whole = windows(np.arange(500) % 7, "text", 50, 1, "abcdefg")
+    changed = windows(np.append(np.arange(499) % 7, 0), "text", 50, 1, "abcdefg")
+    assert Facts.of(whole).fingerprint == Facts.of(whole.cover()).fingerprint != Facts.of(changed).fingerprint
 
 
 def test_a_gpt_of_data_of_unknown_kind_needs_windows_of_tokens(letters: Predictor):
