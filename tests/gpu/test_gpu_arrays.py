@@ -58,14 +58,17 @@ def test_optimizers(xp, allocator, name):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "gpt"])
 def test_loss_and_gradients(xp, allocator, kind):
     layers = {
         "mlp": nn.MODELS["mlp"](64, 10, hidden=[16], activation="gelu", dropout=0.2, batch_norm=True),
         "cnn": nn.MODELS["cnn"]((8, 8, 1), 10, channels=[4, 8], hidden=16),
+        "gpt": nn.MODELS["gpt"](17, 80, layers=2, width=16, heads=2, dropout=0.2),
     }
     network = Network(layers[kind], CrossEntropy(), np.float64)
     inputs, labels = data.load("digits").rows(np.arange(12))
+    if kind == "gpt":
+        inputs, labels = np.random.default_rng(0).integers(0, 17, (2, 12, 80))
     found = []
     for library, allocate in ((np, plain), (xp, allocator)):
         batch = Batch(library.asarray(inputs), library.asarray(labels), library.arange(12))
