@@ -136,7 +136,7 @@ class Engine(ABC):
 
     def _moves(self) -> Transport:
         if self._transport is None:
-            with self.ledger.unchanged():
+            with self.ledger.unchanged(), self._checker.inside() if self._checker else nullcontext():
                 self._transport = self._choose_transport()
             self._shorten()
         return self._transport
