@@ -42,6 +42,7 @@ from mpitrain.comm.transports.network import NetworkTransport
 def test_quantiles_of_numbers_that_are_known() -> None:
     assert Quantiles.of(np.arange(101.0)) == Quantiles(101, 10.0, 25.0, 50.0, 75.0, 90.0)
     assert Quantiles.of(np.array([2.0])) == Quantiles(1, 2.0, 2.0, 2.0, 2.0, 2.0)
+    assert Quantiles.of(np.array([2e-6 / 3])).p50 == 6.667e-7
 
 
 def test_ratios_are_paired_turn_by_turn() -> None:
