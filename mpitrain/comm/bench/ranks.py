@@ -22,13 +22,17 @@ import numpy as np
 from mpitrain._errors import CommunicationError, MissingExtraError, MpitrainError
 from mpitrain._typing import Array
 from mpitrain.comm.bench.cases import VARIANTS, Contender, Variant, correct
+from mpitrain.comm.bench.components import DEFAULT
 from mpitrain.comm.bench.ground import Bind, Ground, Stage, buffers_for
+from mpitrain.comm.bench.meeting import meet
 from mpitrain.comm.bench.results import Copy, Launch, Measurement, Quantiles, Rivalry
 from mpitrain.comm.bench.spec import Spec
 from mpitrain.comm.guard import abort_on_uncaught
 from mpitrain.comm.machine import cpu_model, last_level_cache_bytes
 from mpitrain.comm.start import world
 from mpitrain.comm.timing import race
+from mpitrain.comm.transports.choice import ranks_per_node
+from mpitrain.comm.transports.host import HostTransport
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
@@ -109,9 +113,15 @@ class Bench:
         ground = self._ground(operation, size_bytes)
         for variant in chosen(self._spec):
             if variant.operation == operation:
-                for transport in variant.transports:
-                    if transport in self._stage.transports:
-                        yield self._duel(ground, variant, transport, size_bytes)
+                for transport in self._transports(variant):
+                    yield self._duel(ground, variant, transport, size_bytes)
+
+    def _transports(self, variant: Variant) -> list[str]:
+        """Return those on which a variant is raced: on ``host``, another set-up of the library would meet itself."""
+        found = [transport for transport in variant.transports if transport in self._stage.transports]
+        if self._spec.component == DEFAULT.name:
+            return found
+        return [transport for transport in found if transport != HostTransport.name] or found
 
     def _duel(self, ground: Ground, variant: Variant, transport: str, size_bytes: int) -> Measurement:
         """Race one variant with each rival in turn."""
@@ -211,7 +221,11 @@ def _rivals(comm: Communicator, spec: Spec) -> Iterator[tuple[dict[str, Bind], l
     if problem is not None:
         yield found, [f"gloo left out: {problem}"]
         return
-    with gloo.group(comm) as bind:
+    place = meet(comm)
+    if place is None:
+        yield found, ["gloo left out: no IPv4 address of rank 0's node can be reached from all ranks"]
+        return
+    with gloo.group(comm, place) as bind:
         yield found | {gloo.NAME: bind}, []
 
 
@@ -223,6 +237,7 @@ def _about(comm: Communicator, spec: Spec, transports: tuple[str, ...]) -> dict[
     return {
         "ranks": comm.size,
         "ranks_of_nodes": nodes,
+        "ranks_per_node": ranks_per_node(),
         "machine": {
             "cpu": cpu_model(),
             "cpus": os.cpu_count(),
@@ -257,11 +272,11 @@ def _versions() -> dict[str, str]:
 
 
 def main(spec: str, result: str, limit_s: str) -> None:
-    """Read a task, measure, and let rank 0 write the result."""
+    """Measure a task that rank 0 reads, and let it write the result; other nodes need not have these files."""
     faulthandler.dump_traceback_later(float(limit_s), exit=True)  # leaves no rank behind
-    task = Spec.from_json(Path(spec).read_bytes())
     comm = world()
     abort_on_uncaught(comm)
+    task = Spec.from_json(comm.broadcast_object(Path(spec).read_bytes() if comm.rank == 0 else b""))
     launch = measure(comm, task)
     if comm.rank == 0:
         partial_file = Path(f"{result}.part")
