@@ -1,6 +1,6 @@
 """The benchmark of the collectives on one node: measured, and shown in ``docs/results/collectives.md``.
 
-    python tests/collectives.py measure [resident] [rotating] [crowded]    # all by default; minutes each
+    python tests/collectives.py measure [resident] [rewritten] [rotating] [crowded]    # all by default; minutes each
     python tests/collectives.py page                                       # tables and goals, from what was measured
 
 `measure` leaves ``docs/results/collectives/NAME.json`` and ``.png``; `page` writes all below the page's marker anew.
@@ -39,6 +39,13 @@ CAMPAIGNS = {
     "resident": Campaign(
         "Two ranks, resident buffers",
         ("-n", "2", "--peers", "--rounds=2", "--time-s=0.1", f"--sizes=4,1K,16K,64K,{LARGE}", CALLS),
+    ),
+    "rewritten": Campaign(
+        "Two ranks, buffers that each rank writes anew before each turn",
+        (
+            "-n", "2", "--peers", "--rounds=2", "--time-s=0.1", "--operations=allreduce", "--buffers=rewritten",
+            f"--sizes={LARGE}", CALLS,
+        ),
     ),
     "rotating": Campaign(
         "Two ranks, buffers that are never in the cache",

@@ -137,7 +137,13 @@ def test_shapes_and_what_is_correct(operation: str, ranks: int) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "size_bytes", "expected"),
-    [("resident", 2**20, 1), ("rotating", 2**20, 33), ("rotating", 2**30, 3), ("rotating", 4, MOST_BUFFERS)],
+    [
+        ("resident", 2**20, 1),
+        ("rewritten", 2**20, 1),
+        ("rotating", 2**20, 33),
+        ("rotating", 2**30, 3),
+        ("rotating", 4, MOST_BUFFERS),
+    ],
 )
 def test_rotating_buffers_are_twice_the_cache_and_odd(kind: str, size_bytes: int, expected: int) -> None:
     assert buffers_for(kind, size_bytes, cache_bytes=32 * 2**20) == expected
@@ -171,6 +177,20 @@ def test_a_race_gives_the_slowest_rank_and_takes_buffers_in_turn() -> None:
     assert one[:, 0].min() >= 0.03 > 0.02 > np.median(one[:, 1])
     assert [number for _, number in used] == [0, 1, 2, 0, 1, 2]
     assert [name for name, _ in used] == ["slow", "quick", "quick", "slow", "slow", "quick"]
+
+
+def test_before_each_turn_its_own_preparation_is_done_outside_of_the_time() -> None:
+    done: list[str] = []
+
+    def slow(name: str) -> None:
+        time.sleep(0.02)
+        done.append(f"before {name}")
+
+    calls = [[lambda n=name, i=i: done.append(f"{n}{i}") for i in range(3)] for name in ("a", "b")]
+    before = [[lambda n=name, i=i: slow(f"{n}{i}") for i in range(3)] for name in ("a", "b")]
+    taken = LocalWorld(1, timeout_s=30).run(lambda comm: race(comm, calls, 2, before))[0]
+    assert done == [word for turn in ("a0", "b1", "b2", "a0") for word in (f"before {turn}", turn)]
+    assert taken.max() < 0.01
 
 
 def test_of_an_odd_number_of_buffers_both_contenders_use_all() -> None:

@@ -131,7 +131,8 @@ def header(report: Report) -> Iterator[str]:
     if about["buffers"] == "rotating":
         yield f"{about['dtype']}, buffers rotating through pairs of arrays per rank: {pairs}"
     else:
-        yield f"{about['dtype']}, buffers resident: one pair of arrays per rank"
+        anew = ", written anew before each turn" if about["buffers"] == "rewritten" else ""
+        yield f"{about['dtype']}, buffers resident: one pair of arrays per rank{anew}"
     yield "tuning table: " + ("; ".join(about["tuning"]) or "none")
     yield "times are of the slowest rank; ratio = median over turns of mpi4py's time / ours: above 1 mpitrain is faster"
     speeds = ", ".join(

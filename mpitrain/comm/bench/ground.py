@@ -27,15 +27,15 @@ def buffers_for(kind: str, size_bytes: int, cache_bytes: int) -> int:
 
     Parameters
     ----------
-    kind : {"resident", "rotating"}
-        One; or so many that a rank's own are twice the cache, at most `MOST_BUFFERS`.  Their number is odd: two
+    kind : {"resident", "rewritten", "rotating"}
+        One; one; or so many that a rank's own are twice the cache, at most `MOST_BUFFERS`.  Their number is odd: two
         contenders that take turns then both walk through all of them, and none has the better pages for itself.
     size_bytes : int
         Of one array of a pair.
     cache_bytes : int
         Of the last cache.
     """
-    if kind == "resident":
+    if kind != "rotating":
         return 1
     return min(MOST_BUFFERS, max(2, -(-2 * cache_bytes // (2 * size_bytes))) | 1)
 

@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
@@ -147,9 +148,16 @@ class Bench:
 
     def _race(self, ours: Contender, rival: Contender) -> Array:
         """Race two, with nobody else between them: others would cool the caches."""
-        for contender in (ours, rival):
-            _fill(contender, 0 if contender.overwrites else self._comm.rank + 1)
-        return self._timed([ours.calls, rival.calls])
+        values = [0 if each.overwrites else self._comm.rank + 1 for each in (ours, rival)]
+        for contender, value in zip((ours, rival), values, strict=True):
+            _fill(contender, value)
+        if self._spec.buffers != "rewritten":
+            return self._timed([ours.calls, rival.calls])
+        writes = [
+            [partial(array.fill, value) for array in each.inputs]
+            for each, value in zip((ours, rival), values, strict=True)
+        ]
+        return self._timed([ours.calls, rival.calls], writes)
 
     def _rival(self, ground: Ground, name: str, variant: Variant) -> Contender | None:
         """Return a rival that is able to do this, and does it right."""
@@ -171,14 +179,14 @@ class Bench:
             right = False
         return bool(self._comm.allreduce(int(right), "min"))
 
-    def _timed(self, contenders: list[list[Any]]) -> Array:
+    def _timed(self, contenders: list[list[Any]], before: list[list[Any]] | None = None) -> Array:
         """Race after a few turns that are not counted, which also tell how many turns the time allows."""
-        taken = race(self._comm, contenders, 3)
+        taken = race(self._comm, contenders, 3, before)
         repeats = self._spec.repeats
         if repeats is None:
             turn_s = float(np.median(taken.sum(axis=1)))
             repeats = int(np.clip(self._spec.time_s / max(turn_s, 1e-7), _FEWEST, _MOST))
-        return race(self._comm, contenders, repeats)
+        return race(self._comm, contenders, repeats, before)
 
     def _ground(self, operation: str, size_bytes: int) -> Ground:
         elements = max(1, size_bytes // np.dtype(self._spec.dtype).itemsize)
