@@ -62,11 +62,12 @@ CAMPAIGNS = {
 
 def measure(name: str) -> None:
     """Run one campaign."""
-    files = (f"--json={FOLDER / name}.json", f"--plot={FOLDER / name}.png")
     FOLDER.mkdir(exist_ok=True)
+    stem = os.path.relpath(FOLDER / name, ROOT)  # the file tells the command: no place on this machine
+    files = (f"--json={stem}.json", f"--plot={stem}.png")
     argv = [sys.executable, "-m", "mpitrain", "bench", "collectives", *CAMPAIGNS[name].options, *files]
     start = time.monotonic()
-    subprocess.run(argv, check=True, env=os.environ | {"MPITRAIN_TUNING": "off"})
+    subprocess.run(argv, check=True, cwd=ROOT, env=os.environ | {"MPITRAIN_TUNING": "off"})
     print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -102,7 +103,7 @@ def _machine(about: dict[str, Any]) -> str:
 
 def _command(report: Report) -> str:
     """Return the command as one types it, without the files that it wrote."""
-    words = [word for word in report.command[1:] if not word.startswith(("--json", "--plot", str(FOLDER), "docs/"))]
+    words = [word for word in report.command[1:] if not word.startswith(("--json", "--plot", "docs/"))]
     return " ".join(["MPITRAIN_TUNING=off mpitrain", *(f'"{word}"' if " " in word else word for word in words)])
 
 

@@ -118,11 +118,16 @@ def _spec(options: dict[str, Any]) -> Spec:
     taken = {name: options[name] for name in ("dtype", "repeats", "time_s", "buffers")}
     spec = Spec(
         options["sizes"] or _sizes(None, None, SIZES) or (), options["operations"] or OPERATIONS, **taken,
-        variants=options["variants"], gloo=options["peers"], command=tuple(sys.argv),
+        variants=options["variants"], gloo=options["peers"], command=_typed(),
     )  # fmt: skip
     if not chosen(spec):
         raise click.UsageError(f"none of --variants is a way to call {' or '.join(spec.operations)}")
     return spec
+
+
+def _typed() -> tuple[str, ...]:
+    """Return the command line, for the record, without where this program is installed."""
+    return ("mpitrain", *sys.argv[1:])
 
 
 def _measure_launched(start: Start, options: dict[str, Any]) -> None:
@@ -133,7 +138,7 @@ def _measure_launched(start: Start, options: dict[str, Any]) -> None:
     launches, failures = run_campaign(found, options["rounds"], launch, lambda text: click.echo(text, err=True))
     if not any(each.component == DEFAULT.name for each in launches):
         raise LaunchError("nothing was measured", operation="bench", got="; ".join(failures), remedy="mpitrain doctor")
-    _hand_out(Report(sys.argv, launches, failures), options)
+    _hand_out(Report([*spec.command], launches, failures), options)
 
 
 def _measure_here(options: dict[str, Any]) -> None:
@@ -144,7 +149,7 @@ def _measure_here(options: dict[str, Any]) -> None:
         failures = ["the MPI library's components: each needs launches of its own; give -n N, or --launcher '…'"]
         launch = measure(comm, spec)
         if comm.rank == 0:
-            _hand_out(Report(sys.argv, [launch], failures if options["peers"] else []), options)
+            _hand_out(Report([*spec.command], [launch], failures if options["peers"] else []), options)
         comm.barrier()
 
 
