@@ -114,6 +114,14 @@ class Engine(ABC):
         """Broadcast one contiguous array in place, checked already, of a type that travels as it is."""
         self._run(Call("broadcast", values.dtype, recv=wire(values), root=root))
 
+    def _reduce_scatter_now(self, send: Array, recv: Array, op: str) -> None:
+        """Reduce the rows of a contiguous array, one for each rank, as `_allreduce_now`."""
+        self._run(Call("reduce_scatter", recv.dtype, wire(send), wire(recv), op))
+
+    def _allgather_now(self, send: Array, recv: Array) -> None:
+        """Collect contiguous arrays of all ranks, as `_broadcast_now`."""
+        self._run(Call("allgather", recv.dtype, wire(send), wire(recv)))
+
     @property
     def plain(self) -> bool:
         """Whether calls may take the short way (`mpitrain.comm.direct`): nothing looks at each of them."""

@@ -161,6 +161,24 @@ class MpiCommunicator(Communicator):
         except MPI.Exception as error:
             raise _translation(f"broadcast of {values.size} {values.dtype}", error) from error
 
+    def _reduce_scatter_now(self, send: Array, recv: Array, op: str) -> None:
+        if send.size > pieces.CHUNK_ELEMENTS:
+            super()._reduce_scatter_now(send, recv, op)
+            return
+        try:
+            self._comm.Reduce_scatter_block(send, recv, _OPS[op])
+        except MPI.Exception as error:
+            raise _translation(f"reduce_scatter of {send.size} {send.dtype}", error) from error
+
+    def _allgather_now(self, send: Array, recv: Array) -> None:
+        if recv.size > pieces.CHUNK_ELEMENTS:
+            super()._allgather_now(send, recv)
+            return
+        try:
+            self._comm.Allgather(send, recv)
+        except MPI.Exception as error:
+            raise _translation(f"allgather of {recv.size} {recv.dtype}", error) from error
+
     def _progress(self) -> None:
         self._comm.Iprobe(self.rank, TAG_MAX + 1)  # which is never there: libraries stop looking when they find one
 

@@ -57,6 +57,8 @@ typedef struct {
   int64_t patience; /* how often it does so before it only looks, as the caller naps between calls */
   int64_t to_memory; /* what others read is written past the cache */
   int64_t slow, writes; /* how often in a row it was slow to write through the cache; how often past it */
+  struct laid_out *laid_out; /* reductions of arrays where they lie, that were performed before */
+  int64_t laid_out_count;
   int64_t brief; /* wait for some microseconds only: the caller keeps others waiting */
 } team;
 
@@ -82,6 +84,11 @@ typedef struct { /* reduces arrays that all ranks map: one combination for each 
   int64_t count, done;
 } shared_reduction;
 
+typedef struct laid_out {
+  const int64_t *posts; /* of all ranks: what it reduces */
+  shared_reduction *reduction;
+} laid_out;
+
 typedef struct { /* reduces ordinary arrays, chunk by chunk through the places */
   team *ranks;
   operation *op;
@@ -91,6 +98,7 @@ typedef struct { /* reduces ordinary arrays, chunk by chunk through the places *
   int64_t nbytes;
   int64_t past_cache;
   int64_t met, handed_in, chunk, reduced; /* progress: all have posted; chunks handed in; the one at hand; its shard */
+  shared_reduction *where_it_lies;    /* what is performed instead */
   int64_t post[POSTED];               /* told to the others first: kind of call, block, offset, elements */
 } stream;
 
@@ -397,8 +405,18 @@ static int64_t *posted(const team *t, int64_t rank) {
   return (int64_t *)(t->rows + rank * t->row_bytes) + 1 + t->exchanges % 2 * POSTED;
 }
 
-/* Tell the others what this call is about, and stream if all told the same, and that no array lies in shared memory.
- * 2: they did not; what they told is in their lines, and no chunk has been reduced. */
+static shared_reduction *find_laid_out(const team *t) {
+  for (const laid_out *each = t->laid_out; each < t->laid_out + t->laid_out_count; each++) {
+    int64_t rank = 0;
+    while (rank < t->ranks && !memcmp(posted(t, rank), each->posts + rank * POSTED, POSTED * sizeof(int64_t))) rank++;
+    if (rank == t->ranks) return each->reduction;
+  }
+  return 0;
+}
+
+/* Tell the others what this call is about.  Stream if all told the same, and that no array lies in shared memory; if
+ * they told what was laid out before, perform that.  2: neither; what they told is in their lines, and nothing has been
+ * reduced. */
 int mpitrain_allreduce(stream *s) {
   team *t = s->ranks;
   if (!s->met) {
@@ -412,19 +430,28 @@ int mpitrain_allreduce(stream *s) {
     }
     if (mpitrain_fence(t)) return 1;
     s->met = 1;
+    int located = 0;
     for (int64_t rank = 0; rank < t->ranks; rank++) {
       const int64_t *other = posted(t, rank);
-      if (other[KIND] != s->post[KIND] || other[BLOCK] >= 0 || other[ELEMENTS] != s->post[ELEMENTS]) return 2;
+      if (other[KIND] != s->post[KIND] || other[ELEMENTS] != s->post[ELEMENTS]) return 2;
+      located |= other[BLOCK] >= 0;
     }
+    s->where_it_lies = located ? find_laid_out(t) : 0;
+    if (located && !s->where_it_lies) return 2;
   }
-  return mpitrain_stream(s);
+  if (!s->where_it_lies) return mpitrain_stream(s);
+  if (mpitrain_reduce_shared(s->where_it_lies)) return 1;
+  s->where_it_lies = 0;
+  s->met = 0;
+  return 0;
 }
 
-/* The same for one ordinary array, by someone who will come again to mpitrain_allreduce if others are not there yet. */
+/* The same for one array, by someone who will come again to mpitrain_allreduce if others are not there yet. */
 int mpitrain_begin_allreduce(
-    stream *s, operation *op, const char *from, char *into, int64_t nbytes, int64_t kind, int64_t past_cache) {
+    stream *s, operation *op, const char *from, char *into, int64_t nbytes, int64_t past_cache, int64_t kind, int64_t block,
+    int64_t offset) {
   s->op = op, s->from = from, s->into = into, s->nbytes = nbytes, s->past_cache = past_cache;
-  s->post[KIND] = kind, s->post[BLOCK] = s->post[OFFSET] = -1, s->post[ELEMENTS] = nbytes / op->item_bytes;
+  s->post[KIND] = kind, s->post[BLOCK] = block, s->post[OFFSET] = offset, s->post[ELEMENTS] = nbytes / op->item_bytes;
   s->ranks->brief = 1;
   const int said = mpitrain_allreduce(s);
   s->ranks->brief = 0;

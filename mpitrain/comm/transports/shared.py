@@ -17,6 +17,7 @@ import os
 from array import array
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -117,13 +118,13 @@ class SharedTransport(Transport):
         self.least_bytes = 0 if kernel else STREAMED_FROM_BYTES
         self._levels = Levels.of(self._node.allgather_object(topology.domain(os.sched_getaffinity(0))))
         self._entry: Entry | None = None
-        self._laid_out: dict[object, Callable[[], object]] = {}
+        self._laid_out: dict[tuple[int, ...], Callable[[], object]] = {}
+        self._arena.changed = self._hold
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
         """Return zeroed memory of this rank's."""
         nbytes = prod(shape) * dtype.itemsize
         _, memory = self._arena.allocate(int(self._comm.allgather(nbytes).max()))
-        self._hold()
         if self._across is None:  # several nodes must not come to different conclusions
             self.least_bytes = min(self.least_bytes, SMALLEST_BYTES)
         return np.asarray(memory[self._node.rank, :nbytes]).view(dtype).reshape(shape)
@@ -145,7 +146,7 @@ class SharedTransport(Transport):
 
         def complete(into: Array, op: str, said: int) -> Array:
             performed = "sum" if op == "mean" else op
-            with watch.during(Doing("allreduce", into, performed, None)):
+            with watch.during(Doing("allreduce", into, performed)):
                 self._settle(kernel, kernel.finish() if said == AGAIN else False, into, performed)
             if op == "mean":
                 np.divide(into, kernel.ranks, out=into)
@@ -158,8 +159,8 @@ class SharedTransport(Transport):
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out a reduction."""
         values = buffer.reshape(-1)
-        if is_half(values.dtype) and self._across is not None:
-            return None  # it would be rounded on every node, and again across
+        if self._across is not None and (is_half(values.dtype) or values.nbytes < SMALLEST_BYTES):
+            return None  # halves would be rounded on every node, and again across; small arrays take as many steps
         places = [Place(*each) for each in self._node.allgather_object(tuple(self._arena.locate(values)))]
         shared = bool(self._comm.allgather(_one_block(places)).all())
         self._fence.exchange(kind_of(values.dtype, op), *places[self._node.rank], values.size)  # dtype, op, size agree
@@ -189,12 +190,11 @@ class SharedTransport(Transport):
         try:
             posts = self._fence.posts(kind_of(recv.dtype, op), recv.size)
         except MismatchError:
-            kernel.give_up()
+            kernel.give_up(handed_in=True)
             raise
-        places = _places(posts)
-        if _one_block(places):
-            kernel.give_up()
-            self._reduce_where_it_lies(places, recv, op)
+        if _one_block(_places(posts)):
+            kernel.give_up(handed_in=False)
+            self._reduce_where_it_lies(posts, recv, op)
         else:
             kernel.resume()
 
@@ -203,32 +203,31 @@ class SharedTransport(Transport):
         stream = self._stream(send, recv, op) if send.nbytes >= STREAMED_FROM_BYTES else None
         if stream is not None and place == NOWHERE:
             stream.copy_in(0)
-        places = _places(self._fence.exchange(kind_of(send.dtype, op), *place, send.size))
+        posts = self._fence.exchange(kind_of(send.dtype, op), *place, send.size)
+        places = _places(posts)
         if _one_block(places):
-            self._reduce_where_it_lies(places, recv, op)
+            self._reduce_where_it_lies(posts, recv, op)
         elif stream is not None:
             self._run(stream, place, places)
         return stream is not None or _one_block(places)
 
-    def _reduce_where_it_lies(self, places: list[Place], values: Array, op: str) -> None:
-        """Reduce arrays that all lie in one block, in place; how is laid out at the first time."""
-        key = (*places, values.size, values.dtype, op)
-        run = self._laid_out.get(key)
-        if run is None:
-            run = self._lay_out(op, self._views(places, values), None)
-            if self._kernel is not None and self._kernel.streams(values.dtype, op):  # this holds no memory
-                self._remember(key, run)
+    def _reduce_where_it_lies(self, posts: list[list[int]], values: Array, op: str) -> None:
+        """Reduce arrays that all lie in one block, in place; compiled loops do it by themselves the next time."""
+        run = self._lay_out(op, self._views(_places(posts), values), None)
+        if self._kernel is not None and self._kernel.streams(values.dtype, op):  # this holds no memory
+            self._remember(self._kernel, tuple(chain.from_iterable(posts)), run)
         run()
 
     def _hold(self) -> None:
         """Tell the entry in which memory arrays are reduced where they lie."""
         if self._entry is not None:
-            self._entry.hold(array("q", self._arena.own_addresses()).tobytes())
+            self._entry.hold(array("q", chain.from_iterable(self._arena.own_parts())).tobytes())
 
-    def _remember(self, key: object, run: Callable[[], object]) -> None:
+    def _remember(self, kernel: Kernel, posts: tuple[int, ...], run: Callable[[], object]) -> None:
         if len(self._laid_out) >= LAID_OUT:
             self._laid_out.clear()
-        self._laid_out[key] = run
+        self._laid_out[posts] = run
+        kernel.remember(self._laid_out)
 
     def _lay_out(self, op: str, parts: list[Array], result: Array | None) -> Callable[[], object]:
         """Return what reduces arrays in shared memory, between two fences: into one result, or where they lie."""
