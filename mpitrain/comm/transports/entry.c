@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { ABI = 2, DONE = 0 }; /* as in kernel.c */
+enum { ABI = 3, DONE = 0 }; /* as in kernel.c */
 
 typedef int begin(void *job, void *operation, const char *from, char *into, int64_t nbytes, int64_t past_cache,
                   int64_t kind, int64_t block, int64_t offset);

@@ -23,7 +23,7 @@ from mpitrain.comm.transports.program import Combine
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
-ABI = 2
+ABI = 3
 """Of `kernel.c`, as this file calls it."""
 
 _TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
@@ -36,6 +36,9 @@ _NAP_S = 50e-6
 
 SPINS = 2000
 """Looks of a waiting rank that has a core to itself, before it yields: some 50 µs."""
+
+PLACES = 6
+"""Of a rank: three for chunks that it hands in, and three for results."""
 
 SLOT_BYTES = 1536
 """Arrays up to this size are handed over whole and combined by every rank; two slots and the counters fill a page."""
@@ -77,7 +80,7 @@ class _Stream(ctypes.Structure):
     _fields_ = [
         ("ranks", POINTER(_Team)), ("op", POINTER(_Operation)), ("source", c_void_p), ("target", c_void_p),
         ("parts", POINTER(c_void_p)), ("nbytes", c_int64), ("past_cache", c_int64), ("met", c_int64),
-        ("handed_in", c_int64), ("chunk", c_int64), ("reduced", c_int64), ("where_it_lies", c_void_p),
+        ("handed_in", c_int64), ("reduced", c_int64), ("taken", c_int64), ("where_it_lies", c_void_p),
         ("post", c_int64 * POSTED),
     ]  # fmt: skip
 
@@ -120,7 +123,7 @@ class Kernel:
 
     Parameters
     ----------
-    memory : array of uint8, shape (ranks, header_bytes + 4 * place_bytes)
+    memory : array of uint8, shape (ranks, header_bytes + PLACES * the size of a place)
         Shared and zero at first; row r is written by rank r only.
     rank : int
         This rank of the node.
@@ -147,7 +150,7 @@ class Kernel:
         self, memory: Array, rank: int, header_bytes: int, spins: int, progress: Callable[[], object]
     ) -> None:  # fmt: skip
         ranks, row_bytes = memory.shape
-        place_bytes = (row_bytes - header_bytes) // 4
+        place_bytes = (row_bytes - header_bytes) // PLACES
         found = library()
         assert found is not None
         self._memory, self.ranks, self._library = memory, ranks, found

@@ -33,7 +33,7 @@ from mpitrain.comm.transports.blocks import NOWHERE, PAGE_BYTES, Arena, Place
 from mpitrain.comm.transports.entry import Entry
 from mpitrain.comm.transports.far import Far, FarStream, FarWorkspace
 from mpitrain.comm.transports.fence import Fence, kind_of
-from mpitrain.comm.transports.kernel import AGAIN, PAST_CACHE_FROM_BYTES, CompiledFence, Kernel
+from mpitrain.comm.transports.kernel import AGAIN, PAST_CACHE_FROM_BYTES, PLACES, CompiledFence, Kernel
 from mpitrain.comm.transports.levels import Levels
 from mpitrain.comm.transports.program import Combine, perform
 from mpitrain.comm.transports.transport import Planned, Transport
@@ -93,7 +93,7 @@ class SharedTransport(Transport):
 
     Notes
     -----
-    Collective over ``comm``.  Holds one mapping per rank of four chunks and a page.
+    Collective over ``comm``.  Holds one mapping per rank of a page and four chunks, or six where loops are compiled.
     """
 
     name = "shared"
@@ -109,7 +109,9 @@ class SharedTransport(Transport):
         self._arena = Arena(self._node)
         self._far = None if across is None else Far(across, self._node.rank, self._node.size)
         chunk_bytes = _chunk_bytes(self._node.size, kernel is not None)
-        needed = Workspace.CHUNKS * chunk_bytes if self._far is None else FarWorkspace.needed_bytes(self._far)
+        needed = (PLACES if kernel else Workspace.CHUNKS) * chunk_bytes
+        if self._far is not None:
+            needed = FarWorkspace.needed_bytes(self._far)
         _, memory = self._arena.allocate(PAGE_BYTES + needed)
         lines = memory[:, :PAGE_BYTES]
         self._kernel = kernel(memory) if kernel else None
