@@ -64,6 +64,12 @@ class FlatBuffer:
         """Set every element to zero."""
         self.flat[...] = 0
 
+    def complete(self, prefix: str) -> None:  # noqa: B027
+        """Be told that no tensor whose name begins with ``prefix`` will be written to any more in this pass.
+
+        A model may say so of gradients, layer by layer, as it computes them; here nothing follows from it.
+        """
+
     def sha256(self) -> str:
         """Return a hash of the values of all tensors, in the order of their names; padding does not count."""
         digest = hashlib.sha256()

@@ -71,7 +71,7 @@ class Sequential(_Container):
         above: list[Context] = []  # the contexts in which dy may lie
         for number, (name, layer, child) in enumerate(self._passes(context), start=1):
             wanted = want_dx or number < len(self.children)
-            dx = layer.backward(params.get(name, {}), grads.get(name, {}), child, dy, call, wanted)
+            dx = layer.backward(params.get(name, {}), grads.get(name, {}), child, dy, call.below(name), wanted)
             if dx is None:
                 return None
             if not call.xp.may_share_memory(dx, dy):
@@ -128,7 +128,7 @@ class Residual(_Container):
     ) -> Array | None:
         """Run both passes of each branch."""
         parts = [
-            layer.backward(params.get(name, {}), grads.get(name, {}), child, dy, call, want_dx)
+            layer.backward(params.get(name, {}), grads.get(name, {}), child, dy, call.below(name), want_dx)
             for name, layer, child in self._passes(context)
         ]
         return _sum([part for part in parts if part is not None], context, call) if want_dx else None

@@ -42,7 +42,9 @@ class Model(ABC):
         batch : Batch
             This rank's share; may be empty, and then the same reductions are called as with samples.
         grads : FlatBuffer
-            Gradients, added to.  For ``statistics`` tensors: the batch's statistic times ``count``.
+            Gradients, added to.  For ``statistics`` tensors: the batch's statistic times ``count``.  A model may tell
+            it, as it goes, which are complete (`FlatBuffer.complete`), so that they are reduced at once; a model that
+            touches them through ``grads.tree`` alone lets methods keep only some of them at a time.
         rng : Key
             Randomness of this step.
         reduce : callable, optional

@@ -63,7 +63,9 @@ class Network(Model):
     ) -> tuple[float, float]:
         """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`."""
         batch, count = self._prepared(batch, params), self.loss.count(batch)
-        call = Call(namespace(params.flat), self.pool, True, rng, batch.index, count, reduce)
+        call = Call(
+            namespace(params.flat), self.pool, True, rng, batch.index, count, reduce, complete=grads.complete
+        )  # fmt: skip
         outputs, context = self.layer.forward(params.tree, batch.inputs, call)
         loss_sum, loss_context = self.loss.forward(outputs, batch, self.pool)
         d_outputs = self.loss.backward(loss_context)
