@@ -64,7 +64,7 @@ class FlatBuffer:
         """Set every element to zero."""
         self.flat[...] = 0
 
-    def complete(self, prefix: str) -> None:  # noqa: B027
+    def complete(self, prefix: str) -> None:
         """Be told that no tensor whose name begins with ``prefix`` will be written to any more in this pass.
 
         A model may say so of gradients, layer by layer, as it computes them; here nothing follows from it.

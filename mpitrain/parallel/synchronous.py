@@ -19,7 +19,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, Layout
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
-from mpitrain.method.state import Kind, Read, State, fill, pieces_of
+from mpitrain.method.state import Kind, Piece, Read, State, fill, pieces_of
 from mpitrain.method.steps import Part, add_sums, check_finite
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, finite
@@ -166,7 +166,7 @@ class Synchronous(Method):
 
     def state(self) -> State:
         """See `Method.state`."""
-        pieces = []
+        pieces: list[Piece] = []
         for part in self.parts:
             pieces += pieces_of("params", part.params, part.shard, self.kind)
             for slot, array in part.state.items():

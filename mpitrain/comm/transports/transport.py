@@ -5,8 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mpitrain._typing import Array, DType, Shape
+
+if TYPE_CHECKING:
+    from mpitrain.comm.transports.sharding import PlannedShard
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,3 +58,18 @@ class Transport(ABC):
     @abstractmethod
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Plan reductions of a contiguous buffer; None where nothing beats the communicator's own way.  Collective."""
+
+    def shared(self, shape: Shape, dtype: DType) -> Array:
+        """Return zeroed memory that is one array for all ranks of a node; where that cannot be, each its own.
+
+        Collective.
+        """
+        return self.empty(shape, dtype)
+
+    def plan_reduce_scatter(self, buffer: Array, op: str) -> PlannedShard | None:
+        """Plan reductions of a one-dimensional buffer by shards; None for the communicator's own way.  Collective."""
+        return None
+
+    def plan_allgather(self, buffer: Array, begin: int, end: int) -> Callable[[], object] | None:
+        """Plan how all get what each writes between ``begin`` and ``end``; None as above.  Collective."""
+        return None
