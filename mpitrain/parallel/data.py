@@ -15,9 +15,7 @@ from mpitrain.comm.codecs import Codec, CompressedSum, make_codec
 from mpitrain.method.state import Read, State, fill, pieces_of
 from mpitrain.method.steps import Part, all_finite, clip, divide, reduce_gradients, update, verify_replicas
 from mpitrain.optim import State as OptimizerState
-from mpitrain.parallel.synchronous import Synchronous, Tally
-
-DEFAULT_BUCKET_BYTES = 4 << 20
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
 
 
 class DataParallel(Synchronous):
@@ -42,6 +40,8 @@ class DataParallel(Synchronous):
     Cost of a step beyond the gradient: an allreduce of the gradients, 2(p−1)/p · n bytes moved per rank where the
     library uses a ring, and one of five numbers.  With a codec: see there.
     """
+
+    grads: FlatBuffer
 
     def __init__(
         self,

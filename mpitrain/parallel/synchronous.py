@@ -16,13 +16,15 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, Layout
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Layout
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.state import Kind, Piece, Read, State, fill, pieces_of
 from mpitrain.method.steps import Part, add_sums, check_finite
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, finite
+
+DEFAULT_BUCKET_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Synchronous(Method):
     kind: ClassVar[Kind] = "replicated"
     """What the parts of a rank are to the others."""
 
-    grads: FlatBuffer
+    grads: Gradients
     parts: tuple[Part, ...]
 
     def __init__(self, comm: Communicator, microbatches: int, bucket_bytes: int, allocator: Allocator) -> None:
@@ -117,7 +119,7 @@ class Synchronous(Method):
         """Tell whether parameters and optimizer state are now the same on all ranks."""
         return True
 
-    def _gradients(self, microbatches: list[Batch], grads: FlatBuffer, reduce: Reduce | None) -> Tally:
+    def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
         """Sum the gradients of this rank's samples into ``grads``."""
         grads.zero()
         rng = self.plan.key.child("train").at(self.step)
@@ -127,12 +129,9 @@ class Synchronous(Method):
             found = self.model.loss_and_gradients(self.params, batch, grads, key, reduce)
             loss, weight = _two_numbers(found)
             loss_sum, count = loss_sum + loss, count + weight
-            self._after_microbatch()
+            grads.end_pass()
         samples = sum(len(batch) for batch in microbatches)
         return Tally(loss_sum, count, samples, float(self._stop), float(not np.isfinite(loss_sum)))
-
-    def _after_microbatch(self) -> None:
-        """Do what is to be done with the gradients of one microbatch; by default they are only added up."""
 
     def _sum(self, own: Tally) -> Tally:
         return Tally(*self.comm.allreduce(np.array(astuple(own), np.float64)).tolist())
