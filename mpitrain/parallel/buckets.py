@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NoReturn, get_args
 
 from mpitrain._errors import InputError
@@ -57,9 +57,8 @@ def buckets_of(layout: Layout, bucket_bytes: int) -> list[Bucket]:
             held += run
         else:
             runs.append(run)
-    starts = [run[0].offset for run in runs]
-    stops = [*starts[1:], layout.size]
-    buckets = [Bucket(*each) for each in zip(starts, stops, map(tuple, runs), strict=True)]
+    cuts = [*(run[0].offset for run in runs), layout.size]
+    buckets = [Bucket(start, stop, tuple(run)) for (start, stop), run in zip(pairwise(cuts), runs, strict=True)]
     groups = get_args(Group)
     return sorted(buckets, key=lambda bucket: (groups.index(bucket.segments[0].group), -bucket.start))
 

@@ -5,7 +5,7 @@ All numbers are float32 numbers, so that runs in either precision see the same d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -109,15 +109,8 @@ class Recorder(Optimizer):
         """The whole gradient of each step, whichever rank saw which part of it."""
         found = []
         for _, parts in sorted(self._parts.items()):
-            pieces = sorted(
-                (piece for rank in comm.allgather_object(parts) for piece in rank), key=lambda each: each[0]
-            )
-            sizes = {start: array.size for start, array in pieces if array.size}
-            whole = np.full(sum(sizes.values()), np.nan, pieces[0][1].dtype)
-            for start, array in pieces:
-                whole[start : start + array.size] = array
-            assert not np.isnan(whole).any()
-            found.append(whole)
+            pieces = {start: array for rank in comm.allgather_object(parts) for start, array in rank if array.size}
+            found.append(np.concatenate([pieces[start] for start in sorted(pieces)]))
         return found
 
 
@@ -142,6 +135,18 @@ METHODS: dict[str, Make] = {
 """All that must take the same steps."""
 
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
+
+
+def every_method_and(name: str, values: Mapping[str, Any], few: Collection[str]) -> pytest.MarkDecorator:
+    """Every method with every value of ``name``; all but data-parallel by default only with ``few`` of them."""
+    cases = [
+        pytest.param(
+            make, value, id=f"{method}-{key}", marks=[] if method == "data" or key in few else pytest.mark.slow
+        )
+        for method, make in METHODS.items()
+        for key, value in values.items()
+    ]
+    return pytest.mark.parametrize(("make", name), cases)
 
 
 def schedule(step: int) -> float:

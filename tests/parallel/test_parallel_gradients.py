@@ -23,7 +23,7 @@ from parallel_cases import (
     RowsFeed,
     by_label,
     cnn,
-    every_method,
+    every_method_and,
     last_rank,
     mlp,
     plan,
@@ -56,8 +56,10 @@ CASES = {
     "importance by label, microbatches": Case(RowsFeed(owner=by_label, importance=IMPORTANCE), 3),
 }
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-both_dtypes = pytest.mark.parametrize("dtype", BOUNDS)
+CASES_IN = {f"{name} in {dtype}": (case, dtype) for name, case in CASES.items() for dtype in BOUNDS}
+FEW = {f"{name} in float64" for name in ("even", "by label, microbatches", "all on the last rank")}
+
+every_method_and_case = every_method_and("case", CASES_IN, FEW)
 
 Expected = Callable[[FlatBuffer, int], tuple[float, FlatBuffer]]
 """Gives the mean loss and gradient at some parameters and step."""
@@ -103,18 +105,14 @@ def check_cnn(comm: Communicator, make: Make, case: Case, dtype: str) -> None:
     compare(comm, *found, expected)
 
 
-@both_dtypes
-@every_case
-@every_method
-def test_mlp_equals_the_closed_form(on_ranks, make, case, dtype):
-    on_ranks(check_mlp, make, case, dtype)
+@every_method_and_case
+def test_mlp_equals_the_closed_form(on_ranks, make, case):
+    on_ranks(check_mlp, make, *case)
 
 
-@both_dtypes
-@every_case
-@every_method
-def test_cnn_with_batchnorm_and_dropout_equals_the_serial_run(on_ranks, make, case, dtype):
-    on_ranks(check_cnn, make, case, dtype)
+@every_method_and_case
+def test_cnn_with_batchnorm_and_dropout_equals_the_serial_run(on_ranks, make, case):
+    on_ranks(check_cnn, make, *case)
 
 
 @settings(max_examples=25, deadline=None)

@@ -16,6 +16,7 @@ from parallel_cases import (
     by_label,
     cnn,
     every_method,
+    every_method_and,
     last_rank,
     mlp,
     plan,
@@ -74,21 +75,18 @@ def check_cnn(comm: Communicator, make: Make, optimizer: Optimizer, limits: dict
     assert_close(method.params, descend(start, optimizer, mean_gradient, STEPS, schedule, **limits), BOUND)
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-@every_method
+@every_method_and("name", {name: name for name in sorted(OPTIMIZERS)}, {"adam", "lamb"})
 def test_every_optimizer_goes_where_the_serial_run_goes(on_ranks, make, name):
     on_ranks(check_mlp, make, make_optimizer(name, weight_decay=0.01), {})
 
 
-@pytest.mark.parametrize("limits", CLIPPING.values(), ids=CLIPPING.keys())
+@every_method_and("limits", CLIPPING, {"by both"})
 @pytest.mark.parametrize("name", ["sgd", "lamb"])
-@every_method
 def test_clipping_takes_the_norm_of_the_whole_gradient(on_ranks, make, name, limits):
     on_ranks(check_mlp, make, make_optimizer(name), limits)
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam", "lamb"])
-@every_method
+@every_method_and("name", {name: name for name in ("momentum", "adam", "lamb")}, {"lamb"})
 def test_batchnorm_and_dropout_go_where_the_serial_run_goes(on_ranks, make, name):
     on_ranks(check_cnn, make, make_optimizer(name), CLIPPING["by both"])
 
