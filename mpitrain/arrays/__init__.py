@@ -3,7 +3,7 @@
 from mpitrain.arrays.batch import Batch
 from mpitrain.arrays.fixed_point import FixedPoint, exponents
 from mpitrain.arrays.flatbuffer import Allocator, FlatBuffer, device, nest, plain
-from mpitrain.arrays.gradients import Gradients, GradientTree
+from mpitrain.arrays.gradients import GradientBuffer, Gradients, GradientTree, unwritten
 from mpitrain.arrays.layout import Box, Group, Layout, Segment, Shard
 from mpitrain.arrays.namespace import by_device, is_cupy, namespace, to_host
 from mpitrain.arrays.random import Key, philox4x32
@@ -14,6 +14,7 @@ __all__ = [
     "Box",
     "FixedPoint",
     "FlatBuffer",
+    "GradientBuffer",
     "GradientTree",
     "Gradients",
     "Group",
@@ -30,4 +31,5 @@ __all__ = [
     "philox4x32",
     "plain",
     "to_host",
+    "unwritten",
 ]

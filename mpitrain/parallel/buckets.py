@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_args
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, FlatBuffer, GradientTree, Group, Layout, Segment, namespace, nest
+from mpitrain.arrays import Allocator, GradientBuffer, GradientTree, Group, Layout, Segment, namespace, nest
 from mpitrain.comm import Communicator
 
 
@@ -67,7 +67,7 @@ def _layer(segment: Segment) -> str:
     return segment.name.rpartition(".")[0]
 
 
-class WholeGradients(FlatBuffer):
+class WholeGradients(GradientBuffer):
     """The gradients of a model, all there, as one bucket.
 
     Parameters
@@ -134,10 +134,11 @@ class StreamedGradients:
         self.sums: list[Array] = [namespace(self._passage).zeros(shard.size, layout.dtype) for shard in self.shards]
         self._home = {each.name: number for number, bucket in enumerate(self.buckets) for each in bucket.segments}
         self._home |= {alias: self._home[name] for alias, name in layout.ties.items()}
-        self._tree = GradientTree(nest({name: name for name in self._home}), self._ready)
+        self._tree = GradientTree(nest({name: name for name in self._home}), self._ready, self._unwritten)
         self._prefixes: dict[str, list[str]] = {}
         self._waiting: dict[int, Array] = {}
         self._begun: dict[int, Array] = {}
+        self._unset: set[str] = set()  # nothing was added to in this pass
         self._begin_pass()
 
     @property
@@ -182,6 +183,7 @@ class StreamedGradients:
     def _begin_pass(self) -> None:
         self._reduced = 0
         self._begun.clear()
+        self._unset.update(segment.name for segment in self.layout.segments)
         self._to_come = set(self._home)
         self._missing = Counter(self._home.values())
 
@@ -192,6 +194,20 @@ class StreamedGradients:
 
     def _ready(self, name: str) -> Array:
         """Return the memory of a tensor for this pass, zero at first."""
+        view = self._unwritten(name)
+        if view is not None:
+            view[...] = 0
+            return view
+        return self._view(name)
+
+    def _unwritten(self, name: str) -> Array | None:
+        view, name = self._view(name), self.layout.ties.get(name, name)
+        if name not in self._unset:
+            return None
+        self._unset.remove(name)
+        return view
+
+    def _view(self, name: str) -> Array:
         number = self._home[name]
         if number < self._reduced:
             raise InputError(
@@ -201,7 +217,6 @@ class StreamedGradients:
         bucket, segment = self.buckets[number], self.layout[name]
         if number not in self._begun:
             self._begun[number] = self._memory(number)
-            self._begun[number][...] = 0
         found: Array = self._begun[number][segment.offset - bucket.start : segment.stop - bucket.start]
         return found.reshape(segment.shape)
 
@@ -216,10 +231,18 @@ class StreamedGradients:
     def _reduce_next(self) -> None:
         number = self._reduced
         place, begun = self._places[number], self._begun.pop(number, None)
-        if begun is not place:
-            place[...] = 0 if begun is None else begun
+        if begun is not None and begun is not place:
+            place[...] = begun
+        self._clear(self.buckets[number], place)
         self.sums[number] += self._plans[number]()
         self._reduced += 1
+
+    def _clear(self, bucket: Bucket, place: Array) -> None:
+        """Zero what no layer has written: tensors that are not used, and the padding between."""
+        ends = [*(segment.offset for segment in bucket.segments[1:]), bucket.stop]
+        for segment, end in zip(bucket.segments, ends, strict=True):
+            start = segment.offset if segment.name in self._unset else segment.stop
+            place[start - bucket.start : end - bucket.start] = 0
 
     def _refuse(self) -> NoReturn:
         raise InputError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, Layout, plain
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Layout, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.codecs import Codec, CompressedSum, make_codec
 from mpitrain.method.state import Read, State, fill, pieces_of
@@ -41,7 +41,7 @@ class DataParallel(Synchronous):
     library uses a ring, and one of five numbers.  With a codec: see there.
     """
 
-    grads: FlatBuffer
+    grads: GradientBuffer
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class DataParallel(Synchronous):
 
     def _allocate(self, layout: Layout) -> None:
         self.params = FlatBuffer(layout, self._allocator)
-        self.grads = FlatBuffer(layout, self._allocator)
+        self.grads = GradientBuffer(layout, self._allocator)
         whole = layout.whole()
         state = self.optimizer.init(whole, self._allocator)
         self.parts = (Part(whole, self.params.flat, self.grads.flat, state),)
@@ -92,9 +92,9 @@ class DataParallel(Synchronous):
 
     def _reduce_gradients(self, count: float) -> None:
         if self._compressed:
-            self._compressed.reduce(self.grads, self.step, count)
+            self._compressed.reduce(self.grads.buffer, self.step, count)
         else:
-            reduce_gradients(self.comm, self.grads, self.buckets)
+            reduce_gradients(self.comm, self.grads.buffer, self.buckets)
 
     def _update(self, count: float) -> None:
         """Divide, clip and update."""
