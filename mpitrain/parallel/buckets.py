@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_args
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, GradientBuffer, GradientTree, Group, Layout, Segment, namespace, nest
+from mpitrain.arrays import Allocator, GradientBuffer, GradientTree, Group, Layout, Segment, nest
 from mpitrain.comm import Communicator
 
 
@@ -106,6 +106,8 @@ class StreamedGradients:
         About the size of a bucket.
     allocate : Allocator
         Where the memory that buckets pass through comes from.  Collective.
+    own : Allocator
+        Where memory of this rank's comes from.
 
     Attributes
     ----------
@@ -121,8 +123,10 @@ class StreamedGradients:
     Collective over ``comm``, as are `complete` and `end_pass`: one reduce_scatter of each bucket a pass.
     """
 
-    def __init__(self, comm: Communicator, layout: Layout, bucket_bytes: int, allocate: Allocator) -> None:
-        self.layout = layout
+    def __init__(
+        self, comm: Communicator, layout: Layout, bucket_bytes: int, allocate: Allocator, own: Allocator
+    ) -> None:
+        self.layout, self._own = layout, own
         self.buckets = buckets_of(layout, bucket_bytes)
         self._passage = allocate(max((each.size for each in self.buckets), default=0), layout.dtype)
         self._places = [self._passage[: bucket.size] for bucket in self.buckets]
@@ -131,7 +135,7 @@ class StreamedGradients:
             layout.shard(bucket.start + plan.begin, bucket.start + plan.end)
             for bucket, plan in zip(self.buckets, self._plans, strict=True)
         ]
-        self.sums: list[Array] = [namespace(self._passage).zeros(shard.size, layout.dtype) for shard in self.shards]
+        self.sums = [own(shard.size, layout.dtype) for shard in self.shards]
         self._home = {each.name: number for number, bucket in enumerate(self.buckets) for each in bucket.segments}
         self._home |= {alias: self._home[name] for alias, name in layout.ties.items()}
         self._tree = GradientTree(nest({name: name for name in self._home}), self._ready, self._unwritten)
@@ -225,7 +229,7 @@ class StreamedGradients:
         if number == self._reduced:
             return self._places[number]
         if number not in self._waiting:
-            self._waiting[number] = namespace(self._passage).empty_like(self._places[number])
+            self._waiting[number] = self._own(self.buckets[number].size, self.layout.dtype)
         return self._waiting[number]
 
     def _reduce_next(self) -> None:

@@ -78,7 +78,7 @@ class GradientParallel(Synchronous):
         self.params = FlatBuffer(layout, self._private or self.comm.shared)
         self.grads: WholeGradients | StreamedGradients = (
             WholeGradients(self.comm, layout, memory) if self.stage == 1
-            else StreamedGradients(self.comm, layout, self.bucket_bytes, memory)
+            else StreamedGradients(self.comm, layout, self.bucket_bytes, memory, self._allocator)
         )  # fmt: skip
         self.parts = tuple(self._part(*each) for each in zip(self.grads.shards, self.grads.sums, strict=True))
         self._gathers = [self._gather(*each) for each in zip(self.grads.buckets, self.grads.shards, strict=True)]
