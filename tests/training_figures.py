@@ -2,9 +2,10 @@
 
     mpiexec -n 2 python tests/training_figures.py [--hidden 256 1024 2048] [--batch 64 64 128] [--rounds 15] [--ddp]
 
-An MLP 784-h-h-10 under Adam in float32, one BLAS thread a rank; ``--batch`` is per rank.  Each round takes some steps of
-each contestant in turn; a figure is the median over rounds of the samples per second of all ranks.  ``--ddp`` needs
-PyTorch: ``gradient_as_bucket_view=True``, fused Adam.
+An MLP 784-h-h-10 under Adam in float32, one BLAS thread a rank; ``--batch`` is per rank.  Each round takes some steps
+of each contestant in turn; a figure is the median over rounds, ratios are medians of each round's ratio.  "alone" is a
+serial run on each rank, all side by side, that share nothing: what is lost to it is what the method costs (and what
+fewer copies of everything give back).  ``--ddp`` needs PyTorch: ``gradient_as_bucket_view=True``, fused Adam.
 """
 
 from __future__ import annotations
@@ -17,10 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
-
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from mpitrain import Batch, Communicator, DataParallel, GradientParallel, Key, Network, Plan, nn, world
 from mpitrain.optim import Adam
@@ -121,7 +120,10 @@ def main() -> None:
     parser.add_argument("--round-s", type=float, default=0.15, help="seconds of each contestant in a round")
     parser.add_argument("--ddp", action="store_true", help="PyTorch DDP over gloo too")
     options = parser.parse_args()
+    threadpool_limits(1)
     comm = world()
+    alone = comm.split(comm.rank)
+    assert alone is not None
     for hidden, count in zip(options.hidden, options.batch, strict=True):
         makes = {
             "data": DataParallel,
@@ -129,6 +131,7 @@ def main() -> None:
             "gradient 2": lambda c: GradientParallel(c, stage=2),
         }
         contestants = {name: method(comm, make, hidden, count) for name, make in makes.items()}
+        contestants["alone"] = method(alone, DataParallel, hidden, count)
         if options.ddp:
             contestants["DDP"] = ddp(comm, hidden, count)
         seconds = contest(comm, contestants, options.rounds, options.round_s)
@@ -136,19 +139,20 @@ def main() -> None:
 
 
 def report(comm: Communicator, title: str, seconds: dict[str, list[float]], count: int) -> None:
-    """Print a table on rank 0; ratios are medians of each round's ratio to the first contestant."""
+    """Print a table on rank 0."""
     if comm.rank:
         return
     print(title)
-    base = seconds[next(iter(seconds))]
-    last = seconds[list(seconds)[-1]]
+    rivals = [name for name in ("data", "alone", "DDP") if name in seconds]
     for name, each in seconds.items():
         median = statistics.median(each)
-        to_first = statistics.median(b / s for b, s in zip(base, each, strict=True))
-        to_last = statistics.median(b / s for b, s in zip(last, each, strict=True))
+        ratios = {
+            rival: statistics.median(theirs / own for theirs, own in zip(seconds[rival], each, strict=True))
+            for rival in rivals
+        }
         print(
-            f"  {name:12s} {median * 1e3:8.3f} ms a step  {comm.size * count / median:10,.0f} samples/s  "
-            f"{to_first:5.2f} x data  {to_last:5.2f} x {list(seconds)[-1]}",
+            f"  {name:10s} {median * 1e3:8.3f} ms a step  {comm.size * count / median:8,.0f} samples/s  "
+            + "  ".join(f"{ratio:5.2f} x {rival}" for rival, ratio in ratios.items()),
             flush=True,
         )
 
