@@ -3,5 +3,6 @@
 from mpitrain.parallel.averaging import ModelAveraging
 from mpitrain.parallel.data import DataParallel
 from mpitrain.parallel.gradient import GradientParallel
+from mpitrain.parallel.synchronous import Synchronous, Tally
 
-__all__ = ["DataParallel", "GradientParallel", "ModelAveraging"]
+__all__ = ["DataParallel", "GradientParallel", "ModelAveraging", "Synchronous", "Tally"]

@@ -124,5 +124,6 @@ class GradientParallel(Synchronous):
 
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""
+        self.comm.barrier()  # a rank may still predict with what is there now
         super().load_parameters(read)
         self._publish()

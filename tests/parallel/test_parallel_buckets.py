@@ -12,7 +12,7 @@ from parallel_cases import RowsFeed, cnn, mlp, plan
 
 from mpitrain import nn
 from mpitrain._errors import InputError
-from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, Segment, plain
+from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, Segment, plain, unwritten
 from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.nn import Network
 from mpitrain.optim import SGD, Adam
@@ -201,6 +201,33 @@ def test_memory_of_each_kind_is_the_formula(size, stage):
     assert sum(states for _, states, _ in found) == 2 * nbytes
     assert sum(sums for _, _, sums in found) == nbytes
     assert all(abs(sums - nbytes / size) <= 64 * 8 for _, _, sums in found)  # a line for each bucket
+
+
+def check_what_is_left(comm: Communicator) -> None:
+    """What lies in the passage from other buckets is neither a tensor's gradient nor padding."""
+    grads = streamed(comm)
+    for used in ({segment.name for segment in LAYOUT}, {"0.weight", "1.bias"}):
+        grads.zero()
+        for bucket in grads.buckets:
+            for segment in bucket.segments:
+                node = grads.tree
+                for key in segment.name.split(".")[:-1]:
+                    node = node[key]
+                written = unwritten(node, segment.name.split(".")[-1]) if segment.name in used else None
+                if written is not None:
+                    written[...] = 5
+                grads.complete(segment.name)
+        grads.end_pass()
+        for name, view in whole(comm, grads).items():
+            expected = 5 * comm.size if LAYOUT.ties.get(name, name) in used else 0
+            np.testing.assert_array_equal(view, expected)
+        total = comm.allreduce(sum(float(np.abs(sums).sum()) for sums in grads.sums))
+        assert total == 5 * comm.size * sum(LAYOUT[name].size for name in used)
+
+
+def test_what_no_layer_wrote_is_zero():
+    for size in (1, 2, 3):
+        LocalWorld(size, timeout_s=20).run(check_what_is_left)
 
 
 @pytest.mark.parametrize("attribute", ["flat", "views"])

@@ -133,21 +133,26 @@ def test_checkpoints_pass_between_methods_and_numbers_of_ranks(tmp_path, writer,
         assert (found_scalars, bits(found)) == (scalars, bits(tensors))
 
 
-def check_pieces(comm: Communicator) -> None:
+def check_pieces(comm: Communicator, name: str) -> None:
     """Names, shapes and kinds are those of the model, not of its padded memory."""
-    method = ready(comm)
+    method = ready(comm, name)
     method.advance(FEED, until=1)
     state = method.state()
     names = [segment.name for segment in method.params.layout]
     expected = {f"{prefix}/{name}" for prefix in ("params", "optimizer.m", "optimizer.v") for name in names}
-    assert {piece.name for piece in state.pieces} == expected
-    assert {piece.kind for piece in state.pieces} == {"replicated"}
+    held = comm.allgather_object([(piece.name, piece.kind, piece.array.tobytes()) for piece in state.pieces])
+    assert {piece for rank in held for piece, _, _ in rank} == expected
+    assert {kind for rank in held for _, kind, _ in rank} == {"replicated" if name == "data" else "sharded"}
     assert state.scalars == {"step": 1}
-    same_on_all(comm, {piece.name: piece.array.tobytes() for piece in state.pieces})
+    values = 3 * sum(segment.size for segment in method.params.layout) * method.params.layout.dtype.itemsize
+    assert sum(len(array) for rank in held for _, _, array in rank) == values * (comm.size if name == "data" else 1)
+    if name == "data":
+        same_on_all(comm, held[comm.rank])
 
 
-def test_state_speaks_of_whole_tensors(on_ranks):
-    on_ranks(check_pieces)
+@pytest.mark.parametrize("name", METHODS)
+def test_state_speaks_of_tensors(on_ranks, name):
+    on_ranks(check_pieces, name)
 
 
 def check_warm_start(comm: Communicator, name: str) -> None:
