@@ -98,10 +98,11 @@ def allgather(comm: Communicator, buffer: Array, begin: int, end: int) -> Allgat
     whole = _flat("allgather_plan", buffer)
     owned = comm.allgather_object((begin, end))
     _check_tiles(owned, whole.size)
+    counts = tuple(stop - start for start, stop in owned)
     if not is_cupy(whole):
         planned = comm._moves().plan_allgather(whole, begin, end)
         if planned is not None:
-            call = Call("allgather", dtype=whole.dtype, send=whole[begin:end], recv=whole)
+            call = Call("allgather", dtype=whole.dtype, send=whole[begin:end], recv=whole, counts=counts)
             return AllgatherPlan(
                 _watched(comm, Prepared("allgather_plan", [call], lambda: None, whole), planned), whole
             )
@@ -109,7 +110,6 @@ def allgather(comm: Communicator, buffer: Array, begin: int, end: int) -> Allgat
         return AllgatherPlan(lambda: None, whole)
     if owned != sorted(owned):
         raise InputError("the ranks' shards are not in the order of the ranks", operation="allgather_plan", got=owned)
-    counts = [stop - start for start, stop in owned]
     return AllgatherPlan(partial(comm.allgather, whole[begin:end], counts, whole), whole)
 
 

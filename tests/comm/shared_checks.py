@@ -180,6 +180,20 @@ def unusable_shards_are_refused(comm: Communicator) -> None:
 
 
 @check
+def plans_of_uneven_shards_agree_in_debug_mode(comm: Communicator) -> None:
+    comm.debug = True
+    x, whole = comm.empty(1000, "int64"), comm.shared(1000, "int64")
+    reduce = comm.reduce_scatter_plan(x)
+    gather = comm.allgather_plan(whole, reduce.begin, reduce.end)
+    for step in range(3):
+        x[...] = step
+        whole[reduce.begin : reduce.end] = reduce()
+        same(gather(), np.full(1000, step * comm.size))
+        comm.barrier()
+    comm.debug = False
+
+
+@check
 def the_ledger_counts_plans_of_shards(comm: Communicator) -> None:
     size = 64
     x, whole = comm.empty(size), comm.shared(size)
