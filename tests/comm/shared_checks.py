@@ -109,15 +109,14 @@ def plans_reduce_what_the_buffer_holds_at_each_call(comm: Communicator) -> None:
 
 
 @check
-def plans_shards_of_every_dtype_op_and_size(comm: Communicator) -> None:
-    for dtype, size, on_node in product(DTYPES, (0, 1, 7, 40, 1320), (True, False)):
+def plans_shards_of_every_dtype_and_op(comm: Communicator) -> None:
+    for (dtype, size), on_node in product(zip(DTYPES, (1320, 7, 40, 0, 1320, 1, 700), strict=True), (True, False)):
         x = comm.empty(size, dtype) if on_node else np.empty(size, dtype)
         for op in ops(dtype):
             plan = comm.reduce_scatter_plan(x, op)
             tiles(comm, plan.begin, plan.end, size)
-            for _ in range(2):
-                x[...] = values(comm.rank, (size,), dtype)
-                same(plan(), folded(comm.size, (size,), dtype, op)[plan.begin : plan.end])
+            x[...] = values(comm.rank, (size,), dtype)
+            same(plan(), folded(comm.size, (size,), dtype, op)[plan.begin : plan.end])
             assert plan.shard is plan()
 
 

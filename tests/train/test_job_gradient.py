@@ -74,11 +74,10 @@ def test_a_run_goes_on_under_another_method_and_number_of_ranks(tmp_path: Path):
         return train_job(job(method, steps), comm, **options)
 
     run = tmp_path / "run"
-    LocalWorld(2).run(lambda comm: trained(comm, 'kind = "gradient"', 3, run_dir=run))
-    LocalWorld(3).run(lambda comm: trained(comm, 'kind = "data_parallel"', 6, resume=run))
-    resumed = LocalWorld(1).run(lambda comm: trained(comm, 'kind = "gradient"\nstage = 2', 8, resume=run))[0]
-    whole = LocalWorld(1).run(lambda comm: trained(comm, "", 8, run_dir=tmp_path / "whole"))[0]
-    assert resumed["steps"] == whole["steps"] == 8
+    LocalWorld(2).run(lambda comm: trained(comm, 'kind = "data_parallel"', 2, run_dir=run))
+    resumed = LocalWorld(3).run(lambda comm: trained(comm, 'kind = "gradient"\nstage = 2', 4, resume=run))[0]
+    whole = LocalWorld(1).run(lambda comm: trained(comm, "", 4, run_dir=tmp_path / "whole"))[0]
+    assert resumed["steps"] == whole["steps"] == 4
     assert resumed["metrics"]["test_loss"] == pytest.approx(whole["metrics"]["test_loss"], rel=1e-5)
 
 
