@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.parallel import DataParallel, GradientParallel
 from mpitrain.train.assembly import assemble
 from mpitrain.train.job import Job
-from mpitrain.train.session import train_job
+from mpitrain.train.session import _check_same_job, train_job
 
 TOML = """
 [data]
@@ -67,6 +68,22 @@ def test_what_does_not_fit_is_said_in_one_line(lines: str, message: str):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("lines", "allowed"),
+    [
+        ('kind = "gradient"\nstage = 2', True),
+        ("bucket_bytes = 1000", True),
+        ("average_every = 2", False),
+        ('kind = "gradient"\nmicrobatches = 2', False),
+    ],
+)
+def test_a_run_may_change_how_its_steps_are_divided_and_not_what_they_are(tmp_path: Path, lines: str, allowed: bool):
+    (tmp_path / "job.toml").write_text(job("").to_toml())
+    with nullcontext() if allowed else pytest.raises(JobError, match="the job is not the one"):
+        _check_same_job(job(lines), tmp_path)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_method_and_number_of_ranks(tmp_path: Path):
     pytest.importorskip("sklearn")
 
