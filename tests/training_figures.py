@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def ddp(comm: Communicator, hidden: int, count: int) -> Steps:
 
     if not distributed.is_initialized():
         torch.set_num_threads(1)
-        store = comm.broadcast_object(f"/tmp/mpitrain-figures-{os.getpid()}")
+        store = comm.broadcast_object(f"{tempfile.gettempdir()}/mpitrain-figures-{os.getpid()}")
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=comm.rank, world_size=comm.size)
     torch.manual_seed(0)
     layers = torch.nn.Sequential(
