@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpitrain._typing import Array, Tree
+from mpitrain.arrays import unwritten
 from mpitrain.nn import checks
 from mpitrain.nn.initial import he_uniform, zeros
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
@@ -52,10 +53,15 @@ class Linear(Layer):
 
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add ``xᵀ dy``, and the sums of ``dy`` for the bias."""
-        product = call.take((self.inputs, self.outputs), dy.dtype)
-        call.xp.matmul(_rows(context["x"]).T, _rows(dy), out=product)
-        grads["weight"][...] += product
-        call.give(product)
+        x, dy_rows = _rows(context["x"]), _rows(dy)
+        weight = unwritten(grads, "weight")
+        if weight is not None:
+            call.xp.matmul(x.T, dy_rows, out=weight)
+        else:
+            product = call.take((self.inputs, self.outputs), dy.dtype)
+            call.xp.matmul(x.T, dy_rows, out=product)
+            grads["weight"][...] += product
+            call.give(product)
         if self.bias:
             grads["bias"][...] += column_sums(dy, call)
 
