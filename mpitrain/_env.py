@@ -93,6 +93,11 @@ def transport() -> str | None:
     return os.environ.get("MPITRAIN_TRANSPORT") or None
 
 
+def device_transport() -> str | None:
+    """Return ``MPITRAIN_DEVICE_TRANSPORT``: how memory of devices moves whatever would be chosen; None if not set."""
+    return os.environ.get("MPITRAIN_DEVICE_TRANSPORT") or None
+
+
 def kernel() -> bool:
     """Tell whether compiled loops may be used where they were built."""
     return os.environ.get("MPITRAIN_KERNEL", "").lower() not in ("off", "0")

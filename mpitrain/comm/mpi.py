@@ -20,6 +20,7 @@ from mpitrain.comm.communicator import Communicator
 from mpitrain.comm.debug import Checker
 from mpitrain.comm.ledger import Ledger
 from mpitrain.comm.pieces import Pieces
+from mpitrain.comm.transports import device_choice
 from mpitrain.comm.transports.blocks import PAGE_BYTES
 from mpitrain.comm.transports.choice import choose, ranks_per_node
 from mpitrain.comm.transports.shared import SMALLEST_BYTES
@@ -83,6 +84,8 @@ class MpiCommunicator(Communicator):
         """Return a communicator over a private duplicate of ``comm``.  Collective."""
         with _translated("from_mpi"):
             made = cls(comm.Dup(), Ledger(), Channel(comm.Dup()))
+            way = made._comm.bcast(device_choice.choose() if made.rank == 0 else None)
+        made._device_way = device_choice.checked(way)
         made.debug = _env.debug()
         return made
 
@@ -177,6 +180,7 @@ class MpiCommunicator(Communicator):
             cast("MPI.Intracomm", comm), self.ledger.child(axis), self._channel, f"{self._name}/{self._splits}",
             self._watch.chosen_s,
         )  # fmt: skip
+        child._device_way = self._device_way
         child.debug = self.debug
         return child
 

@@ -68,16 +68,22 @@ def assign(comm: Engine, prepared: Prepared, algorithm: str | None) -> Prepared:
     return replace(prepared, calls=calls)
 
 
-def perform(comm: Engine, call: Call) -> None:
-    """Perform a call by the algorithm that it names.  Collective."""
+def perform(comm: Engine, call: Call, links: Links | None = None) -> None:
+    """Perform a call by the algorithm that it names, over the communicator's own links or others.  Collective."""
+    links = links or comm._links
     comm._meet(call)
     with np.errstate(all="ignore"):  # as everywhere, sums beyond the largest float are infinite
-        ALGORITHMS[call.operation, call.algorithm or ""](comm._links, call)
-    comm._links.book(call.operation)
+        ALGORITHMS[call.operation, call.algorithm or ""](links, call)
+    links.book(call.operation)
+
+
+def tuned(comm: Engine, call: Call) -> Call:
+    """Return a call that names no algorithm with the one that the communicator's table has for it, if any."""
+    return call if call.algorithm is not None else replace(call, algorithm=_choice(comm, call, None))
 
 
 def _choice(comm: Engine, call: Call, algorithm: str | None) -> str | None:
-    if algorithm is None and comm.tuning is not None:
+    if algorithm is None and comm.tuning is not None and call.stream is None:  # the table is of host memory
         whole = max(side.nbytes for side in (call.send, call.recv) if side is not None) if call.dtype else 0
         algorithm = comm.tuning.choose(call.operation, whole, comm.size)
     return None if algorithm == DEFAULT else algorithm
