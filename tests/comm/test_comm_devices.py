@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import device_suite
@@ -112,6 +113,25 @@ def test_libraries_with_streams_of_their_own(cupy: Any, monkeypatch: pytest.Monk
                 same(cupy, tensor.array, expected)
 
     LocalWorld(2).run(run)
+
+
+def test_the_table_chooses_for_a_chunk(cupy: Any) -> None:
+    seen: list[str] = []
+
+    def choose(operation: str, nbytes: int, ranks: int) -> str:
+        seen.append(f"{operation} {nbytes}")
+        return "ring"
+
+    def run(comm: Communicator) -> None:
+        comm.tuning = SimpleNamespace(choose=choose)  # type: ignore[assignment]
+        expected = folded(2, (33,), "float32", "sum")
+        same(cupy, comm.allreduce(late(cupy, own(comm, 33, "float32"))), expected)
+        rings = comm.ledger.snapshot()["world", "allreduce"].moved_messages
+        same(cupy, comm.allreduce(late(cupy, own(comm, 33, "float32")), algorithm="default"), expected)
+        assert comm.ledger.snapshot()["world", "allreduce"].moved_messages == rings > 0
+
+    LocalWorld(2).run(run)
+    assert set(seen) == {"allreduce 44"}
 
 
 def test_a_host_array_beside_a_long_device_array_is_told(cupy: Any) -> None:

@@ -77,15 +77,17 @@ def perform(comm: Engine, call: Call, links: Links | None = None) -> None:
     links.book(call.operation)
 
 
-def tuned(comm: Engine, call: Call) -> Call:
-    """Return a call that names no algorithm with the one that the communicator's table has for it, if any."""
-    return call if call.algorithm is not None else replace(call, algorithm=_choice(comm, call, None))
+def tabled(comm: Engine, operation: str, nbytes: int) -> str | None:
+    """Return what the communicator's table has for an operation on so much host memory; None if it has no table."""
+    return None if comm.tuning is None else comm.tuning.choose(operation, nbytes, comm.size)
 
 
 def _choice(comm: Engine, call: Call, algorithm: str | None) -> str | None:
-    if algorithm is None and comm.tuning is not None and call.stream is None:  # the table is of host memory
+    if call.stream is not None:
+        return algorithm  # what performs it on a device chooses there
+    if algorithm is None:
         whole = max(side.nbytes for side in (call.send, call.recv) if side is not None) if call.dtype else 0
-        algorithm = comm.tuning.choose(call.operation, whole, comm.size)
+        algorithm = tabled(comm, call.operation, whole)
     return None if algorithm == DEFAULT else algorithm
 
 

@@ -137,14 +137,14 @@ class Staging:
                     self.upload(slot, part)
 
 
-def chunks(elements: int, itemsize: int) -> int:
+def chunks(nbytes: int) -> int:
     """Return in how many parts words travel; an empty array in one, since all ranks of a collective take part."""
-    return max(1, -(-elements // max(1, CHUNK_BYTES // itemsize)))
+    return max(1, -(-nbytes // CHUNK_BYTES))
 
 
 def _chunks(words: Array) -> Iterator[Array]:
-    length = max(1, CHUNK_BYTES // words.itemsize)
-    for number in range(chunks(words.size, words.itemsize)):
+    length = CHUNK_BYTES // words.itemsize
+    for number in range(chunks(words.nbytes)):
         yield words[number * length : (number + 1) * length]
 
 
@@ -177,10 +177,11 @@ class Passage:
         self.call = replace(call, send=send, recv=recv, stream=None)
 
     def finish(self) -> None:
-        """Copy up what has arrived, and wait until it is there."""
-        if self._slots and self._recv is not None:
+        """Copy up what has arrived, wait until it is there, and let go of the device's memory."""
+        if self._recv is not None:
             self._staging.upload(self._slots[-1], self._recv)
             self._slots[-1].settle()
+            self._recv = None
         while self._slots:
             self._staging.give_back(self._slots.pop())
 

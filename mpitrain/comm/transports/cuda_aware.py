@@ -45,7 +45,9 @@ class CudaAwareTransport(DeviceTransport):
         self._links: DeviceLinks | None = None
 
     def assign(self, call: Call) -> Call:
-        """Choose an algorithm for a reduction that names none."""
+        """Choose an algorithm for a reduction that names none, or would leave it to the library."""
+        if call.algorithm == algorithms.DEFAULT:
+            call = replace(call, algorithm=None)
         if call.algorithm in _ON_HOST or self._is_long(call):
             return self._staged.assign(call)
         if call.algorithm is not None or call.operation not in _ALGORITHMS:

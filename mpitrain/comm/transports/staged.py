@@ -26,17 +26,18 @@ class StagedTransport(DeviceTransport):
     name: ClassVar[str] = "staged"
 
     def assign(self, call: Call) -> Call:
-        """Say in how many parts it travels."""
-        if call.operation not in _PIPELINED or call.recv is None:
-            return call
-        return replace(call, parts=chunks(call.recv.size, call.recv.itemsize))
+        """Say in how many parts it travels, and by which algorithm on the host."""
+        whole = max(side.nbytes for side in (call.send, call.recv) if side is not None)
+        parts = chunks(whole) if call.operation in _PIPELINED else 1
+        name = call.algorithm or algorithms.tabled(self._comm, call.operation, -(-whole // parts))
+        return replace(call, parts=parts, algorithm=None if name == algorithms.DEFAULT else name)
 
     def run(self, call: Call) -> None:
         """Perform a call."""
         stream = _stream(call)
         if call.operation not in _PIPELINED:
             passage = Passage(self._staging(stream), call, *_ways(call, self._comm.rank))
-            self._on_host(passage.call)
+            self._comm._perform(passage.call)
             passage.finish()
             return
         assert call.recv is not None
@@ -48,10 +49,7 @@ class StagedTransport(DeviceTransport):
         return _Begun(self._comm._begin(passage.call), passage)
 
     def _chunk_mover(self, call: Call) -> Callable[[Array], None]:
-        return lambda words: self._on_host(replace(call, recv=words, stream=None, parts=1))
-
-    def _on_host(self, call: Call) -> None:
-        self._comm._perform(algorithms.tuned(self._comm, call))
+        return lambda words: self._comm._perform(replace(call, recv=words, stream=None, parts=1))
 
 
 class _Begun:
