@@ -26,7 +26,7 @@ from mpitrain.comm.calls import Call, Handle, Prepared
 from mpitrain.comm.ledger import Ledger
 from mpitrain.comm.request import Request
 from mpitrain.comm.transports.device import DeviceTransport
-from mpitrain.comm.transports.device_choice import STAGED, Way
+from mpitrain.comm.transports.device_choice import BETWEEN_THREADS, Way
 from mpitrain.comm.transports.host import HostTransport
 from mpitrain.comm.transports.transport import Transport
 from mpitrain.comm.watchdog import Watch, checked_timeout, watchdog
@@ -61,7 +61,7 @@ class Engine(ABC):
         self._made: list[Communicator] = []
         self.tuning: Table | None = None
         self._transport: Transport | None = None
-        self._device_way: Way = STAGED
+        self._device_way: Way = BETWEEN_THREADS
         self._devices: DeviceTransport | None = None
         self._parts: WeakSet[Engine] = WeakSet()
         self._recorder: Recorder | None = None

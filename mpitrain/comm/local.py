@@ -11,7 +11,6 @@ from mpitrain.comm.calls import Call, Handle
 from mpitrain.comm.communicator import Communicator
 from mpitrain.comm.ledger import Ledger
 from mpitrain.comm.local_hub import Group, Hub, Post, Slot
-from mpitrain.comm.transports.device_choice import BETWEEN_THREADS
 
 
 class LocalWorld:
@@ -103,7 +102,6 @@ class LocalCommunicator(Communicator):
         self._ranks_per_node = ranks_per_node
         self._number = 0
         self._splits = 0
-        self._device_way = BETWEEN_THREADS
 
     def _run(self, call: Call) -> None:
         self._post(call, str(call)).wait()

@@ -84,8 +84,7 @@ class MpiCommunicator(Communicator):
         """Return a communicator over a private duplicate of ``comm``.  Collective."""
         with _translated("from_mpi"):
             made = cls(comm.Dup(), Ledger(), Channel(comm.Dup()))
-            way = made._comm.bcast(device_choice.choose() if made.rank == 0 else None)
-        made._device_way = device_choice.checked(way)
+            made._device_way = device_choice.agree(made._comm, made.rank, made.library)
         made.debug = _env.debug()
         return made
 
