@@ -13,7 +13,8 @@ import pytest
 import standin_cupy
 
 from mpitrain._errors import InputError, MissingExtraError
-from mpitrain.arrays.libraries import LIBRARIES, owner
+from mpitrain.arrays.dtypes import storage
+from mpitrain.arrays.libraries import LIBRARIES, owner, torch_tensors
 from mpitrain.comm import LocalWorld
 
 CupyArray = standin_cupy.asarray
@@ -120,6 +121,20 @@ def test_tensors_of_a_device_are_copied(monkeypatch: pytest.MonkeyPatch) -> None
             assert strided.tolist() == [[6.0] * 3] * 2
 
     LocalWorld(3).run(run)
+
+
+@pytest.mark.parametrize("name", [*torch_tensors._SHARED, "bfloat16"])
+def test_tensors_of_a_gpu_are_words_there(cupy: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Both ways between a tensor and words, on a tensor of the CPU that is passed off as one of a GPU."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(cupy, "asarray", lambda tensor: standin_cupy.ndarray(tensor.numpy()))
+    tensor = torch.tensor([[0, 1, 3], [2, 0, 1]]).to(getattr(torch, name)).T
+    dtype = torch_tensors._dtype("", tensor.dtype)
+    words = torch_tensors._memory(tensor, dtype)
+    assert (words.dtype, words.shape, words.data.ptr) == (storage(dtype), (3, 2), tensor.data_ptr())
+    again = torch_tensors._adopt(np.ascontiguousarray(words.memory), dtype)
+    assert again.dtype == tensor.dtype
+    assert again.tolist() == tensor.tolist()
 
 
 def test_no_library_is_imported() -> None:
