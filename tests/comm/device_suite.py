@@ -35,9 +35,14 @@ def check(function: Callable[[Communicator, Any], None]) -> Callable[[Communicat
 
 def late(xp: Any, host: np.ndarray) -> Any:
     """An array that is being computed on the current stream."""
-    found = xp.empty(host.shape, host.dtype)
-    found[...] = xp.asarray(host)
+    found, source = xp.empty(host.shape, host.dtype), xp.asarray(host)
+    delay()
+    found[...] = source
     return found
+
+
+def delay() -> None:
+    """Keep the current stream busy; a stand-in is late anyway."""
 
 
 def same(xp: Any, got: Any, expected: np.ndarray) -> None:

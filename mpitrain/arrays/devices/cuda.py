@@ -66,18 +66,19 @@ class CudaStream(Stream):
 
     def record(self) -> Event:
         """Return an event after what is queued."""
-        cupy = by_device("gpu")
-        with cupy.cuda.Device(self.device):
+        with self._current() as cupy:
             event: Event = self.handle.record(cupy.cuda.Event(disable_timing=True))
         return event
 
     def wait(self, event: Event) -> None:
         """Put what is queued from now on behind an event."""
-        self.handle.wait_event(event)
+        with self._current():
+            self.handle.wait_event(event)
 
     def synchronize(self) -> None:
         """Block until the stream is empty."""
-        self.handle.synchronize()
+        with self._current():
+            self.handle.synchronize()
 
     def empty(self, elements: int, dtype: DType) -> Array:
         """Return memory of CuPy's pool, which hands it out in the order of the stream."""
@@ -130,7 +131,7 @@ class CudaStream(Stream):
 
     @contextmanager
     def _current(self) -> Iterator[Any]:
-        """Make device and stream CuPy's current ones."""
+        """Make device and stream CuPy's current ones; every device has a default stream, and they share a number."""
         cupy = by_device("gpu")
         with cupy.cuda.Device(self.device), self.handle:
             yield cupy
