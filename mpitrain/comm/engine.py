@@ -213,6 +213,7 @@ class Engine(ABC):
             for made in reversed(self._made):
                 made.free()
             self._freed = True
+            self._devices = None  # and its page-locked memory
             self._free()
 
     def __enter__(self) -> Self:

@@ -17,6 +17,7 @@ from mpitrain._errors import InputError
 from mpitrain.cli.checks import devices, start, survey
 from mpitrain.comm import Communicator, LocalWorld, probing
 from mpitrain.comm.launch import library
+from mpitrain.comm.machine import gpus
 from mpitrain.comm.probing import program
 from mpitrain.comm.transports import device_choice
 
@@ -152,6 +153,14 @@ def test_only_the_same_setting_is_trusted(cache: Path, monkeypatch: pytest.Monke
     assert device_choice.choose("Some MPI 1").name == "staged"
     monkeypatch.setenv("MPITRAIN_DEVICE_TRANSPORT", "staged")
     assert device_choice.choose("Some MPI 1").why == "MPITRAIN_DEVICE_TRANSPORT=staged"
+
+
+def test_gpus_are_named_without_cuda(tmp_path: Path) -> None:
+    for number, model in enumerate(("NVIDIA B", "NVIDIA A", "NVIDIA B")):
+        (tmp_path / f"0000:0{number}").mkdir()
+        (tmp_path / f"0000:0{number}" / "information").write_text(f"Model: \t\t {model}\nIRQ: 1\n")
+    assert gpus(tmp_path) == "1 x NVIDIA A, 2 x NVIDIA B"
+    assert gpus(tmp_path / "nowhere") == ""
 
 
 def test_a_verdict_of_another_form_is_refused() -> None:

@@ -27,6 +27,7 @@ from mpitrain.arrays.libraries.cuda_arrays import CupyArrays
 from mpitrain.arrays.libraries.library import Operand
 from mpitrain.comm import Communicator, LocalWorld, pieces, trace
 from mpitrain.comm.buffers import staging
+from mpitrain.comm.calls import Call
 from mpitrain.comm.transports.shared import SMALLEST_BYTES
 
 STANDIN = Kind("stand-in", standin_cupy.asarray, standin_cupy.asnumpy, lambda: standin_cupy.ndarray)
@@ -180,6 +181,31 @@ def test_a_host_array_is_told_from_one_that_the_device_reduces(comm: Communicato
     comm.debug = False
     got = comm.allreduce(late(cupy, x) if comm.rank else x, algorithm="doubling")  # which both sides can perform
     assert np.array_equal(cupy.asnumpy(got) if comm.rank else got, folded(comm.size, (5,), "float32", "sum"))
+
+
+@pytest.mark.mpi
+def test_what_the_library_gets_to_see(comm: Communicator, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Staged: no memory of a device at all.  Else: never in a reduction, and never in a nonblocking collective."""
+    seen: dict[str, set[str]] = {"_run": set(), "_begin": set()}
+
+    def spy(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def spied(self: Communicator, call: Call) -> Any:
+            if isinstance(call.send, standin_cupy.ndarray) or isinstance(call.recv, standin_cupy.ndarray):
+                seen[name].add(call.operation)
+            return original(self, call)
+
+        return spied
+
+    for name in seen:
+        monkeypatch.setattr(type(comm), name, spy(name, getattr(type(comm), name)))
+    for each in device_suite.CHECKS:
+        each(comm, cupy)
+    if comm.device_transport == "staged":
+        assert seen == {"_run": set(), "_begin": set()}
+    else:
+        moves = {"broadcast", "allgather", "gather", "scatter", "alltoall"}
+        assert seen["_run"] - {"send", "recv"} == moves
+        assert seen["_begin"] - {"send", "recv"} == set()
 
 
 @pytest.mark.mpi
