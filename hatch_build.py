@@ -1,6 +1,7 @@
-"""Compiles the loops of the shared transport while the package is built; without a C compiler it is built without them.
+"""Compiles the loops of the shared transport, and the short way into them, while the package is built.
 
-``CC`` and ``CFLAGS`` are heeded.  `mpitrain doctor` tells whether an installation has the loops.
+Without a C compiler the package is built without both; without Python's headers, without the second.  ``CC`` and
+``CFLAGS`` are heeded.  `mpitrain doctor` tells what an installation has.
 """
 
 import os
@@ -14,34 +15,47 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FLAGS = ("-std=c11", "-O3", "-shared", "-fPIC")
+_LOOPS = ("mpitrain/comm/transports/kernel.c", "mpitrain/comm/transports/_kernel.so")
+_ENTRY = ("mpitrain/comm/transports/entry.c", "mpitrain/comm/transports/_entry.abi3.so")
 
 
 class KernelHook(BuildHookInterface):
-    """Builds ``_kernel.so`` beside its source."""
+    """Builds the libraries beside their sources."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and make the wheel one for this platform if that succeeded."""
         if self.target_name != "wheel":
             return
-        folder = Path(self.root, "mpitrain", "comm", "transports")
-        library = folder / "_kernel.so"
-        library.unlink(missing_ok=True)
-        if self._compile(folder / "kernel.c", library):
+        for _, library in (_LOOPS, _ENTRY):
+            Path(self.root, library).unlink(missing_ok=True)
+        built = [library for library in (self._loops(), self._entry()) if library]
+        if built:
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-            build_data["artifacts"].append("mpitrain/comm/transports/_kernel.so")
+            build_data["artifacts"] += built
 
-    def _compile(self, source: Path, library: Path) -> bool:
+    def _loops(self) -> str | None:
+        return self._compile(*_LOOPS)
+
+    def _entry(self) -> str | None:
+        headers = sysconfig.get_path("include")
+        if not Path(headers, "Python.h").exists():
+            self.app.display_warning("no Python headers: mpitrain is built without the short way into its loops")
+            return None
+        return self._compile(*_ENTRY, f"-I{headers}")
+
+    def _compile(self, source: str, library: str, *flags: str) -> str | None:
         compiler = shlex.split(os.environ.get("CC", "cc"))
         if shutil.which(compiler[0]) is None:
-            self.app.display_warning(f"no C compiler ({compiler[0]}): mpitrain is built without its compiled loops")
-            return False
-        flags = shlex.split(os.environ.get("CFLAGS", ""))
-        made = library.with_suffix(f".{os.getpid()}.tmp")
+            self.app.display_warning(f"no C compiler ({compiler[0]}): mpitrain is built without {source}")
+            return None
+        target = Path(self.root, library)
+        made = target.with_suffix(f".{os.getpid()}.tmp")
+        flags = (*_FLAGS, *flags, *shlex.split(os.environ.get("CFLAGS", "")))
         try:
-            subprocess.run([*compiler, *_FLAGS, *flags, str(source), "-o", str(made)], check=True)
+            subprocess.run([*compiler, *flags, str(Path(self.root, source)), "-o", str(made)], check=True)
         except subprocess.CalledProcessError:
-            self.app.display_warning("the C compiler failed: mpitrain is built without its compiled loops")
-            return False
-        made.replace(library)
-        return True
+            self.app.display_warning(f"the C compiler failed: mpitrain is built without {source}")
+            return None
+        made.replace(target)
+        return library

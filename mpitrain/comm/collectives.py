@@ -65,7 +65,10 @@ class Collectives(Engine):
         if reproducible:
             return fixed.allreduce(self, x, op, out, algorithm, bucket_bytes)
         if algorithm is None and bucket_bytes is None:
-            result = direct.allreduce(self, x, op, out)
+            entry = self._entry
+            result = entry(x, op, out) if entry is not None else None
+            if result is None:
+                result = direct.allreduce(self, x, op, out)
             if result is not None:
                 return result
         return self._complete(self._allreduce("allreduce", x, op, out, bucket_bytes), algorithm)

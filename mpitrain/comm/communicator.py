@@ -34,8 +34,6 @@ class Communicator(Collectives, Messages):
         What this rank has communicated.
     library : str
         What the MPI library underneath calls itself; empty where there is none.
-    tuning : Table or None
-        Chooses the algorithm of a call that names none; None: the backend's own way.  The same on all ranks.
 
     Notes
     -----

@@ -42,7 +42,7 @@ def allreduce(comm: Engine, x: Any, op: str, out: Any) -> Array | None:
     """Reduce over all ranks; see `Communicator.allreduce`."""
     if not (comm.plain and type(op) is str and type(x) is np.ndarray):
         return None
-    kind = _reduction(x.dtype, op)
+    kind = reduction(x.dtype, op)
     into = _landing(x, out) if kind is not None else None
     if into is None:
         return None
@@ -117,7 +117,7 @@ def _travels(dtype: DType) -> bool:
 
 
 @cache
-def _reduction(dtype: DType, op: str) -> str | None:
+def reduction(dtype: DType, op: str) -> str | None:
     """Return what reduces arrays of this type as they are; None if nothing does."""
     try:
         dtypes.check_op("direct", op)

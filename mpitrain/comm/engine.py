@@ -59,12 +59,13 @@ class Engine(ABC):
         self._node: Communicator | None = None
         self._leaders: tuple[Communicator | None] | None = None
         self._made: list[Communicator] = []
-        self.tuning: Table | None = None
         self._transport: Transport | None = None
         self._device_way: Way = BETWEEN_THREADS
         self._devices: DeviceTransport | None = None
         self._parts: WeakSet[Engine] = WeakSet()
         self._recorder: Recorder | None = None
+        self._tuning: Table | None = None
+        self._entry: Callable[[Any, Any, Any], Array | None] | None = None
 
     # What a backend fills in.
 
@@ -122,7 +123,17 @@ class Engine(ABC):
     @property
     def plain(self) -> bool:
         """Whether calls may take the short way (`mpitrain.comm.direct`): nothing looks at each of them."""
-        return self._checker is None and self.tuning is None and not self._freed
+        return self._checker is None and self._tuning is None and not self._freed
+
+    @property
+    def tuning(self) -> Table | None:
+        """Chooses the algorithm of a call that names none; None: the backend's own way.  The same on all ranks."""
+        return self._tuning
+
+    @tuning.setter
+    def tuning(self, table: Table | None) -> None:
+        self._tuning = table
+        self._shorten()
 
     def _keep(self, made: Communicator | None) -> None:
         """Free a communicator, if this rank is in it, with this one."""
@@ -131,13 +142,21 @@ class Engine(ABC):
 
     def _moves(self) -> Transport:
         if self._transport is None:
-            self._transport = self._choose_transport()
+            with self.ledger.unchanged(), self._checker.inside() if self._checker else nullcontext():
+                self._transport = self._choose_transport()
+            self._shorten()
         return self._transport
 
     def _device_moves(self) -> DeviceTransport:
         if self._devices is None:
             self._devices = self._device_way.transport(self._links.comm)
         return self._devices
+
+    def _shorten(self) -> None:
+        """Open or close the shortest way of plain calls, after something has changed that it depends on."""
+        self._entry = None
+        if self._transport is not None and self.plain and self._recorder is None:
+            self._entry = self._transport.entry(self._watch, self.ledger.tally("allreduce"))
 
     def _meet(self, call: Call) -> None:
         """Refuse a call of one of our own algorithms that other ranks perform otherwise, where that can be told."""
@@ -161,6 +180,7 @@ class Engine(ABC):
     @debug.setter
     def debug(self, on: bool) -> None:
         self._checker = self._new_checker() if on else None
+        self._shorten()
         self._watch.debug = self.debug
         watchdog.nudge()
 
@@ -214,6 +234,7 @@ class Engine(ABC):
                 made.free()
             self._freed = True
             self._devices = None  # and its page-locked memory
+            self._shorten()
             self._free()
 
     def __enter__(self) -> Self:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
 from mpitrain.comm.calls import Prepared
@@ -68,7 +71,7 @@ class Ledger:
         self.axis = axis
         self._counts: dict[tuple[str, str], Count] = {}
         self._meters: list[tuple[tuple[str, str], Meter]] = []
-        self._tallies: dict[tuple[str, str], list[int]] = {}  # uses, and their bytes
+        self._tallies: dict[tuple[str, str], array[int]] = {}  # uses, and their bytes
 
     def child(self, axis: str) -> Ledger:
         """Return a ledger of the same totals that writes under another axis."""
@@ -78,12 +81,17 @@ class Ledger:
 
     def count(self, operation: str, nbytes: int) -> None:
         """Count one use of a public method that came down to one call of so many bytes."""
-        key = (self.axis, operation)
-        tally = self._tallies.get(key)
-        if tally is None:
-            tally = self._tallies[key] = [0, 0]
+        tally = self.tally(operation)
         tally[0] += 1
         tally[1] += nbytes
+
+    def tally(self, operation: str) -> array[int]:
+        """Return where such uses are counted: how often, and how many bytes; for who counts by himself."""
+        key = (self.axis, operation)
+        found = self._tallies.get(key)
+        if found is None:
+            found = self._tallies[key] = array("q", (0, 0))
+        return found
 
     def record(self, prepared: Prepared) -> None:
         """Count one use of a public method."""
@@ -107,13 +115,28 @@ class Ledger:
             if meter.uses:
                 counts[key] = counts.get(key, Count()) + meter.total()
         for key, (uses, nbytes) in self._tallies.items():
+            if not uses:
+                continue
             counts[key] = counts.get(key, Count()) + Count(uses, uses, nbytes)
         return counts
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Forget what the block counts."""
+        counts, tallies = dict(self._counts), {key: tally[:] for key, tally in self._tallies.items()}
+        try:
+            yield
+        finally:
+            self._counts.clear()
+            self._counts.update(counts)
+            for key, tally in self._tallies.items():
+                tally[:] = tallies.get(key, array("q", (0, 0)))
 
     def reset(self) -> None:
         """Forget all totals, of every axis."""
         self._counts.clear()
-        self._tallies.clear()
+        for tally in self._tallies.values():
+            tally[:] = array("q", (0, 0))
         for _, meter in self._meters:
             meter.uses = 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NoReturn, cast
 
 from mpi4py import MPI
@@ -12,7 +12,9 @@ from mpi4py import MPI
 from mpitrain import _env
 from mpitrain._errors import CommunicationError, MismatchError
 from mpitrain._typing import Array, DType
+from mpitrain.arrays.dtypes import accumulator
 from mpitrain.comm import pieces
+from mpitrain.comm.buffers import wire
 from mpitrain.comm.calls import Call, Handle
 from mpitrain.comm.channel import Channel
 from mpitrain.comm.checks import TAG_MAX
@@ -23,7 +25,6 @@ from mpitrain.comm.pieces import Pieces
 from mpitrain.comm.transports import device_choice
 from mpitrain.comm.transports.blocks import PAGE_BYTES
 from mpitrain.comm.transports.choice import choose, ranks_per_node
-from mpitrain.comm.transports.shared import SMALLEST_BYTES
 from mpitrain.comm.transports.transport import Transport
 from mpitrain.comm.watchdog import Watch
 
@@ -89,9 +90,10 @@ class MpiCommunicator(Communicator):
         return made
 
     def _run(self, call: Call) -> None:
-        if call.operation == "allreduce" and call.recv is not None and call.recv.nbytes >= SMALLEST_BYTES:
+        if call.operation == "allreduce":
+            assert call.recv is not None
             assert call.op is not None
-            if self._moves().allreduce(call.recv, call.recv, call.op):
+            if self._moved(call.recv, call.recv, call.op):
                 return
         if pieces.is_long(call, self.size):
             self._run_pieces(pieces.cut(call, self.rank, self.size))
@@ -124,17 +126,33 @@ class MpiCommunicator(Communicator):
         return self._child(comm, axis)
 
     def _allreduce_now(self, send: Array, recv: Array, op: str) -> None:
-        if recv.nbytes >= SMALLEST_BYTES:
-            flat = recv.reshape(-1)
-            if self._moves().allreduce(flat if send is recv else send.reshape(-1), flat, op):
-                return
+        if self._moved(send, recv, op):
+            return
         if recv.size > pieces.CHUNK_ELEMENTS:
             super()._allreduce_now(send, recv, op)
             return
+        self._library_allreduce(MPI.IN_PLACE if send is recv else send, recv, _OPS[op])
+
+    def _moved(self, send: Array, recv: Array, op: str) -> bool:
+        """Let the transport reduce an array into another, or in place, and tell whether it did."""
+        moves = self._transport or self._moves()
+        if recv.nbytes < moves.least_bytes:
+            return False
+        flat = recv.reshape(-1)
+        return moves.allreduce(flat if send is recv else send.reshape(-1), flat, op)
+
+    def _bind(self, send: Array, recv: Array, op: str) -> Callable[[], object]:
+        left = recv.nbytes < self._moves().least_bytes and accumulator(recv.dtype) == recv.dtype
+        if not left or recv.size > pieces.CHUNK_ELEMENTS:
+            return super()._bind(send, recv, op)
+        spec = _spec(wire(recv))
+        return partial(self._library_allreduce, MPI.IN_PLACE if send is recv else _spec(wire(send)), spec, _OPS[op])
+
+    def _library_allreduce(self, send: Any, recv: Any, op: MPI.Op) -> None:
         try:
-            self._comm.Allreduce(MPI.IN_PLACE if send is recv else send, recv, _OPS[op])
+            self._comm.Allreduce(send, recv, op)
         except MPI.Exception as error:
-            raise _translation(f"allreduce of {recv.size} {recv.dtype}", error) from error
+            raise _translation("allreduce", error) from error
 
     def _broadcast_now(self, values: Array, root: int) -> None:
         if values.size > pieces.CHUNK_ELEMENTS:

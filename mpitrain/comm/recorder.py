@@ -83,6 +83,7 @@ class Recorder:
         watch = comm._watch
         vars(watch).update(recorder=self, comm=comm, under_way=[])
         watch.__class__ = _RecordedWatch
+        comm._shorten()
         for part in comm._parts:
             self.attach(part)
 
@@ -94,6 +95,7 @@ class Recorder:
         watch.__class__ = Watch
         for name in ("recorder", "comm", "under_way"):
             vars(watch).pop(name, None)
+        comm._shorten()
         for part in comm._parts:
             self.detach(part)
 

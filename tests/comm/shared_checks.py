@@ -30,12 +30,13 @@ def use_loops(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def cut_small(monkeypatch: pytest.MonkeyPatch, streamed_from_bytes: int) -> None:
     """Let arrays of a few elements pass through shared memory in several chunks."""
     sizes = {"CHUNK_BYTES": 256, "COMPILED_CHUNK_BYTES": 256, "PIECE_BYTES": 128}
-    for name in ("STREAMED_FROM_BYTES", "SMALLEST_BYTES"):
+    for name in ("STREAMED_FROM_BYTES", "SMALLEST_BYTES", "LOCATED_FROM_BYTES"):
         sizes[name] = streamed_from_bytes
     for name, size in sizes.items():
         monkeypatch.setattr(shared, name, size)
     for module in (kernel, shared):
         monkeypatch.setattr(module, "PAST_CACHE_FROM_BYTES", 1024)
+    monkeypatch.setattr(kernel, "SLOT_BYTES", 64)  # some arrays are handed over whole, and some pass in chunks
     monkeypatch.setattr(far, "SHARD_BYTES", 256)
     for module in (far, network):
         monkeypatch.setattr(module, "PIPELINED_FROM_BYTES", 600)  # some arrays below it, some above

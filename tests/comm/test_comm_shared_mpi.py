@@ -10,7 +10,6 @@ import pytest
 import shared_checks
 from conformance import CHECKS, folded, same, values
 
-import mpitrain.comm.mpi
 from mpitrain.comm import Communicator
 from mpitrain.comm.transports import choice
 
@@ -26,7 +25,6 @@ def eager(
     """A communicator that reduces everything over shared memory, in chunks of a few elements."""
     shared_checks.use_loops(request.param, monkeypatch)
     shared_checks.cut_small(monkeypatch, streamed_from_bytes=9)  # what a transport is agreed on by stays below
-    monkeypatch.setattr(mpitrain.comm.mpi, "SMALLEST_BYTES", 9)
     with world.split(0, axis="world") as comm:
         yield comm
 

@@ -51,6 +51,7 @@ def exercise(comm: Communicator, part: Communicator) -> None:
 def record(comm: Communicator, path: Path) -> tuple[Counter[tuple[str, str]], list[Counter[tuple[str, str]]]]:
     part = comm.split(0, axis="part")  # before the trace begins
     assert part is not None
+    assert all(each.transport for each in (comm, part, comm.node))  # chosen now: the ledger leaves that out
     with mpitrain.trace(path, comm):
         before = counted(comm)
         exercise(comm, part)
@@ -61,6 +62,10 @@ def record(comm: Communicator, path: Path) -> tuple[Counter[tuple[str, str]], li
 
 def shared_folder(comm: Communicator, tmp_path: Path) -> Path:
     return Path(comm.broadcast_object(str(tmp_path)))
+
+
+COMPARED_US = 50
+"""As well as clocks are compared, on a busy machine."""
 
 
 @pytest.mark.mpi
@@ -131,7 +136,7 @@ def test_a_late_rank_is_seen_on_the_others(world: Communicator, tmp_path: Path) 
         world.barrier()
     rows = [[e for e in read(path) if e["name"] == "barrier" and e["pid"] == r] for r in range(world.size)]
     for same in zip(*rows, strict=True):  # nobody leaves before the last has come, on whichever clock
-        assert max(e["ts"] for e in same) <= min(e["ts"] + e["dur"] for e in same)
+        assert max(e["ts"] for e in same) <= min(e["ts"] + e["dur"] for e in same) + COMPARED_US
     waits_us = [row[-1]["dur"] for row in rows]
     assert all(wait > 150_000 for wait in waits_us[:-1])
     assert world.size == 1 or waits_us[-1] < 100_000
@@ -181,11 +186,13 @@ def test_nothing_is_different_without_a_trace(world: Communicator, tmp_path: Pat
     with mpitrain.trace(shared_folder(world, tmp_path) / "trace.json", world):
         assert "_start" in vars(part)
         assert type(part._watch) is not Watch
+        assert part._entry is None  # a trace must be told of every call
         with pytest.raises(InputError, match=r"^trace: is being traced already"), mpitrain.trace("x.json", part):
             pass
     for comm, was in before.items():
         now = dict(vars(comm))
         assert now.keys() == was.keys()
+        assert (now.pop("_entry") is None) == (was.pop("_entry") is None)
         assert {key for key in was if now[key] is not was[key]} <= {"_splits"}
         assert type(comm._watch) is Watch
         assert sorted(vars(comm._watch)) == watches[comm]

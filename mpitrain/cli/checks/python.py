@@ -16,7 +16,7 @@ import mpitrain
 from mpitrain import _env
 from mpitrain.cli.checks.finding import Finding, ok, warn
 from mpitrain.comm.launch import library
-from mpitrain.comm.transports import kernel
+from mpitrain.comm.transports import entry, kernel
 
 _EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "torch": "torch"}
 """Module and distribution of what is needed for some jobs only; CuPy is looked at with the GPUs."""
@@ -40,7 +40,14 @@ def loops() -> Finding:
             "not compiled, or of another version: NumPy does the work of the shared transport, slower",
             "install a C compiler, then pip install --force-reinstall --no-deps mpitrain",
         )
-    return ok("compiled" if _env.kernel() else "compiled, but MPITRAIN_KERNEL=off")
+    if not _env.kernel():
+        return ok("compiled, but MPITRAIN_KERNEL=off")
+    if not entry.available():
+        return warn(
+            "compiled, but not the short way into them: a checked call takes some microseconds longer",
+            "install Python's headers (python3-dev), then pip install --force-reinstall --no-deps mpitrain",
+        )
+    return ok("compiled, with the short way into them")
 
 
 def numpy() -> Finding:

@@ -91,6 +91,10 @@ class Arena:
         """Return the bytes of a block that this rank still holds."""
         return self._blocks[number]
 
+    def own_addresses(self) -> list[int]:
+        """Return between which addresses this rank's parts lie: the first and the one after the last, of each."""
+        return [bound for memory in self._blocks.values() for bound in (memory.own.start, memory.own.stop)]
+
     def locate(self, array: Array) -> Place:
         """Return where a C-contiguous array lies within this rank's part of a block."""
         address = _address(array)
@@ -120,7 +124,7 @@ def _map(node: Communicator, part_bytes: int) -> Memory:
             mapped = mmap.mmap(descriptor, part_bytes * node.size)
     except OSError as error:
         found = error.errno or errno.EIO
-    worst = int(node.allreduce(found, "max"))  # all have opened it by now, or never will
+    worst = int(node.allgather(found).max())  # all have opened it by now, or never will; allreduce may need this memory
     if descriptor >= 0:
         os.close(descriptor)
     if worst or mapped is None:

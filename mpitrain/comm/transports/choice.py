@@ -112,7 +112,7 @@ def _shared(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Tr
         return Fence(lines, comm.node.rank, order, spins, math.inf)  # the watchdog ends what waits too long
 
     def loops(memory: Array) -> Kernel:
-        return Kernel(memory, comm.node.rank, PAGE_BYTES, kernel.SPINS if spins else 0)
+        return Kernel(memory, comm.node.rank, PAGE_BYTES, kernel.SPINS if spins else 0, comm._progress)
 
     shared, failure = None, None
     try:

@@ -15,9 +15,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import cache
+from zlib import crc32
 
 from mpitrain._errors import CommunicationError, MismatchError
-from mpitrain._typing import Array
+from mpitrain._typing import Array, DType
 
 LINE_BYTES = 128
 """Apart far enough for machines whose caches fetch lines of 64 bytes in pairs."""
@@ -129,6 +131,12 @@ class Fence:
                     "ranks of this node have not come to a collective", operation="allreduce",
                     got=f"none from rank {missing} of the node in {self._timeout_s:g} s",
                 )  # fmt: skip
+
+
+@cache
+def kind_of(dtype: DType, op: str) -> int:
+    """Return a number for a dtype and a reduction that is the same in every process."""
+    return crc32(f"{dtype.name} {op}".encode())
 
 
 def _mismatch(posts: list[list[int]]) -> MismatchError:

@@ -3,7 +3,7 @@
  * Optional: transports/kernel.py loads it where it was compiled, and the same protocol in NumPy stands beside it.
  *
  * Memory.  Each rank has a row, mapped by all.  It begins with a page of counters, one to a cache line, which the row's
- * rank alone writes; the places for chunks follow.  Every counter only grows.
+ * rank alone writes, and two slots for small arrays; the places for chunks follow.  Every counter only grows.
  *
  * Ordering.  A rank publishes by a store with release order: all that it read and wrote before is complete when the
  * number is seen.  The others look by loads with acquire order: nothing that follows is done before.  Each datum is
@@ -36,22 +36,28 @@
 #define FOR_THIS_CPU
 #endif
 
-enum { ABI = 1, BLOCK_BYTES = 8192, LINE_BYTES = 128, STORE_BYTES = 16 };
-static const int64_t POLITE_NS = 50000000; /* how long to yield before the caller is told to come again */
+enum { ABI = 2, BLOCK_BYTES = 8192, LINE_BYTES = 128, STORE_BYTES = 16, BRIEF_YIELDS = 32 };
+static const int64_t POLITE_NS = 1000000; /* how long to yield before the caller is told to come again */
 
 enum posted { KIND = 0, BLOCK = 1, OFFSET = 2, ELEMENTS = 3, POSTED = 4 }; /* the numbers of a post */
+enum { SAMPLE_BYTES = 4096, SAMPLE_EVERY = 16, SLOW_BYTES_PER_NS = 4, SLOW_IN_A_ROW = 3 };
 enum counter { FENCE = 0, COPIED = 1, REDUCED = 2 }; /* the lines of a row's page */
 
 typedef struct {
   char *rows;          /* row 0; row r is r * row_bytes further */
   int64_t row_bytes;
-  int64_t header_bytes; /* of a row: its counters */
+  int64_t header_bytes; /* of a row: its counters and slots */
   int64_t place_bytes; /* of each of the four places of a row: two for what is handed in, two for results */
+  int64_t slot_bytes;  /* of each of the two slots at the end of the header */
   int64_t rank, ranks;
   int64_t spins; /* looks before yielding; 0 where ranks share a core */
   int64_t fence; /* number of the last one that this rank came to */
   int64_t exchanges, chunks; /* how often ranks posted, and how many chunks passed through the places */
-  int64_t late;  /* the present wait takes long: look once, as the caller naps between calls */
+  int64_t late;  /* how often the present wait has told the caller to come again */
+  int64_t patience; /* how often it does so before it only looks, as the caller naps between calls */
+  int64_t to_memory; /* what others read is written past the cache */
+  int64_t slow, writes; /* how often in a row it was slow to write through the cache; how often past it */
+  int64_t brief; /* wait for some microseconds only: the caller keeps others waiting */
 } team;
 
 typedef struct {
@@ -67,7 +73,7 @@ typedef struct { /* what one rank combines between two fences */
   char **results; /* where they go */
   int64_t result_count;
   int64_t nbytes;
-  int64_t past_cache; /* results are not read soon */
+  int64_t past_cache; /* a bit for each result: whether it is stored past the cache */
 } combination;
 
 typedef struct { /* reduces arrays that all ranks map: one combination for each level of the node */
@@ -109,10 +115,14 @@ static int64_t now_ns(void) {
 }
 
 static int missing(const team *t, const _Atomic int64_t *counter, int64_t number) {
-  if (t->late) return !come(counter, number);
-  for (int64_t left = t->spins; left > 0; left--) {
+  if (t->late > t->patience) return !come(counter, number);
+  for (int64_t left = t->late ? 0 : t->spins; left > 0; left--) {
     if (come(counter, number)) return 0;
     RELAX();
+  }
+  if (t->brief) {
+    for (int looks = t->spins ? 0 : BRIEF_YIELDS; looks > 0 && !come(counter, number); looks--) sched_yield();
+    return !come(counter, number);
   }
   for (const int64_t end = now_ns() + POLITE_NS; now_ns() < end;) {
     for (int looks = 0; looks < 16; looks++) {
@@ -126,8 +136,12 @@ static int missing(const team *t, const _Atomic int64_t *counter, int64_t number
 /* Wait until a counter of every other rank has come to a number. */
 static int late(team *t, enum counter which, int64_t number) {
   for (int64_t rank = 0; rank < t->ranks; rank++)
-    if (rank != t->rank && missing(t, counter_of(t, rank, which), number)) return t->late = 1;
-  return t->late = 0;
+    if (rank != t->rank && missing(t, counter_of(t, rank, which), number)) {
+      t->late++;
+      return 1;
+    }
+  t->late = 0;
+  return 0;
 }
 
 /* ---- Combining: out[i] = left[i] op right[i]; out may be left */
@@ -213,6 +227,24 @@ static void copy(char *target, const char *source, int64_t nbytes, int64_t past_
     memcpy(target, source, nbytes);
 }
 
+/* Write what others read next.
+ *
+ * Where ranks share a cache it stays there.  Where they do not, to write to lines that another core has read takes
+ * several times as long as to write past the cache, so that it is done so.  Which it is cannot be asked for, and may
+ * change while a virtual machine runs; but it shows in how fast this goes, so that each rank finds out for itself, and
+ * looks again now and then. */
+static void write_for_others(team *t, char *to, const char *from, int64_t nbytes) {
+  int64_t tried = nbytes;
+  if (t->to_memory) tried = nbytes >= SAMPLE_BYTES && t->writes++ % SAMPLE_EVERY == 0 ? SAMPLE_BYTES : 0;
+  const int64_t begin = tried >= SAMPLE_BYTES ? now_ns() : 0;
+  memcpy(to, from, tried);
+  if (tried >= SAMPLE_BYTES) {
+    t->slow = (now_ns() - begin) * SLOW_BYTES_PER_NS > tried ? t->slow + 1 : 0;
+    t->to_memory = t->slow >= SLOW_IN_A_ROW;
+  }
+  copy_past(to + tried, from + tried, nbytes - tried);
+}
+
 /* Combine in order, a block at a time, and store where it belongs; a result may be one of the parts. */
 static void combine(const combination *c) {
   _Alignas(64) char block[BLOCK_BYTES];
@@ -223,7 +255,7 @@ static void combine(const combination *c) {
     f(block, c->parts[0] + begin, c->parts[1] + begin, n);
     for (int64_t i = 2; i < c->part_count; i++) f(block, block, c->parts[i] + begin, n);
     if (c->op->divisor) (c->op->kind / OPS == F32 ? divide_f32 : divide_f64)(block, n, c->op->divisor);
-    for (int64_t i = 0; i < c->result_count; i++) copy(c->results[i] + begin, block, length, c->past_cache);
+    for (int64_t i = 0; i < c->result_count; i++) copy(c->results[i] + begin, block, length, c->past_cache >> i & 1);
   }
   drain(c->past_cache);
 }
@@ -271,12 +303,13 @@ static char *place(const stream *s, int64_t chunk, int64_t rank, enum counter wh
 }
 
 static void hand_in(stream *s) {
-  const int64_t chunk = s->handed_in++;
+  const int64_t chunk = s->handed_in++, nbytes = chunk_bytes(s, chunk);
   const range own = shard(s, chunk, s->ranks->rank);
   const char *from = s->from + chunk * s->ranks->place_bytes;
   char *to = place(s, chunk, s->ranks->rank, COPIED);
-  memcpy(to, from, own.begin);
-  memcpy(to + own.end, from + own.end, chunk_bytes(s, chunk) - own.end);
+  write_for_others(s->ranks, to, from, own.begin);
+  write_for_others(s->ranks, to + own.end, from + own.end, nbytes - own.end);
+  drain(s->ranks->to_memory);
   publish(s->ranks, COPIED, s->ranks->chunks + s->handed_in);
 }
 
@@ -286,10 +319,9 @@ static void reduce_own(const stream *s) {
   const int64_t at = s->chunk * t->place_bytes + own.begin, length = own.end - own.begin;
   for (int64_t rank = 0; rank < t->ranks; rank++) s->parts[rank] = place(s, s->chunk, rank, COPIED) + own.begin;
   s->parts[t->rank] = (char *)s->from + at;
-  char *result = place(s, s->chunk, t->rank, REDUCED) + own.begin;
-  combine(&(combination){s->op, s->parts, t->ranks, &result, 1, length, 0});
+  char *results[] = {place(s, s->chunk, t->rank, REDUCED) + own.begin, s->into + at};
+  combine(&(combination){s->op, s->parts, t->ranks, results, 2, length, t->to_memory | s->past_cache << 1});
   publish(t, REDUCED, t->chunks + s->chunk + 1);
-  copy(s->into + at, result, length, s->past_cache);
 }
 
 static void take(const stream *s) {
@@ -301,12 +333,48 @@ static void take(const stream *s) {
   }
 }
 
+/* Small arrays are handed over whole, in a slot, and every rank combines all: one fence.
+ *
+ * Two slots in turn: who writes to one again has passed a fence after all have read it. */
+static int is_small(const stream *s) { return s->nbytes <= s->ranks->slot_bytes; }
+
+static char *slot(const team *t, int64_t rank) {
+  return t->rows + rank * t->row_bytes + t->header_bytes - (1 + t->exchanges % 2) * t->slot_bytes;
+}
+
+static void hand_over(stream *s) { memcpy(slot(s->ranks, s->ranks->rank), s->from, s->nbytes); }
+
+static void combine_all(const stream *s) {
+  const team *t = s->ranks;
+  const operation *op = s->op;
+  fold *const f = FOLDS[op->kind / OPS][op->kind % OPS];
+  const int64_t n = s->nbytes / op->item_bytes;
+  f(s->into, slot(t, 0), slot(t, 1), n);
+  for (int64_t rank = 2; rank < t->ranks; rank++) f(s->into, s->into, slot(t, rank), n);
+  if (op->divisor) (op->kind / OPS == F32 ? divide_f32 : divide_f64)(s->into, n, op->divisor);
+}
+
+static int reduce_small(stream *s) {
+  team *t = s->ranks;
+  if (!s->met) {
+    if (!t->late) {
+      t->exchanges++;
+      hand_over(s);
+    }
+    if (mpitrain_fence(t)) return 1;
+  }
+  combine_all(s);
+  s->met = 0;
+  return 0;
+}
+
 /* In step k a rank hands in its chunk k + 1, reduces its shard of chunk k, and takes the other shards of chunk k.
  *
  * Two places of each kind suffice without further waiting: a rank hands in chunk k + 1 after it has taken all shards
  * of chunk k - 1, hence after all have reduced that, and read what lay in the place before.  It reduces chunk k after
  * all have handed in chunk k, hence taken what it had reduced of chunk k - 2. */
 int mpitrain_stream(stream *s) {
+  if (is_small(s)) return reduce_small(s);
   team *t = s->ranks;
   const int64_t chunks = (s->nbytes + t->place_bytes - 1) / t->place_bytes;
   for (; s->chunk < chunks; s->chunk++, s->reduced = 0) {
@@ -335,8 +403,11 @@ int mpitrain_allreduce(stream *s) {
   team *t = s->ranks;
   if (!s->met) {
     if (!t->late) {
-      if (s->post[BLOCK] < 0) hand_in(s);
       t->exchanges++; /* two places in turn: who posts again in the same one has passed a fence after all have read it */
+      if (is_small(s))
+        hand_over(s);
+      else if (s->post[BLOCK] < 0)
+        hand_in(s);
       memcpy(posted(t, t->rank), s->post, sizeof s->post);
     }
     if (mpitrain_fence(t)) return 1;
@@ -347,4 +418,15 @@ int mpitrain_allreduce(stream *s) {
     }
   }
   return mpitrain_stream(s);
+}
+
+/* The same for one ordinary array, by someone who will come again to mpitrain_allreduce if others are not there yet. */
+int mpitrain_begin_allreduce(
+    stream *s, operation *op, const char *from, char *into, int64_t nbytes, int64_t kind, int64_t past_cache) {
+  s->op = op, s->from = from, s->into = into, s->nbytes = nbytes, s->past_cache = past_cache;
+  s->post[KIND] = kind, s->post[BLOCK] = s->post[OFFSET] = -1, s->post[ELEMENTS] = nbytes / op->item_bytes;
+  s->ranks->brief = 1;
+  const int said = mpitrain_allreduce(s);
+  s->ranks->brief = 0;
+  return said;
 }

@@ -23,14 +23,22 @@ from mpitrain.comm.transports.program import Combine
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
-_ABI = 1
+ABI = 2
+"""Of `kernel.c`, as this file calls it."""
+
 _TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
 _OPS = ("sum", "prod", "min", "max", "and", "or")
-_AGAIN = 1
+AGAIN = 1
+"""What a loop says that has waited for long enough, and is to be called again."""
+
+_PATIENCE = 50
 _NAP_S = 50e-6
 
 SPINS = 2000
 """Looks of a waiting rank that has a core to itself, before it yields: some 50 µs."""
+
+SLOT_BYTES = 1536
+"""Arrays up to this size are handed over whole and combined by every rank; two slots and the counters fill a page."""
 
 PAST_CACHE_FROM_BYTES = 4 * 1024 * 1024
 """Results from this size on are stored past the cache: it would not hold them until they are read."""
@@ -39,8 +47,9 @@ PAST_CACHE_FROM_BYTES = 4 * 1024 * 1024
 class _Team(ctypes.Structure):
     _fields_ = [
         ("rows", c_void_p), ("row_bytes", c_int64), ("header_bytes", c_int64), ("place_bytes", c_int64),
-        ("rank", c_int64), ("ranks", c_int64), ("spins", c_int64), ("fence", c_int64), ("exchanges", c_int64),
-        ("chunks", c_int64), ("late", c_int64),
+        ("slot_bytes", c_int64), ("rank", c_int64), ("ranks", c_int64), ("spins", c_int64), ("fence", c_int64),
+        ("exchanges", c_int64), ("chunks", c_int64), ("late", c_int64), ("patience", c_int64), ("to_memory", c_int64),
+        ("slow", c_int64), ("writes", c_int64), ("brief", c_int64),
     ]  # fmt: skip
 
 
@@ -74,7 +83,7 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(LIBRARY))
     except OSError:
         return None
-    return found if found.mpitrain_abi() == _ABI else None
+    return found if found.mpitrain_abi() == ABI else None
 
 
 def available() -> bool:
@@ -94,6 +103,12 @@ def _operation(dtype: DType, op: str, divisor: int) -> tuple[_Operation, Any] | 
     return operation, pointer(operation)
 
 
+def operation_address(dtype: DType, op: str) -> int | None:
+    """Return where the loops find a reduction, which stays there; None if they know it not."""
+    found = _operation(dtype, op, 0)
+    return None if found is None else ctypes.addressof(found[0])
+
+
 class Kernel:
     """The loops at work for one rank of a node.
 
@@ -104,25 +119,38 @@ class Kernel:
     rank : int
         This rank of the node.
     header_bytes : int
-        Of a row, for the counters.
+        Of a row, for the counters and slots: a page.
     spins : int
         How often a waiting rank looks before it yields.
+    progress : callable
+        Called now and then while this rank waits: lets messages go on that others may be waiting for.
+
+    Attributes
+    ----------
+    ranks : int
+        Of the node.
+    fence : callable
+        Returns once every rank of the node has come there as often as this one.  Collective over the node.
 
     Notes
     -----
     All ranks of a node use the loops, or none does.
     """
 
-    def __init__(self, memory: Array, rank: int, header_bytes: int, spins: int) -> None:
+    def __init__(
+        self, memory: Array, rank: int, header_bytes: int, spins: int, progress: Callable[[], object]
+    ) -> None:  # fmt: skip
         ranks, row_bytes = memory.shape
         place_bytes = (row_bytes - header_bytes) // 4
         found = library()
         assert found is not None
-        self._memory, self._ranks, self._library = memory, ranks, found
-        self._team = _Team(_address(memory), row_bytes, header_bytes, place_bytes, rank, ranks, spins, 0, 0, 0, 0)
-        self._fence = partial(_finish, found.mpitrain_fence, byref(self._team))
+        self._memory, self.ranks, self._library = memory, ranks, found
+        self._team = _Team(_address(memory), row_bytes, header_bytes, place_bytes, SLOT_BYTES, rank, ranks, spins)
+        self._team.patience = _PATIENCE
+        self._finish = partial(_finish, self._team, progress)
+        self.fence = partial(self._finish, found.mpitrain_fence, byref(self._team))
         self._stream = _Stream(pointer(self._team), None, None, None, (c_void_p * ranks)())
-        self._allreduce = partial(_finish, found.mpitrain_allreduce, byref(self._stream))
+        self._allreduce = partial(self._finish, found.mpitrain_allreduce, byref(self._stream))
 
     @property
     def exchanges(self) -> int:
@@ -132,10 +160,6 @@ class Kernel:
     @exchanges.setter
     def exchanges(self, count: int) -> None:
         self._team.exchanges = count
-
-    def fence(self) -> None:
-        """Return once every rank of the node has come here as often as this one.  Collective over the node."""
-        self._fence()
 
     def reduction(self, op: str, combines: Sequence[Combine], holds: bool) -> Callable[[], object] | None:
         """Lay out what this rank combines in shared memory, each after a fence; None if there is no loop for it.
@@ -148,7 +172,7 @@ class Kernel:
         job = _SharedReduction(pointer(self._team), steps, len(combines), 0)
         if holds:
             job.memory = combines
-        return partial(_finish, self._library.mpitrain_reduce_shared, byref(job))
+        return partial(self._finish, self._library.mpitrain_reduce_shared, byref(job))
 
     def streams(self, dtype: DType, op: str) -> bool:
         """Tell whether `allreduce` and `plan` know a reduction."""
@@ -168,9 +192,20 @@ class Kernel:
         job.post[:] = post
         return self._allreduce() == 0
 
+    @property
+    def begin_addresses(self) -> tuple[int, int]:
+        """Where compiled code finds what begins an `allreduce`, and its first argument."""
+        function = ctypes.cast(self._library.mpitrain_begin_allreduce, c_void_p).value
+        assert function is not None
+        return function, ctypes.addressof(self._stream)
+
+    def finish(self) -> bool:
+        """Wait for the others in an `allreduce` that compiled code has begun, and tell what that tells."""
+        return self._allreduce() == 0
+
     def resume(self) -> None:
         """Reduce what `allreduce` has not."""
-        _finish(self._library.mpitrain_stream, byref(self._stream))
+        self._finish(self._library.mpitrain_stream, byref(self._stream))
 
     def give_up(self) -> None:
         """Forget what `allreduce` has not reduced."""
@@ -179,10 +214,22 @@ class Kernel:
 
     def plan(self, op: str, send: Array, recv: Array, divisor: int) -> Callable[[], object]:
         """Return what reduces the same ordinary arrays, which it holds, again and again; all ranks agree on it."""
-        job = _Stream(pointer(self._team), None, None, None, (c_void_p * self._ranks)())
+        job = _Stream(pointer(self._team), None, None, None, (c_void_p * self.ranks)())
         _aim(job, op, send, recv, divisor)
         job.memory = send, recv
-        return partial(_finish, self._library.mpitrain_stream, byref(job))
+        return partial(self._finish, self._library.mpitrain_stream, byref(job))
+
+
+def _finish(team: _Team, progress: Callable[[], object], function: Callable[[object], int], argument: object) -> int:
+    """Call until it is done, and return what it says.
+
+    It comes back now and then while it waits, so that signals are handled here, and messages go on.
+    """
+    while (said := function(argument)) == AGAIN:
+        progress()
+        if team.late > _PATIENCE:
+            time.sleep(_NAP_S)
+    return said
 
 
 def _combination(op: str, combine: Combine) -> _Combination:
@@ -229,16 +276,6 @@ class CompiledFence(Fence):
     @_exchanges.setter
     def _exchanges(self, count: int) -> None:
         self._kernel.exchanges = count
-
-
-def _finish(function: Callable[[object], int], argument: object) -> int:
-    """Call until it is done, and return what it says.
-
-    It comes back now and then while it waits, so that signals are handled here.
-    """
-    while (said := function(argument)) == _AGAIN:
-        time.sleep(_NAP_S)
-    return said
 
 
 def _address(array: Array) -> int:

@@ -34,11 +34,11 @@ class NetworkTransport(HostTransport):
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self._least_bytes = PIPELINED_FROM_BYTES
+        self.least_bytes = PIPELINED_FROM_BYTES
 
     def allreduce(self, send: Array, recv: Array, op: str) -> bool:
         """Reduce an array into another where this transport is the faster way; copy as the pipeline takes pieces in."""
-        if recv.nbytes < self._least_bytes:
+        if recv.nbytes < self.least_bytes:
             return False
         _quietly(self._reduction(send, recv, op, 0))
         self._comm._links.book("allreduce")
@@ -46,7 +46,7 @@ class NetworkTransport(HostTransport):
 
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out a reduction."""
-        if buffer.nbytes < self._least_bytes or is_half(buffer.dtype):
+        if buffer.nbytes < self.least_bytes or is_half(buffer.dtype):
             return None
         own = buffer if in_place else np.empty_like(buffer)
         mean = op == "mean"

@@ -14,27 +14,30 @@ multi-leader design", SC 2017, section 4).
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from math import prod
-from typing import TYPE_CHECKING
-from zlib import crc32
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpitrain._errors import MismatchError
 from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import is_half
+from mpitrain.comm.direct import Doing
 from mpitrain.comm.dtypes import UFUNCS
-from mpitrain.comm.transports import topology
+from mpitrain.comm.transports import entry, topology
 from mpitrain.comm.transports.blocks import NOWHERE, PAGE_BYTES, Arena, Place
+from mpitrain.comm.transports.entry import Entry
 from mpitrain.comm.transports.far import Far, FarStream, FarWorkspace
-from mpitrain.comm.transports.fence import Fence
-from mpitrain.comm.transports.kernel import PAST_CACHE_FROM_BYTES, CompiledFence, Kernel
+from mpitrain.comm.transports.fence import Fence, kind_of
+from mpitrain.comm.transports.kernel import AGAIN, PAST_CACHE_FROM_BYTES, CompiledFence, Kernel
 from mpitrain.comm.transports.levels import Levels
 from mpitrain.comm.transports.program import Combine, perform
 from mpitrain.comm.transports.transport import Planned, Transport
 from mpitrain.comm.transports.workspace import Stream, Workspace
+from mpitrain.comm.watchdog import Watch
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
@@ -62,7 +65,10 @@ LAID_OUT = 64
 """How many reductions in place are remembered."""
 
 SMALLEST_BYTES = 64 * 1024
-"""Below this, arrays are left to the MPI library, wherever they lie, and no transport need be chosen."""
+"""Below this, NumPy does not reduce arrays in place, wherever they lie."""
+
+LOCATED_FROM_BYTES = 256 * 1024
+"""Below this, compiled loops copy arrays in shared memory as they do others: to find where they lie takes longer."""
 
 
 class SharedTransport(Transport):
@@ -108,26 +114,46 @@ class SharedTransport(Transport):
         self._kernel = kernel(memory) if kernel else None
         self._fence = CompiledFence(lines, self._node.rank, self._kernel) if self._kernel else fence(lines)
         self._stream = self._streams(memory[:, PAGE_BYTES:], chunk_bytes)
-        self._least_bytes = SMALLEST_BYTES if kernel else STREAMED_FROM_BYTES
+        self.least_bytes = 0 if kernel else STREAMED_FROM_BYTES
         self._levels = Levels.of(self._node.allgather_object(topology.domain(os.sched_getaffinity(0))))
+        self._entry: Entry | None = None
         self._laid_out: dict[object, Callable[[], object]] = {}
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
         """Return zeroed memory of this rank's."""
         nbytes = prod(shape) * dtype.itemsize
-        _, memory = self._arena.allocate(int(self._comm.allreduce(nbytes, "max")))
+        _, memory = self._arena.allocate(int(self._comm.allgather(nbytes).max()))
+        self._hold()
         if self._across is None:  # several nodes must not come to different conclusions
-            self._least_bytes = SMALLEST_BYTES
+            self.least_bytes = min(self.least_bytes, SMALLEST_BYTES)
         return np.asarray(memory[self._node.rank, :nbytes]).view(dtype).reshape(shape)
 
     def allreduce(self, send: Array, recv: Array, op: str) -> bool:
         """Reduce an array into another where this transport is the faster way."""
-        if send.nbytes < self._least_bytes:
-            return False
-        place = self._arena.locate(recv) if send is recv else NOWHERE
-        if self._kernel is not None and self._kernel.streams(send.dtype, op):
-            return self._by_kernel(self._kernel, place, send, recv, op)
-        return self._by_numpy(place, send, recv, op)
+        kernel = self._kernel
+        if kernel is not None and kernel.streams(send.dtype, op):
+            post = (kind_of(send.dtype, op), *self._place(send, recv), send.size)
+            self._settle(kernel, kernel.allreduce(op, send, recv, post), recv, op)
+            return True
+        return send.nbytes >= max(self.least_bytes, SMALLEST_BYTES) and self._by_numpy(send, recv, op)
+
+    def entry(self, watch: Watch, tally: array[int]) -> Callable[[Any, Any, Any], Array | None] | None:
+        """Return what performs plain calls without Python."""
+        kernel = self._kernel
+        if kernel is None:
+            return None
+
+        def complete(into: Array, op: str, said: int) -> Array:
+            performed = "sum" if op == "mean" else op
+            with watch.during(Doing("allreduce", into, performed, None)):
+                self._settle(kernel, kernel.finish() if said == AGAIN else False, into, performed)
+            if op == "mean":
+                np.divide(into, kernel.ranks, out=into)
+            return into
+
+        self._entry = entry.make(kernel, LOCATED_FROM_BYTES, complete, tally)
+        self._hold()
+        return None if self._entry is None else self._entry.allreduce
 
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out a reduction."""
@@ -135,8 +161,8 @@ class SharedTransport(Transport):
         if is_half(values.dtype) and self._across is not None:
             return None  # it would be rounded on every node, and again across
         places = [Place(*each) for each in self._node.allgather_object(tuple(self._arena.locate(values)))]
-        shared = bool(self._comm.allreduce(np.uint8(_one_block(places)), "min"))
-        self._fence.exchange(_kind(values.dtype, op), *places[self._node.rank], values.size)  # dtype, op, size agree
+        shared = bool(self._comm.allgather(_one_block(places)).all())
+        self._fence.exchange(kind_of(values.dtype, op), *places[self._node.rank], values.size)  # dtype, op, size agree
         if not shared:
             return self._plan_stream(buffer, op, in_place)
         result = None if in_place else self._result(values)
@@ -151,12 +177,17 @@ class SharedTransport(Transport):
         run = self._kernel.plan(op, buffer, own, self._node.size if op == "mean" else 0)
         return Planned(run, own if in_place else _read_only(own.view()))
 
-    def _by_kernel(self, kernel: Kernel, place: Place, send: Array, recv: Array, op: str) -> bool:
-        kind = _kind(send.dtype, op)
-        if kernel.allreduce(op, send, recv, (kind, *place, send.size)):
-            return True
+    def _place(self, send: Array, recv: Array) -> Place:
+        """Return where an array lies, if it is to be reduced there."""
+        matters_from_bytes = SMALLEST_BYTES if self._kernel is None else LOCATED_FROM_BYTES
+        return self._arena.locate(recv) if send is recv and send.nbytes >= matters_from_bytes else NOWHERE
+
+    def _settle(self, kernel: Kernel, done: bool, recv: Array, op: str) -> None:
+        """End a reduction by the loops; they leave it where ranks posted different numbers, or a block."""
+        if done:
+            return
         try:
-            posts = self._fence.posts(kind, send.size)
+            posts = self._fence.posts(kind_of(recv.dtype, op), recv.size)
         except MismatchError:
             kernel.give_up()
             raise
@@ -166,13 +197,13 @@ class SharedTransport(Transport):
             self._reduce_where_it_lies(places, recv, op)
         else:
             kernel.resume()
-        return True
 
-    def _by_numpy(self, place: Place, send: Array, recv: Array, op: str) -> bool:
+    def _by_numpy(self, send: Array, recv: Array, op: str) -> bool:
+        place = self._place(send, recv)
         stream = self._stream(send, recv, op) if send.nbytes >= STREAMED_FROM_BYTES else None
         if stream is not None and place == NOWHERE:
             stream.copy_in(0)
-        places = _places(self._fence.exchange(_kind(send.dtype, op), *place, send.size))
+        places = _places(self._fence.exchange(kind_of(send.dtype, op), *place, send.size))
         if _one_block(places):
             self._reduce_where_it_lies(places, recv, op)
         elif stream is not None:
@@ -188,6 +219,11 @@ class SharedTransport(Transport):
             if self._kernel is not None and self._kernel.streams(values.dtype, op):  # this holds no memory
                 self._remember(key, run)
         run()
+
+    def _hold(self) -> None:
+        """Tell the entry in which memory arrays are reduced where they lie."""
+        if self._entry is not None:
+            self._entry.hold(array("q", self._arena.own_addresses()).tobytes())
 
     def _remember(self, key: object, run: Callable[[], object]) -> None:
         if len(self._laid_out) >= LAID_OUT:
@@ -292,9 +328,3 @@ def _one_block(places: list[Place]) -> bool:
 def _read_only(array: Array) -> Array:
     array.flags.writeable = False
     return array
-
-
-@cache
-def _kind(dtype: DType, op: str) -> int:
-    """Return a number for a dtype and a reduction that is the same in every process."""
-    return crc32(f"{dtype.name} {op}".encode())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from mpitrain._typing import Array, DType, Shape
+from mpitrain.comm.watchdog import Watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +38,13 @@ class Transport(ABC):
         As `MPITRAIN_TRANSPORT` calls it.
     why : str
         Why it was chosen, for people.
+    least_bytes : float
+        Smaller arrays are always left to the communicator's own way.
     """
 
     name: str
     why: str = ""
+    least_bytes: float = math.inf
 
     @abstractmethod
     def empty(self, shape: Shape, dtype: DType) -> Array:
@@ -50,6 +57,18 @@ class Transport(ABC):
         Both may be the same array.  False where the communicator's own way is faster; then nothing was communicated.
         ``op`` is never ``mean``.
         """
+
+    def entry(self, watch: Watch, tally: array[int]) -> Callable[[Any, Any, Any], Array | None] | None:
+        """Return what performs plain calls without Python, as `mpitrain.comm.direct.allreduce`; None if nothing does.
+
+        Parameters
+        ----------
+        watch : Watch
+            Of the communicator; told of calls that have to wait.
+        tally : array of two integers
+            Calls, and their bytes.
+        """
+        return None
 
     @abstractmethod
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
