@@ -234,6 +234,16 @@ def test_an_unknown_transport_is_refused_on_all_ranks(monkeypatch: pytest.Monkey
         Communicator.from_mpi(MPI.COMM_WORLD)
 
 
+def test_memory_is_not_given_up_while_a_copy_uses_it(cupy: Any) -> None:
+    copies, words = staging.Staging(CudaStream.current(0)), cupy.empty(3, "float32")
+    slot = copies.take(12)
+    slot.words(3, words.dtype)[...] = [1, 2, 3]
+    copies.upload(slot, words)
+    copies.give_back(slot)
+    assert copies.take(10**6) is not slot  # which is dropped for a larger one
+    assert words.memory.tolist() == [1, 2, 3]
+
+
 def test_calls_are_seen_by_the_watchdog_and_in_a_trace(
     cupy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
