@@ -35,7 +35,7 @@ test-all: $(VENV)/.with-test
 	$(BIN)/python tests/run.py --slow
 
 test-gpu:
-	$(PYTHON) -m pytest -m gpu -rs tests/gpu
+	$(PYTHON) -m pytest -m 'gpu and not mpi' -rs tests/gpu
 
 lint: $(VENV)/.with-lint
 	$(BIN)/ruff check

@@ -132,6 +132,16 @@ class Communicator(Collectives, Messages):
         """Why `transport` is what it is, in a few words.  Collective at its first use."""
         return self._moves().why
 
+    @property
+    def device_transport(self) -> str:
+        """How memory of devices moves: ``"staged"`` through the host, or by a ``"cuda_aware"`` MPI library."""
+        return self._device_way.name
+
+    @property
+    def device_transport_reason(self) -> str:
+        """Why `device_transport` is what it is, in a few words."""
+        return self._device_way.why
+
     def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
         """Allocate memory that the ranks of a node share, each its own array.  Collective.
 
