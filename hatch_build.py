@@ -1,6 +1,6 @@
-"""Compiles the loops of the shared transport, and the short way into them, while the package is built.
+"""Compiles the loops of shared transport and optimizers, and the short way into the first, while the package is built.
 
-Without a C compiler the package is built without both; without Python's headers, without the second.  ``CC`` and
+Without a C compiler the package is built without all of them; without Python's headers, without the way.  ``CC`` and
 ``CFLAGS`` are heeded.  `mpitrain doctor` tells what an installation has.
 """
 
@@ -14,8 +14,11 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_FLAGS = ("-std=c11", "-O3", "-shared", "-fPIC")
-_LOOPS = ("mpitrain/comm/transports/kernel.c", "mpitrain/comm/transports/_kernel.so")
+_FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+_LOOPS = (
+    ("mpitrain/comm/transports/kernel.c", "mpitrain/comm/transports/_kernel.so"),
+    ("mpitrain/optim/kernel.c", "mpitrain/optim/_kernel.so"),
+)
 _ENTRY = ("mpitrain/comm/transports/entry.c", "mpitrain/comm/transports/_entry.abi3.so")
 
 
@@ -26,16 +29,13 @@ class KernelHook(BuildHookInterface):
         """Compile, and make the wheel one for this platform if that succeeded."""
         if self.target_name != "wheel":
             return
-        for _, library in (_LOOPS, _ENTRY):
+        for _, library in (*_LOOPS, _ENTRY):
             Path(self.root, library).unlink(missing_ok=True)
-        built = [library for library in (self._loops(), self._entry()) if library]
+        built = [library for library in (*(self._compile(*each) for each in _LOOPS), self._entry()) if library]
         if built:
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
             build_data["artifacts"] += built
-
-    def _loops(self) -> str | None:
-        return self._compile(*_LOOPS)
 
     def _entry(self) -> str | None:
         headers = sysconfig.get_path("include")
@@ -53,7 +53,7 @@ class KernelHook(BuildHookInterface):
         made = target.with_suffix(f".{os.getpid()}.tmp")
         flags = (*_FLAGS, *flags, *shlex.split(os.environ.get("CFLAGS", "")))
         try:
-            subprocess.run([*compiler, *flags, str(Path(self.root, source)), "-o", str(made)], check=True)
+            subprocess.run([*compiler, *flags, str(Path(self.root, source)), "-o", str(made), "-lm"], check=True)
         except subprocess.CalledProcessError:
             self.app.display_warning(f"the C compiler failed: mpitrain is built without {source}")
             return None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mpitrain.method import Method, Plan
     from mpitrain.nn import Layer, Model, Network
     from mpitrain.optim import Optimizer
-    from mpitrain.parallel import DataParallel
+    from mpitrain.parallel import DataParallel, GradientParallel
     from mpitrain.train import Job, Trainer
 
 __version__ = "0.1.0.dev0"
@@ -28,6 +28,7 @@ _HOMES = {
     "DataParallel": "parallel",
     "Dataset": "data",
     "FlatBuffer": "arrays",
+    "GradientParallel": "parallel",
     "Job": "train",
     "Key": "arrays",
     "Layer": "nn",
@@ -53,6 +54,7 @@ __all__ = [
     "DataParallel",
     "Dataset",
     "FlatBuffer",
+    "GradientParallel",
     "Job",
     "Key",
     "Layer",

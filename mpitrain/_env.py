@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 _WORLD_SIZE = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _WORLD_RANK = ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+DEVICE_TRANSPORT = "MPITRAIN_DEVICE_TRANSPORT"
+"""For those who set it for a child process."""
+
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
@@ -91,6 +94,11 @@ def timeout_s() -> str | None:
 def transport() -> str | None:
     """Return ``MPITRAIN_TRANSPORT``: which transport to use whatever would be chosen; None where it is not set."""
     return os.environ.get("MPITRAIN_TRANSPORT") or None
+
+
+def device_transport() -> str | None:
+    """Return ``MPITRAIN_DEVICE_TRANSPORT``: how memory of devices moves whatever would be chosen; None if not set."""
+    return os.environ.get(DEVICE_TRANSPORT) or None
 
 
 def kernel() -> bool:

@@ -57,7 +57,7 @@ class VirtualNodes:
 
     def __init__(self, nodes: int = 2, rate: str = "") -> None:
         self._nodes, self._rate = nodes, rate
-        self._env = os.environ | {"PATH": f"{find_launcher().path.parent}:{os.environ['PATH']}"}
+        self.env = os.environ | {"PATH": f"{find_launcher().path.parent}:{os.environ['PATH']}"}
 
     def __enter__(self) -> VirtualNodes:
         self._folder = tempfile.mkdtemp(prefix="mpitrain-nodes-")
@@ -78,11 +78,14 @@ class VirtualNodes:
         self, ranks_per_node: int, argv: Sequence[str], timeout_s: float, output: IO[bytes] | None = None, **env: str
     ) -> int | None:
         """Run a command on the ranks; returns the exit code, or None if it had to be killed."""
-        command = ["bash", str(SCRIPT), "run", self._folder, str(ranks_per_node), *argv]
-        return run_limited(command, self._env | env, timeout_s, output)
+        return run_limited([*self.launcher(ranks_per_node), *argv], self.env | env, timeout_s, output)
+
+    def launcher(self, ranks_per_node: int) -> list[str]:
+        """Return what starts ranks if a rank's command follows it, with the environment `env`."""
+        return ["bash", str(SCRIPT), "run", self._folder, str(ranks_per_node)]
 
     def _script(self, command: str, *arguments: str) -> None:
-        subprocess.run(["bash", str(SCRIPT), command, self._folder, *arguments], check=True, env=self._env)
+        subprocess.run(["bash", str(SCRIPT), command, self._folder, *arguments], check=True, env=self.env)
 
 
 def measure(rate: str, rounds: int) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 from mpitrain.arrays.batch import Batch
 from mpitrain.arrays.fixed_point import FixedPoint, exponents
-from mpitrain.arrays.flatbuffer import Allocator, FlatBuffer, device, plain
+from mpitrain.arrays.flatbuffer import Allocator, FlatBuffer, device, nest, plain
+from mpitrain.arrays.gradients import GradientBuffer, Gradients, GradientTree, unwritten
 from mpitrain.arrays.layout import Box, Group, Layout, Segment, Shard
 from mpitrain.arrays.namespace import by_device, is_cupy, namespace, to_host
 from mpitrain.arrays.random import Key, philox4x32
@@ -13,6 +14,9 @@ __all__ = [
     "Box",
     "FixedPoint",
     "FlatBuffer",
+    "GradientBuffer",
+    "GradientTree",
+    "Gradients",
     "Group",
     "Key",
     "Layout",
@@ -23,7 +27,9 @@ __all__ = [
     "exponents",
     "is_cupy",
     "namespace",
+    "nest",
     "philox4x32",
     "plain",
     "to_host",
+    "unwritten",
 ]

@@ -38,6 +38,14 @@ def accumulator(dtype: DType) -> DType:
     return np.dtype(np.float32) if is_half(dtype) else dtype
 
 
+@cache
+def storage(dtype: DType) -> DType:
+    """Return the type of the same width as which values travel: what MPI has no name for goes as unsigned words."""
+    if is_half(dtype):
+        return np.dtype(np.uint16)
+    return np.dtype(np.uint8) if dtype.kind == "b" else dtype
+
+
 def floating(dtype: Any, what: str) -> DType:
     """Return ``dtype`` as a NumPy dtype.
 

@@ -1,9 +1,10 @@
-"""Which GPUs CuPy sees, and whether the driver fits it; nothing is allocated on them."""
+"""Which GPUs CuPy sees, whether the driver fits it, and which one this process works on; nothing is allocated."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpitrain._errors import InputError
 from mpitrain.arrays.namespace import by_device
 
 
@@ -44,3 +45,20 @@ def find_gpus() -> Gpus:
         count = 0
     names = tuple(runtime.getDeviceProperties(index)["name"].decode() for index in range(count))
     return Gpus(names, cupy.__version__, runtime.runtimeGetVersion(), runtime.driverGetVersion())
+
+
+def use_gpu(number: int) -> None:
+    """Make one GPU the current one of this process: of n, the one whose number is ``number`` modulo n.
+
+    Raises
+    ------
+    MissingExtraError
+        CuPy is not installed, or cannot be imported.
+    InputError
+        There is no GPU.
+    """
+    cupy = by_device("gpu")
+    count = len(find_gpus().names)
+    if not count:
+        raise InputError("CuPy sees no GPU", operation="use_gpu", remedy="look at CUDA_VISIBLE_DEVICES")
+    cupy.cuda.Device(number % count).use()

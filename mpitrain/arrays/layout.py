@@ -208,6 +208,12 @@ class Layout:
         cuts = [min(self.size, lines * part // parts * step) for part in range(parts + 1)]
         return tuple(Shard(self, start, stop) for start, stop in pairwise(cuts))
 
+    def padding(self) -> tuple[tuple[int, int], ...]:
+        """Return the ``(start, stop)`` ranges of the flat range that lie between tensors, and belong to none."""
+        ends = [*(segment.offset for segment in self.segments[1:]), self.size] if self.segments else []
+        gaps = ((segment.stop, end) for segment, end in zip(self.segments, ends, strict=True))
+        return tuple((start, stop) for start, stop in gaps if start < stop)
+
     def buckets(self, bucket_bytes: int) -> tuple[tuple[int, int], ...]:
         """Cut the flat range into ``(start, stop)`` ranges of at most ``bucket_bytes`` (at least one element)."""
         step = max(1, bucket_bytes // self.dtype.itemsize)

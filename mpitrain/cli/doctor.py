@@ -15,27 +15,29 @@ from rich.table import Table
 from rich.text import Text
 
 from mpitrain import _env
-from mpitrain.cli.checks import AFTER, BEFORE
+from mpitrain.cli.checks import AFTER, BEFORE, PROBE
 from mpitrain.cli.checks.finding import Finding, examine
 from mpitrain.cli.checks.survey import take
 from mpitrain.cli.checks.world import plural
 
 _STYLES = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 _STATUS_COLUMNS = max(map(len, _STYLES))
-_LABEL_COLUMNS = max(len(what) for what, _ in (*BEFORE, *AFTER))
+_LABEL_COLUMNS = max(len(what) for what, _ in (*BEFORE, *AFTER, *PROBE))
 _PIPE_COLUMNS = 10_000  # where nothing wraps, each finding stays one line that grep can find
 
 
 @click.command("doctor", short_help="Check this machine: Python, MPI, launcher, threads, shared memory, GPU.")
 @click.option("--launch/--no-launch", default=True, show_default=True, help="Start two ranks, to prove that it works.")
+@click.option("--probe-gpu", is_flag=True, help="Try whether MPI takes GPU memory; keep the verdict.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def command(launch: bool, as_json: bool) -> None:
+def command(launch: bool, probe_gpu: bool, as_json: bool) -> None:
     """Check what training over MPI needs, and say what to do where something is amiss.
 
     Alone it also starts two ranks; under mpirun or srun it looks at the ranks of that launch.  Ends with 1 if
     something is broken, with 0 if not.
     """
     checks = AFTER if launch else tuple(check for check in AFTER if check[0] != "launch")
+    checks += PROBE if probe_gpu else ()
     speaks = _env.launched_rank() in (None, 0)
     printer = _Printer(silent=as_json or not speaks)
     findings = printer.show(examine(BEFORE)) if speaks else []

@@ -1,4 +1,4 @@
-"""What a backend is asked to do: one message or collective on contiguous host memory, with everything checked."""
+"""What a backend is asked to do: one message or collective on contiguous memory, with everything checked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mpitrain._typing import Array, DType
+from mpitrain.arrays.devices import Stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,10 @@ class Call:
         Of a ragged ``alltoall``: elements that come from each rank (``counts``: that go to each).
     algorithm : str, optional
         One of `mpitrain.comm.algorithms` that performs it; None: the backend does.
+    stream : Stream, optional
+        ``send`` and ``recv`` are memory of a device, and this is where work on it is queued; None: host memory.
+    parts : int
+        In how many collectives, one after the other, memory of a device is moved through the host.
     """
 
     operation: str
@@ -49,6 +54,8 @@ class Call:
     counts: tuple[int, ...] | None = None
     recv_counts: tuple[int, ...] | None = None
     algorithm: str | None = None
+    stream: Stream | None = None
+    parts: int = 1
 
     @property
     def logical_bytes(self) -> int:
@@ -69,6 +76,7 @@ class Call:
         if self.operation != "alltoall":
             agreed["counts"] = list(self.counts) if self.counts is not None else None
         agreed["algorithm"] = self.algorithm
+        agreed["parts"] = self.parts if self.parts > 1 else None
         words = [f"{name}={value}" for name, value in agreed.items() if value is not None]
         if self.dtype is not None:
             words.insert(0, f"{self.dtype}{self._extent()}")

@@ -177,6 +177,10 @@ class Collectives(Engine):
         """
         if reproducible:
             return fixed.reduce_scatter(self, x, op, counts, out, algorithm)
+        if counts is None and algorithm is None:
+            result = direct.reduce_scatter(self, x, op, out)
+            if result is not None:
+                return result
         return self._complete(self._reduce_scatter("reduce_scatter", x, op, counts, out), algorithm)
 
     def ireduce_scatter(self, x: Any, op: str = "sum", counts: Counts = None, out: Any = None) -> Request:
@@ -205,6 +209,10 @@ class Collectives(Engine):
         array, shape (size, …), or (sum(counts), …) with ``counts``
             The same on all ranks.
         """
+        if counts is None and algorithm is None:
+            result = direct.allgather(self, x, out)
+            if result is not None:
+                return result
         return self._complete(self._gather("allgather", x, None, counts, out), algorithm)
 
     def iallgather(self, x: Any, counts: Counts = None, out: Any = None) -> Request:

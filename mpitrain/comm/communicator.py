@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpitrain._typing import Array
-from mpitrain.comm import checks, dtypes, plan
+from mpitrain.comm import checks, dtypes, plan, shard_plans
 from mpitrain.comm.algorithms import Links
 from mpitrain.comm.calls import Call, Prepared
 from mpitrain.comm.collectives import Collectives
 from mpitrain.comm.ledger import Ledger
 from mpitrain.comm.messages import Messages
 from mpitrain.comm.plan import AllreducePlan
+from mpitrain.comm.shard_plans import AllgatherPlan, ReduceScatterPlan
 from mpitrain.comm.watchdog import Watch
 
 if TYPE_CHECKING:
@@ -131,6 +132,16 @@ class Communicator(Collectives, Messages):
         """Why `transport` is what it is, in a few words.  Collective at its first use."""
         return self._moves().why
 
+    @property
+    def device_transport(self) -> str:
+        """How memory of devices moves: ``"staged"`` through the host, or by a ``"cuda_aware"`` MPI library."""
+        return self._device_way.name
+
+    @property
+    def device_transport_reason(self) -> str:
+        """Why `device_transport` is what it is, in a few words."""
+        return self._device_way.why
+
     def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
         """Allocate memory that the ranks of a node share, each its own array.  Collective.
 
@@ -198,3 +209,80 @@ class Communicator(Collectives, Messages):
     def _checked(self, prepared: Prepared, run: Callable[[], object]) -> None:
         with self._together(prepared):
             run()
+
+    def shared(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
+        """Allocate one array for all ranks of a node.  Collective.
+
+        Parameters
+        ----------
+        shape : int or sequence of int
+            The same on all ranks.
+        dtype : dtype
+            Of its elements.
+
+        Returns
+        -------
+        NumPy array
+            Zeros, page-aligned; what one rank of the node writes, the others read after they have passed a plan's call
+            together (`allgather_plan`).  Where `transport` is not ``"shared"``, each rank has one of its own.
+
+        Raises
+        ------
+        StorageError
+            On all ranks of a node that has not enough memory.
+
+        Notes
+        -----
+        Released when no rank holds the array or a view of it any more, however the processes end.
+        """
+        self._check_open("shared")
+        return self._moves().shared(checks.shape("shared", shape), dtypes.memory("shared", dtype))
+
+    def reduce_scatter_plan(self, buffer: Array, op: str = "sum") -> ReduceScatterPlan:
+        """Check and lay out a reduction by shards that is performed often.  Collective, as is every call of the plan.
+
+        Parameters
+        ----------
+        buffer : array, shape (n,), of NumPy or CuPy
+            Its memory is reduced, with the values that it holds at each call; it may be written to between calls.
+            Afterwards it holds no values that mean anything.
+        op : {"sum", "mean", "min", "max", "prod", "and", "or"}
+            As for `allreduce`.
+
+        Returns
+        -------
+        ReduceScatterPlan
+            ``plan()`` returns this rank's shard, elements ``plan.begin`` to ``plan.end``; shards begin on cache lines
+            and may be empty.
+
+        Notes
+        -----
+        Of a buffer of n bytes from `empty`, each of p ranks reads n bytes and writes n/p; two fences, and nothing is
+        sent within a node.  Elsewhere it is a `reduce_scatter`.
+        """
+        self._check_open("reduce_scatter_plan")
+        return shard_plans.reduce_scatter(self, buffer, op)
+
+    def allgather_plan(self, buffer: Array, begin: int, end: int) -> AllgatherPlan:
+        """Lay out how all ranks get what each has written to its shard.  Collective, as is every call of the plan.
+
+        Parameters
+        ----------
+        buffer : array, shape (n,), of NumPy or CuPy
+            Of the same size on all ranks.
+        begin, end : int
+            The elements that this rank writes, e.g. those of a `ReduceScatterPlan`; the ranks' shards cover the buffer
+            once.
+
+        Returns
+        -------
+        AllgatherPlan
+            ``plan()`` returns the buffer.
+
+        Notes
+        -----
+        For a buffer from `shared` it is one fence, and across nodes an exchange of shards; else an `allgather`, for
+        which the shards must lie in the order of the ranks.
+        """
+        self._check_open("allgather_plan")
+        return shard_plans.allgather(self, buffer, begin, end)

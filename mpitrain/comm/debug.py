@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,7 @@ class Checker:
         self.channel, self.members, self.rank, self.watch = channel, members, rank, watch
         self._name = name
         self._numbers: Counter[str] = Counter()
+        self._inside = 0
         channel.checks = True
 
     def meet(self, prepared: Prepared) -> None:
@@ -100,12 +102,21 @@ class Checker:
             return [self._message(prepared, *route, site) for route in dict.fromkeys(routes)]
         return [self._collective(prepared, site)]
 
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Check the collectives of the block, which are not the program's, but leave them out of what is shown."""
+        before = self._numbers[self._name]
+        try:
+            yield
+        finally:
+            self._inside += self._numbers[self._name] - before
+
     def _collective(self, prepared: Prepared, site: str) -> Meeting:
         number = self._count(self._name)
         said = fingerprint(prepared)
         ragged = next((call for call in prepared.calls if call.recv_counts is not None), Call(""))
         pairs = f" gives {ragged.counts}, takes {ragged.recv_counts}" if ragged.counts else ""
-        note = Note(f"#{number} {said}{pairs}", said, site, ragged.counts, ragged.recv_counts)
+        note = Note(f"#{number - self._inside} {said}{pairs}", said, site, ragged.counts, ragged.recv_counts)
         others = [rank for rank in range(len(self.members)) if rank != self.rank]
         key = f"{self._name} #{number}"
         self._post(others, key, note)

@@ -6,13 +6,14 @@ the general way takes it from there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpitrain._errors import DtypeError, InputError
-from mpitrain._typing import Array, DType
+from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import accumulator
 from mpitrain.comm import dtypes
 from mpitrain.comm.calls import Call, Prepared
@@ -24,14 +25,17 @@ if TYPE_CHECKING:
 class Doing:
     """What the guard shows of a call under way."""
 
-    __slots__ = ("array", "op", "operation", "root")
+    __slots__ = ("op", "operation", "recv", "root", "send")
 
-    def __init__(self, operation: str, array: Array, op: str | None, root: int | None) -> None:
-        self.operation, self.array, self.op, self.root = operation, array, op, root
+    def __init__(
+        self, operation: str, recv: Array, op: str | None = None, root: int | None = None, send: Array | None = None
+    ) -> None:
+        self.operation, self.recv, self.op, self.root, self.send = operation, recv, op, root, send
 
     def prepared(self) -> Prepared:
         """Return the same as the general way has it."""
-        call = Call(self.operation, self.array.dtype, recv=self.array.reshape(-1), op=self.op, root=self.root)
+        send = None if self.send is None else self.send.reshape(-1)
+        call = Call(self.operation, self.recv.dtype, send, self.recv.reshape(-1), self.op, self.root)
         return Prepared(self.operation, [call], lambda: None)
 
     def __str__(self) -> str:
@@ -46,7 +50,8 @@ def allreduce(comm: Engine, x: Any, op: str, out: Any) -> Array | None:
     into = _landing(x, out) if kind is not None else None
     if into is None:
         return None
-    _perform(comm, Doing("allreduce", into, kind, None), x)
+    assert kind is not None
+    _perform(comm, Doing("allreduce", into, kind), into.nbytes, comm._allreduce_now, x, into, kind)
     if op == "mean":
         np.divide(into, comm.size, out=into)
     return into
@@ -61,28 +66,64 @@ def broadcast(comm: Engine, x: Any, root: int, out: Any) -> Array | None:
         return None
     if into is not x and comm.rank == root:
         np.copyto(into, x)
-    _perform(comm, Doing("broadcast", into, None, root), into)
+    _perform(comm, Doing("broadcast", into, root=root), into.nbytes, comm._broadcast_now, into, root)
     return into
+
+
+def reduce_scatter(comm: Engine, x: Any, op: str, out: Any) -> Array | None:
+    """Reduce over all ranks, a row for each; see `Communicator.reduce_scatter`."""
+    if not (comm.plain and type(op) is str and _is_plain(x)):
+        return None
+    kind = reduction(x.dtype, op)
+    if kind is None or x.shape[:1] != (comm.size,):
+        return None
+    into = _apart(x, x.shape[1:], out)
+    if into is None:
+        return None
+    doing = Doing("reduce_scatter", into, kind, send=x)
+    _perform(comm, doing, x.nbytes, comm._reduce_scatter_now, x, into, kind)
+    if op == "mean":
+        np.divide(into, comm.size, out=into)
+    return into
+
+
+def allgather(comm: Engine, x: Any, out: Any) -> Array | None:
+    """Collect the arrays of all ranks; see `Communicator.allgather`."""
+    if not (comm.plain and _is_plain(x) and _travels(x.dtype)):
+        return None
+    into = _apart(x, (comm.size, *x.shape), out)
+    if into is None:
+        return None
+    _perform(comm, Doing("allgather", into, send=x), into.nbytes, comm._allgather_now, x, into)
+    return into
+
+
+def _is_plain(x: Any) -> bool:
+    return type(x) is np.ndarray and x.flags.c_contiguous and x.flags.aligned
+
+
+def _apart(x: Array, shape: Shape, out: Any) -> Array | None:
+    """Return the memory that a result of another shape is received in; None where that takes more than this."""
+    if out is None:
+        return np.empty(shape, x.dtype)
+    found: Array | None = out if _fits(out, shape, x) else None
+    return found
 
 
 def _landing(x: Array, out: Any) -> Array | None:
     """Return the memory that results for ``x`` are received in; None where that takes more than this."""
-    flags = x.flags
-    if not (flags.c_contiguous and flags.aligned):
+    if not _is_plain(x):
         return None
-    if out is None:
-        return np.empty(x.shape, x.dtype)
     if out is x:
-        return x if flags.writeable else None
-    found: Array | None = out if _fits(out, x) else None
-    return found
+        return x if x.flags.writeable else None
+    return _apart(x, x.shape, out)
 
 
-def _fits(out: Any, x: Array) -> bool:
+def _fits(out: Any, shape: Shape, x: Array) -> bool:
     """Tell whether results for ``x`` can be received straight into ``out``, which lies elsewhere."""
     return (
         type(out) is np.ndarray
-        and out.shape == x.shape
+        and out.shape == shape
         and out.dtype == x.dtype
         and out.flags.c_contiguous
         and out.flags.writeable
@@ -91,16 +132,12 @@ def _fits(out: Any, x: Array) -> bool:
     )
 
 
-def _perform(comm: Engine, doing: Doing, send: Array) -> None:
-    comm.ledger.count(doing.operation, doing.array.nbytes)
+def _perform(comm: Engine, doing: Doing, nbytes: int, run: Callable[..., None], *arguments: Any) -> None:
+    comm.ledger.count(doing.operation, nbytes)
     watch = comm._watch
     outer, watch.current = watch.current, doing
     try:
-        if doing.root is None:
-            assert doing.op is not None
-            comm._allreduce_now(send, doing.array, doing.op)
-        else:
-            comm._broadcast_now(doing.array, doing.root)
+        run(*arguments)
     finally:
         watch.current = outer
         watch.count += 1

@@ -9,7 +9,7 @@ import numpy as np
 
 from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import DType
-from mpitrain.arrays.dtypes import is_half
+from mpitrain.arrays.dtypes import storage as storage
 
 Op: TypeAlias = Literal["and", "max", "mean", "min", "or", "prod", "sum"]
 """Reductions.  ``and``, ``or``: bitwise on integers, logical on bool.  ``min``, ``max``: undefined for NaN."""
@@ -109,11 +109,3 @@ def check_op_dtype(operation: str, op: str, dtype: DType) -> None:
         remedy = "compare first: bool and integers have and/or"
     if remedy:
         raise DtypeError(f"{op!r} is not defined for this dtype", operation=operation, got=dtype, remedy=remedy)
-
-
-@cache
-def storage(dtype: DType) -> DType:
-    """Return the type of the same width as which values travel: what MPI has no name for goes as unsigned words."""
-    if is_half(dtype):
-        return np.dtype(np.uint16)
-    return np.dtype(np.uint8) if dtype.kind == "b" else dtype

@@ -1,7 +1,8 @@
 """What every communicator runs on: the hooks that a backend fills in, the guard, and the path of a call through them.
 
 A public method checks its arguments and lays out its buffers (`mpitrain.comm.prepare`), counts itself in the ledger,
-and hands contiguous host memory to the backend.  So a backend is a few methods, and all backends behave alike.
+and hands contiguous host memory to the backend; memory of a device goes to a transport for it, which does that or more.
+So a backend is a few methods, and all backends behave alike.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 from weakref import WeakSet
@@ -23,6 +25,8 @@ from mpitrain.comm.buffers import wire
 from mpitrain.comm.calls import Call, Handle, Prepared
 from mpitrain.comm.ledger import Ledger
 from mpitrain.comm.request import Request
+from mpitrain.comm.transports.device import DeviceTransport
+from mpitrain.comm.transports.device_choice import BETWEEN_THREADS, Way
 from mpitrain.comm.transports.host import HostTransport
 from mpitrain.comm.transports.transport import Transport
 from mpitrain.comm.watchdog import Watch, checked_timeout, watchdog
@@ -56,6 +60,8 @@ class Engine(ABC):
         self._leaders: tuple[Communicator | None] | None = None
         self._made: list[Communicator] = []
         self._transport: Transport | None = None
+        self._device_way: Way = BETWEEN_THREADS
+        self._devices: DeviceTransport | None = None
         self._parts: WeakSet[Engine] = WeakSet()
         self._recorder: Recorder | None = None
         self._tuning: Table | None = None
@@ -114,6 +120,14 @@ class Engine(ABC):
         """Broadcast one contiguous array in place, checked already, of a type that travels as it is."""
         self._run(Call("broadcast", values.dtype, recv=wire(values), root=root))
 
+    def _reduce_scatter_now(self, send: Array, recv: Array, op: str) -> None:
+        """Reduce the rows of a contiguous array, one for each rank, as `_allreduce_now`."""
+        self._run(Call("reduce_scatter", recv.dtype, wire(send), wire(recv), op))
+
+    def _allgather_now(self, send: Array, recv: Array) -> None:
+        """Collect contiguous arrays of all ranks, as `_broadcast_now`."""
+        self._run(Call("allgather", recv.dtype, wire(send), wire(recv)))
+
     @property
     def plain(self) -> bool:
         """Whether calls may take the short way (`mpitrain.comm.direct`): nothing looks at each of them."""
@@ -136,10 +150,15 @@ class Engine(ABC):
 
     def _moves(self) -> Transport:
         if self._transport is None:
-            with self.ledger.unchanged():
+            with self.ledger.unchanged(), self._checker.inside() if self._checker else nullcontext():
                 self._transport = self._choose_transport()
             self._shorten()
         return self._transport
+
+    def _device_moves(self) -> DeviceTransport:
+        if self._devices is None:
+            self._devices = self._device_way.transport(self._links.comm)
+        return self._devices
 
     def _shorten(self) -> None:
         """Open or close the shortest way of plain calls, after something has changed that it depends on."""
@@ -222,6 +241,7 @@ class Engine(ABC):
             for made in reversed(self._made):
                 made.free()
             self._freed = True
+            self._devices = None  # and its page-locked memory
             self._shorten()
             self._free()
 
@@ -238,7 +258,7 @@ class Engine(ABC):
     def _complete(self, prepared: Prepared, algorithm: str | None = None) -> Any:
         """Perform what was prepared and return its result."""
         self._check_open(prepared.operation)
-        prepared = algorithms.assign(self, prepared, algorithm)
+        prepared = self._assign(algorithms.assign(self, prepared, algorithm))
         self.ledger.record(prepared)
         watch = self._watch
         outer, watch.current = watch.current, prepared
@@ -252,8 +272,17 @@ class Engine(ABC):
             watch.count += 1
         return prepared.finish()
 
+    def _assign(self, prepared: Prepared) -> Prepared:
+        """Say how calls on memory of a device are to be performed."""
+        if all(call.stream is None for call in prepared.calls):
+            return prepared
+        moves = self._device_moves()
+        return replace(prepared, calls=[call if call.stream is None else moves.assign(call) for call in prepared.calls])
+
     def _perform(self, call: Call) -> None:
-        if call.algorithm is None:
+        if call.stream is not None:
+            self._device_moves().run(call)
+        elif call.algorithm is None:
             self._run(call)
         else:
             algorithms.perform(self, call)
@@ -275,7 +304,9 @@ class Engine(ABC):
         self._check_open(prepared.operation)
         self.ledger.record(prepared)
         meetings = self._checker.announce(prepared) if self._checker else ()
-        handles = [self._begin(call) for call in prepared.calls]
+        handles = [
+            self._begin(call) if call.stream is None else self._device_moves().begin(call) for call in prepared.calls
+        ]
         self._under_way = [each for each in self._under_way if not each.test()] + handles
         return Request(handles, prepared.finish, prepared, self._watch, meetings)
 

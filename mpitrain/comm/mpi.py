@@ -22,6 +22,7 @@ from mpitrain.comm.communicator import Communicator
 from mpitrain.comm.debug import Checker
 from mpitrain.comm.ledger import Ledger
 from mpitrain.comm.pieces import Pieces
+from mpitrain.comm.transports import device_choice
 from mpitrain.comm.transports.blocks import PAGE_BYTES
 from mpitrain.comm.transports.choice import choose, ranks_per_node
 from mpitrain.comm.transports.transport import Transport
@@ -84,6 +85,7 @@ class MpiCommunicator(Communicator):
         """Return a communicator over a private duplicate of ``comm``.  Collective."""
         with _translated("from_mpi"):
             made = cls(comm.Dup(), Ledger(), Channel(comm.Dup()))
+            made._device_way = device_choice.agree(made._comm, made.rank, made.library)
         made.debug = _env.debug()
         return made
 
@@ -161,6 +163,24 @@ class MpiCommunicator(Communicator):
         except MPI.Exception as error:
             raise _translation(f"broadcast of {values.size} {values.dtype}", error) from error
 
+    def _reduce_scatter_now(self, send: Array, recv: Array, op: str) -> None:
+        if send.size > pieces.CHUNK_ELEMENTS:
+            super()._reduce_scatter_now(send, recv, op)
+            return
+        try:
+            self._comm.Reduce_scatter_block(send, recv, _OPS[op])
+        except MPI.Exception as error:
+            raise _translation(f"reduce_scatter of {send.size} {send.dtype}", error) from error
+
+    def _allgather_now(self, send: Array, recv: Array) -> None:
+        if recv.size > pieces.CHUNK_ELEMENTS:
+            super()._allgather_now(send, recv)
+            return
+        try:
+            self._comm.Allgather(send, recv)
+        except MPI.Exception as error:
+            raise _translation(f"allgather of {recv.size} {recv.dtype}", error) from error
+
     def _progress(self) -> None:
         self._comm.Iprobe(self.rank, TAG_MAX + 1)  # which is never there: libraries stop looking when they find one
 
@@ -195,6 +215,7 @@ class MpiCommunicator(Communicator):
             cast("MPI.Intracomm", comm), self.ledger.child(axis), self._channel, f"{self._name}/{self._splits}",
             self._watch.chosen_s,
         )  # fmt: skip
+        child._device_way = self._device_way
         child.debug = self.debug
         return child
 

@@ -54,7 +54,7 @@ class AllreducePlan:
         return self.result
 
 
-def check(buffer: object, op: str) -> Operand:
+def check(buffer: object, op: str, operation: str = "allreduce_plan") -> Operand:
     """Return the buffer if a plan can hold on to its memory.
 
     Raises
@@ -62,7 +62,6 @@ def check(buffer: object, op: str) -> Operand:
     InputError, DtypeError
         It is no array in host memory, not contiguous, read-only, or the reduction has no meaning for it.
     """
-    operation = "allreduce_plan"
     library = owner(buffer)
     target = None if library is None else library.target(operation, buffer, "the buffer")
     if target is None or target.view is None:

@@ -18,7 +18,7 @@ from mpitrain._typing import DType, Shape
 from mpitrain.arrays.dtypes import accumulator
 from mpitrain.arrays.libraries import NUMPY, Operand, owner
 from mpitrain.comm import checks, dtypes, trees
-from mpitrain.comm.buffers import Fused, Parcel, accept, apart, outgoing
+from mpitrain.comm.buffers import Fused, Parcel, accept, apart, outgoing, pack
 from mpitrain.comm.calls import Call, Prepared
 
 Counts: TypeAlias = Sequence[int] | None
@@ -44,7 +44,8 @@ def reduction(
     fused.fill()
     primitive = "allreduce" if root is None else "reduce"
     calls = [
-        Call(primitive, dtype=parcel.dtype, recv=parcel.wire, op=_summed(op), root=root) for parcel in fused.parcels
+        Call(primitive, dtype=parcel.dtype, recv=parcel.wire, op=_summed(op), root=root, stream=parcel.stream)
+        for parcel in fused.parcels
     ]
 
     def finish() -> Any:
@@ -64,7 +65,10 @@ def broadcast(
     fused = Fused(operation, x, out, bucket_bytes=checks.bucket_bytes(operation, bucket_bytes))
     if sends:
         fused.fill()
-    calls = [Call("broadcast", dtype=parcel.dtype, recv=parcel.wire, root=root) for parcel in fused.parcels]
+    calls = [
+        Call("broadcast", dtype=parcel.dtype, recv=parcel.wire, root=root, stream=parcel.stream)
+        for parcel in fused.parcels
+    ]
     return Prepared(operation, calls, fused.result, x)
 
 
@@ -81,11 +85,11 @@ def gathering(
         else:
             checks.rows(operation, array.shape, shares[rank], f"(counts[{rank}])")
             shape = (sum(shares), *array.shape[1:])
-        parcel = Parcel(operation, [shape], [array], [into]) if receives else None
+        parcel = pack(operation, [shape], [array], [into]) if receives else None
         recv = parcel.wire if parcel else None
         return Call(
             "allgather" if root is None else "gather", dtype=array.dtype, send=outgoing(array, apart_from=recv),
-            recv=recv, root=root, counts=_elements(shares, array.shape[1:]),
+            recv=recv, root=root, counts=_elements(shares, array.shape[1:]), stream=array.stream,
         ), parcel  # fmt: skip
 
     return _leafwise(operation, x, out if receives else None, leaf)
@@ -99,11 +103,11 @@ def reduce_scatter(operation: str, rank: int, size: int, x: Any, op: str, counts
     def leaf(array: Operand, into: Any) -> _Leaf:
         dtypes.check_op_dtype(operation, op, array.dtype)
         shape = share_shape(operation, array.shape, rank, size, shares)
-        parcel = Parcel(operation, [shape], [array], [into], reduces=True)
+        parcel = pack(operation, [shape], [array], [into], reduces=True)
         send = outgoing(array, accumulator(array.dtype), apart_from=parcel.wire)
         return Call(
             "reduce_scatter", dtype=array.dtype, send=send, recv=parcel.wire, op=_summed(op),
-            counts=_elements(shares, array.shape[1:]),
+            counts=_elements(shares, array.shape[1:]), stream=array.stream,
         ), parcel  # fmt: skip
 
     return _leafwise(operation, x, out, leaf, lambda parcel: _divide(parcel, op, size))
@@ -138,8 +142,10 @@ def placeholders(specs: Any, model: Any) -> Any:
 
 
 def _placeholder(spec: Spec, model: Any) -> Operand:
-    empty = np.broadcast_to(np.empty((), spec.dtype), spec.shape)
-    return Operand(model, owner(model) or NUMPY, empty, spec.dtype, spec.shape)
+    library = owner(model) or NUMPY
+    on_device = library.stream(model) is not None
+    empty = None if on_device else np.broadcast_to(np.empty((), spec.dtype), spec.shape)
+    return Operand(model, library, empty, spec.dtype, spec.shape)
 
 
 def scatter(
@@ -149,11 +155,11 @@ def scatter(
 
     def leaf(array: Operand, into: Any) -> _Leaf:
         shape = share_shape(operation, array.shape, rank, size, shares)
-        parcel = Parcel(operation, [shape], [array], [into])
+        parcel = pack(operation, [shape], [array], [into])
         send = outgoing(array, apart_from=parcel.wire) if rank == root else None
         return Call(
             "scatter", dtype=array.dtype, send=send, recv=parcel.wire, root=root,
-            counts=_elements(shares, array.shape[1:]),
+            counts=_elements(shares, array.shape[1:]), stream=array.stream,
         ), parcel  # fmt: skip
 
     return _leafwise(operation, whole, out, leaf)
@@ -171,12 +177,13 @@ def alltoall(
         else:
             checks.rows(operation, array.shape, sum(shares), "(the sum of counts)")
             shape = (sum(recv_shares), *array.shape[1:])
-        parcel = Parcel(operation, [shape], [array], [into])
+        parcel = pack(operation, [shape], [array], [into])
         send = outgoing(array, apart_from=parcel.wire)
         # Other ranks' counts are unknown here, so that these must not be taken for equal shares.
         return Call(
             "alltoall", dtype=array.dtype, send=send, recv=parcel.wire,
             counts=_exact(shares, array.shape[1:]), recv_counts=_exact(recv_shares, array.shape[1:]),
+            stream=array.stream,
         ), parcel  # fmt: skip
 
     return _leafwise(operation, x, out, leaf)
@@ -185,7 +192,10 @@ def alltoall(
 def send(operation: str, x: Any, dest: int, tag: int) -> Prepared:
     """Prepare one message per array of a tree."""
     arrays = [accept(operation, leaf) for leaf in trees.leaves(x)]
-    calls = [Call("send", dtype=array.dtype, send=outgoing(array), peer=dest, tag=tag) for array in arrays]
+    calls = [
+        Call("send", dtype=array.dtype, send=outgoing(array), peer=dest, tag=tag, stream=array.stream)
+        for array in arrays
+    ]
     return Prepared(operation, calls, lambda: None, x)
 
 
@@ -193,8 +203,10 @@ def recv(operation: str, like: Any, source: int, tag: int, out: Any) -> Prepared
     """Prepare the receipt of one message per array of a tree."""
 
     def leaf(array: Operand, into: Any) -> _Leaf:
-        parcel = Parcel(operation, [array.shape], [array], [into])
-        return Call("recv", dtype=array.dtype, recv=parcel.wire, peer=source, tag=tag), parcel
+        parcel = pack(operation, [array.shape], [array], [into])
+        return Call(
+            "recv", dtype=array.dtype, recv=parcel.wire, peer=source, tag=tag, stream=array.stream
+        ), parcel  # fmt: skip
 
     return _leafwise(operation, like, out, leaf)
 
@@ -246,4 +258,4 @@ def _summed(op: str) -> str:
 
 def _divide(parcel: Parcel, op: str, size: int) -> None:
     if op == "mean":
-        np.divide(parcel.values, size, out=parcel.values)
+        parcel.divide(size)

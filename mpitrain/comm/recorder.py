@@ -338,6 +338,8 @@ def _arguments(comm: Engine, what: object, line: tuple[str, int]) -> dict[str, A
         found |= _common(what.calls)
         if comm._transport is not None and any(call.op for call in what.calls):
             found["transport"] = comm._transport.name
+        if any(call.stream is not None for call in what.calls):
+            found["device_transport"] = comm._device_way.name
     return {**found, "at": f"{shown(line[0])}:{line[1]}"}
 
 

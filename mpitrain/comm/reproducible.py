@@ -148,7 +148,7 @@ class Reduction:
 
     def of_tree(self, x: Any, out: Any) -> Any:
         """Sum a tree of every rank, packed as for an ordinary reduction; integers are summed as they are."""
-        fused = Fused(self.operation, x, out if self.receives else None, True, self.bucket_bytes)
+        fused = Fused(self.operation, x, out if self.receives else None, True, self.bucket_bytes, on_host=True)
         for parcel in fused.parcels:
             dtypes.check_op_dtype(self.operation, self.op, parcel.dtype)
         fused.fill()
@@ -171,7 +171,7 @@ class Reduction:
             shape = share_shape(self.operation, array.shape, self.comm.rank, self.comm.size, shares)
             parcels.append(Parcel(self.operation, [shape], [array], [into], reduces=True))
         terms = [
-            Term.of(outgoing(array, accumulator(array.dtype)), [array.shape], array.dtype)
+            Term.of(outgoing(array, accumulator(array.dtype), on_host=True), [array.shape], array.dtype)
             for array in arrays
             if is_inexact(array.dtype)
         ]

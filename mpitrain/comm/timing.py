@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 Trial: TypeAlias = Callable[[], object]
 
 
-def race(comm: Communicator, contenders: Sequence[Sequence[Trial]], rounds: int) -> Array:
+def race(
+    comm: Communicator,
+    contenders: Sequence[Sequence[Trial]],
+    rounds: int,
+    before: Sequence[Sequence[Trial]] | None = None,
+) -> Array:
     """Time each contender once per round, the order rotating, after a barrier each time.
 
     Parameters
@@ -29,6 +34,8 @@ def race(comm: Communicator, contenders: Sequence[Sequence[Trial]], rounds: int)
         used again before all others were.
     rounds : int
         How often each is timed.
+    before : like ``contenders``, optional
+        What is done before each of their calls, outside of the time.
 
     Returns
     -------
@@ -44,8 +51,11 @@ def race(comm: Communicator, contenders: Sequence[Sequence[Trial]], rounds: int)
     for number in range(rounds):
         for turn in range(len(contenders)):
             i = (turn + number) % len(contenders)
-            trial = contenders[i][used % len(contenders[i])]
+            place = used % len(contenders[i])
+            trial = contenders[i][place]
             used += 1
+            if before is not None:
+                before[i][place]()
             comm.barrier()
             start = time.perf_counter()
             trial()

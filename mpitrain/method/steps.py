@@ -1,11 +1,12 @@
-"""The steps that all methods share, in their one order: reduce, divide, check, clip, update.
+"""The steps that all methods share, in their one order: reduce, check, divide, clip, update.
 
-Each works on a contiguous shard of the flat range, which for data-parallel SGD is all of it.
+Each works on the parts of the flat range that a rank updates: all of it for data-parallel SGD, shards for others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +16,26 @@ from mpitrain.arrays import FlatBuffer, Shard, namespace
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Plan
 from mpitrain.optim import Optimizer, State, clip_value, finite, scale, squared_norm
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A contiguous part of a model that this rank updates.
+
+    Parameters
+    ----------
+    shard : Shard
+        Which part of the flat range.
+    params, grads : array, shape (shard.size,)
+        Its parameters, and where its reduced gradients are.
+    state : dict of str to array
+        What its optimizer keeps, see `Optimizer.init`.
+    """
+
+    shard: Shard
+    params: Array
+    grads: Array
+    state: State
 
 
 def verify_replicas(comm: Communicator, params: FlatBuffer) -> None:
@@ -43,8 +64,13 @@ def reduce_gradients(comm: Communicator, grads: FlatBuffer, buckets: tuple[tuple
         comm.allreduce(bucket, out=bucket)
 
 
+def all_finite(parts: Sequence[Part]) -> bool:
+    """Tell whether the gradients of all of this rank's parts are finite.  Local."""
+    return all(finite(part.grads) for part in parts)
+
+
 def check_finite(
-    comm: Communicator, good: bool, grads: Array, shard: Shard, step: int, own_part_finite: Callable[[], bool]
+    comm: Communicator, good: bool, parts: Sequence[Part], step: int, own_part_finite: Callable[[], bool]
 ) -> None:
     """End the run if the loss or gradient of a step is not finite.
 
@@ -52,11 +78,10 @@ def check_finite(
     ----------
     good : bool
         The verdict, which must be the same on all ranks.
-    grads : array, shape (shard.size,)
-        The gradient that was judged; it may differ between ranks.
+    parts : sequence of Part
+        Whose gradients were judged; they may differ between ranks.
     own_part_finite : callable
-        Tells whether what this rank's samples gave was finite; called only to name the culprits, so it may be slow and
-        overwrite ``grads``.
+        Tells whether what this rank's samples gave was finite; called only to name the culprits, so it may be slow.
 
     Raises
     ------
@@ -65,10 +90,11 @@ def check_finite(
     """
     if good:
         return
-    bad = {number for number, part in shard.pieces if not finite(grads[part])}
+    bad = {number for part in parts for number, cut in part.shard.pieces if not finite(part.grads[cut])}
     findings = comm.allgather_object((own_part_finite(), bad))
     ranks = [rank for rank, (well, _) in enumerate(findings) if not well]
-    names = [shard.layout.segments[number].name for number in sorted(set().union(*(found for _, found in findings)))]
+    segments = parts[0].shard.layout.segments
+    names = [segments[number].name for number in sorted(set().union(*(found for _, found in findings)))]
     raise NonFiniteError(
         f"the loss or gradient of step {step} is not finite",
         got=f"ranks whose own samples gave it: {ranks or 'none'}; tensors: {', '.join(names) or 'none'}",
@@ -76,39 +102,44 @@ def check_finite(
     )
 
 
-def clip(grads: Array, shard: Shard, plan: Plan, comm: Communicator | None = None) -> None:
+def divide(parts: Sequence[Part], count: float) -> None:
+    """Turn summed gradients into mean ones: the one division of a step."""
+    for part in parts:
+        namespace(part.grads).divide(part.grads, part.grads.dtype.type(count), out=part.grads)
+
+
+def clip(parts: Sequence[Part], plan: Plan, comm: Communicator | None = None) -> None:
     """Clip mean gradients in place, by value and then by global norm.
 
     Parameters
     ----------
     comm : Communicator, optional
-        Over which the squared norms of the shards are summed (collective); None if the shard is everything.
+        Over which the squared norms of the ranks' parts are summed (collective); None if these parts are everything.
     """
     if plan.clip_value is not None:
-        clip_value(grads, shard, plan.clip_value)
+        for part in parts:
+            clip_value(part.grads, part.shard, plan.clip_value)
     if plan.clip_norm is not None:
-        partial = squared_norm(grads, shard)
+        partial = sum(squared_norm(part.grads, part.shard) for part in parts)
         total = float(comm.allreduce(np.float64(partial))) if comm else partial
         norm = float(np.sqrt(total))
         if norm > plan.clip_norm:
-            scale(grads, shard, plan.clip_norm / norm)
+            for part in parts:
+                scale(part.grads, part.shard, plan.clip_norm / norm)
 
 
 def update(
-    optimizer: Optimizer, params: Array, grads: Array, state: State, plan: Plan, step: int, shard: Shard,
-    comm: Communicator | None = None,
+    optimizer: Optimizer, parts: Sequence[Part], plan: Plan, step: int, comm: Communicator | None = None
 ) -> None:  # fmt: skip
-    """Run the optimizer on one shard; ``comm`` sums what it needs of whole tensors, as in `clip`."""
-    totals = optimizer.partials(params, grads, state, step, shard)
+    """Run the optimizer on every part; ``comm`` sums what it needs of whole tensors, as in `clip`."""
+    partials = [optimizer.partials(each.params, each.grads, each.state, step, each.shard) for each in parts]
+    needed = [partial for partial in partials if partial is not None]
+    totals: Array | None = sum(needed[1:], start=needed[0]) if needed else None
     if totals is not None and comm is not None:
         totals = comm.allreduce(totals)
-    optimizer.update(params, grads, state, plan.schedule(step), step, shard, totals)
-
-
-def divide(grads: Array, count: float) -> None:
-    """Turn summed gradients into mean ones: the one division of a step."""
-    xp = namespace(grads)
-    xp.divide(grads, grads.dtype.type(count), out=grads)
+    lr = plan.schedule(step)
+    for each in parts:
+        optimizer.update(each.params, each.grads, each.state, lr, step, each.shard, totals)
 
 
 def add_sums(total: dict[str, Array] | None, sums: Mapping[str, Array]) -> dict[str, Array]:

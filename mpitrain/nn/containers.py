@@ -45,6 +45,8 @@ class Sequential(_Container):
 
     def __init__(self, *layers: Layer, **named: Layer) -> None:
         super().__init__(*((str(number), layer) for number, layer in enumerate(layers)), *named.items())
+        trained = [number for number, layer in enumerate(self.layers) if layer.parameters()]
+        self._untrained = trained[0] if trained else len(self.layers)  # at the front, without parameters
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -75,11 +77,11 @@ class Sequential(_Container):
     def backward(
         self, params: Tree, grads: Tree, context: Context, dy: Array, call: Call, want_dx: bool = True
     ) -> Array | None:
-        """Run both passes layer by layer, giving memory back behind them."""
+        """Run both passes layer by layer, giving memory back behind them, as far as a gradient is needed."""
         above: list[Context] = []  # the contexts in which dy may lie
         for number, (name, layer, child) in enumerate(self._passes(context), start=1):
-            wanted = want_dx or number < len(self.children)
-            dx = layer.backward(params.get(name, {}), grads.get(name, {}), child, dy, call, wanted)
+            wanted = want_dx or number < len(self.children) - self._untrained
+            dx = layer.backward(params.get(name, {}), grads.get(name, {}), child, dy, call.below(name), wanted)
             if dx is None:
                 return None
             if not call.xp.may_share_memory(dx, dy):
@@ -136,7 +138,7 @@ class Residual(_Container):
     ) -> Array | None:
         """Run both passes of each branch."""
         parts = [
-            layer.backward(params.get(name, {}), grads.get(name, {}), child, dy, call, want_dx)
+            layer.backward(params.get(name, {}), grads.get(name, {}), child, dy, call.below(name), want_dx)
             for name, layer, child in self._passes(context)
         ]
         return _sum([part for part in parts if part is not None], context, call) if want_dx else None

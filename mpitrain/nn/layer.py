@@ -79,6 +79,10 @@ class Call:
         The loss's count of this batch: the weight with which its statistics enter the mean over ranks.
     reduce : callable, optional
         Sums an array over the ranks that share the batch; None: the batch here is all there is.
+    path : str
+        What the names of the layer's parameters begin with, e.g. ``"3."``.
+    complete : callable, optional
+        Told the path of each layer whose gradients are complete, see `mpitrain.arrays.FlatBuffer.complete`.
     """
 
     xp: Any = np
@@ -88,10 +92,16 @@ class Call:
     index: Array | None = None
     count: float = 0.0
     reduce: Reduce | None = None
+    path: str = ""
+    complete: Callable[[str], None] | None = None
 
     def child(self, name: str) -> Call:
-        """Return the call that a container hands to its child ``name``: only the random stream differs."""
-        return replace(self, key=self.key.child(name))
+        """Return the call that a container hands to its child ``name``: random stream and path differ."""
+        return replace(self, key=self.key.child(name), path=f"{self.path}{name}.")
+
+    def below(self, name: str) -> Call:
+        """Return the call for the backward passes of the child ``name``, which read no random stream."""
+        return self if self.complete is None else replace(self, path=f"{self.path}{name}.")
 
     def context(self) -> Context:
         """Return an empty context for this pass."""
@@ -228,4 +238,6 @@ class Layer(ABC):
         """
         dx = self.backward_input(params, context, dy, call) if want_dx else None
         self.backward_weight(grads, context, dy, call)
+        if call.complete is not None:
+            call.complete(call.path)
         return dx

@@ -8,7 +8,7 @@ from mpitrain._typing import Array, Tree
 from mpitrain.nn import checks
 from mpitrain.nn.initial import he_uniform, normal, zeros
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
-from mpitrain.nn.reductions import column_sums, rows
+from mpitrain.nn.reductions import add_product, column_sums, rows
 
 
 class Linear(Layer):
@@ -56,9 +56,6 @@ class Linear(Layer):
 
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add ``xᵀ dy``, and the sums of ``dy`` for the bias."""
-        product = call.take((self.inputs, self.outputs), dy.dtype)
-        call.xp.matmul(rows(context["x"]).T, rows(dy), out=product)
-        grads["weight"][...] += product
-        call.give(product)
+        add_product(rows(context["x"]), rows(dy), grads, "weight", call)
         if self.bias:
             grads["bias"][...] += column_sums(dy, call)

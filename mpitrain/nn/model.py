@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from mpitrain._typing import Array
-from mpitrain.arrays import Batch, FlatBuffer, Key, Layout
+from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout
 
 Reduce: TypeAlias = Callable[[Array], Array]
 """Sums an array over all ranks that share the batch, in place, and returns it.  Collective."""
@@ -31,7 +31,7 @@ class Model(ABC):
 
     @abstractmethod
     def loss_and_gradients(
-        self, params: FlatBuffer, batch: Batch, grads: FlatBuffer, rng: Key, reduce: Reduce | None = None
+        self, params: FlatBuffer, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
     ) -> tuple[float, float]:
         """Add the gradient of the *sum* of the batch's losses to ``grads``.
 
@@ -41,8 +41,10 @@ class Model(ABC):
             Parameters; not changed.
         batch : Batch
             This rank's share; may be empty, and then the same reductions are called as with samples.
-        grads : FlatBuffer
-            Gradients, added to.  For ``statistics`` tensors: the batch's statistic times ``count``.
+        grads : Gradients
+            Gradients, added to.  For ``statistics`` tensors: the batch's statistic times ``count``.  A model may tell
+            it, as it goes, which are complete (`FlatBuffer.complete`), so that they are reduced at once; a model that
+            touches them through ``grads.tree`` alone lets methods keep only some of them at a time.
         rng : Key
             Randomness of this step.
         reduce : callable, optional

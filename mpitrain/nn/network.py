@@ -10,7 +10,7 @@ import numpy as np
 
 from mpitrain._errors import DataError
 from mpitrain._typing import Array
-from mpitrain.arrays import Batch, FlatBuffer, Key, Layout, namespace
+from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, namespace
 from mpitrain.arrays.dtypes import floating
 from mpitrain.nn.layer import Call, Layer
 from mpitrain.nn.layout import layout_of
@@ -63,11 +63,13 @@ class Network(Model):
             params.views[segment.name][...] = xp.asarray(values.astype(params.layout.dtype))
 
     def loss_and_gradients(
-        self, params: FlatBuffer, batch: Batch, grads: FlatBuffer, rng: Key, reduce: Reduce | None = None
+        self, params: FlatBuffer, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
     ) -> tuple[float, float]:
         """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`."""
         batch, count = self._prepared(batch, params), self.loss.count(batch)
-        call = Call(namespace(params.flat), self.pool, True, rng, batch.index, count, reduce)
+        call = Call(
+            namespace(params.flat), self.pool, True, rng, batch.index, count, reduce, complete=grads.complete
+        )  # fmt: skip
         outputs, context = self.layer.forward(params.tree, batch.inputs, call)
         loss_sum, loss_context = self.loss.forward(outputs, batch, self.pool)
         d_outputs = self.loss.backward(loss_context)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
-from mpitrain._typing import Array
+from mpitrain._typing import Array, Tree
+from mpitrain.arrays import unwritten
 from mpitrain.nn.layer import Call
 
 
@@ -51,6 +52,18 @@ def row_sums(x: Array, out: Array, call: Call, scale: float = 1.0) -> None:
 def rows(x: Array) -> Array:
     """Return ``x`` as a matrix of its last axis; BLAS gets one product instead of one per sample."""
     return x.reshape(x.size // x.shape[-1], x.shape[-1])
+
+
+def add_product(left: Array, right: Array, grads: Tree, name: str, call: Call) -> None:
+    """Add ``leftᵀ right`` to the gradient ``name``, or write it there if nothing was added yet."""
+    fresh = unwritten(grads, name)
+    if fresh is not None:
+        call.xp.matmul(left.T, right, out=fresh)
+        return
+    product = call.take((left.shape[1], right.shape[1]), right.dtype)
+    call.xp.matmul(left.T, right, out=product)
+    grads[name][...] += product
+    call.give(product)
 
 
 def _ones(size: int, like: Array, call: Call) -> Array:

@@ -8,7 +8,7 @@ from mpitrain._typing import Array, Tree
 from mpitrain.nn import checks
 from mpitrain.nn.initial import normal
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
-from mpitrain.nn.reductions import rows
+from mpitrain.nn.reductions import add_product, rows
 
 
 class Unembedding(Layer):
@@ -52,7 +52,4 @@ class Unembedding(Layer):
 
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add ``dyᵀ x``."""
-        product = call.take((self.count, self.features), dy.dtype)
-        call.xp.matmul(rows(dy).T, rows(context["x"]), out=product)
-        grads["weight"][...] += product
-        call.give(product)
+        add_product(rows(dy), rows(context["x"]), grads, "weight", call)

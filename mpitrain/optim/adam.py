@@ -11,6 +11,7 @@ from mpitrain._options import EPSILON, FRACTION, NON_NEGATIVE, Pair, option
 from mpitrain._typing import Array
 from mpitrain.arrays import namespace
 from mpitrain.optim.elementwise import Elementwise
+from mpitrain.optim.kernel import AdamSettings, adam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,24 @@ class Adam(Elementwise):
         work *= lr * self._direction(m, v, step, work)
         p -= work
 
+    def _compiled(self, p: Array, g: Array, slots: Sequence[Array], lr: float, step: int, decays: bool) -> bool:
+        m, v = slots
+        beta1, beta2 = self.betas
+        eps, rate = self._corrected(step)
+        penalty, shrink = self._decays(lr) if decays else (0.0, 1.0)
+        settings = AdamSettings(penalty, shrink, 1.0 - beta1, beta2, 1.0 - beta2, eps, lr * rate)
+        return adam(p, g, m, v, settings)
+
+    def _decays(self, lr: float) -> tuple[float, float]:
+        """Return the coefficient of a penalty, and what parameters are multiplied by."""
+        return self.weight_decay, 1.0
+
+    def _corrected(self, step: int) -> tuple[float, float]:
+        """Return eps and the learning rate's factor, both corrected for the moments' zero start."""
+        beta1, beta2 = self.betas
+        root = math.sqrt(1.0 - beta2**step)
+        return self.eps * root, root / (1.0 - beta1**step)
+
     def _follow(self, m: Array, v: Array, g: Array, work: Array) -> None:
         """Move the moments towards g and g²."""
         xp = namespace(g)
@@ -59,12 +78,11 @@ class Adam(Elementwise):
     def _direction(self, m: Array, v: Array, step: int, out: Array) -> float:
         """Write ``m̂ / (√v̂ + eps)`` to ``out``, but for the factor that is returned."""
         xp = namespace(m)
-        beta1, beta2 = self.betas
-        root = math.sqrt(1.0 - beta2**step)
+        eps, rate = self._corrected(step)
         xp.sqrt(v, out=out)
-        out += self.eps * root
+        out += eps
         xp.divide(m, out, out=out)
-        return root / (1.0 - beta1**step)
+        return rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +109,6 @@ class AdamW(Adam):
     def _decay(self, p: Array, g: Array, lr: float, work: Array) -> None:
         """Shrink the parameters themselves."""
         p *= 1.0 - lr * self.weight_decay
+
+    def _decays(self, lr: float) -> tuple[float, float]:
+        return 0.0, 1.0 - lr * self.weight_decay

@@ -53,12 +53,14 @@ class Elementwise(Checked, Optimizer):
         check_shard(params, grads, state, step, shard)
         work = scratch(params)
         for group, run in shard.runs:
-            if group == "statistics":
+            decays = group == "decay" and self.weight_decay > 0
+            slots = [state[slot][run] for slot in self.slots]
+            if group == "statistics" or self._compiled(params[run], grads[run], slots, lr, step, decays):
                 continue
             for chunk in chunks(run, params):
                 p, g = params[chunk], grads[chunk]
                 slots = [state[slot][chunk] for slot in self.slots]
-                if group == "decay" and self.weight_decay:
+                if decays:
                     self._decay(p, g, lr, work[: p.size])
                 self._step(p, g, slots, lr, step, work[: p.size])
         follow_statistics(params, grads, shard)
@@ -67,6 +69,10 @@ class Elementwise(Checked, Optimizer):
         """Add the gradient of the penalty λ‖p‖²/2."""
         namespace(p).multiply(p, self.weight_decay, out=work)
         g += work
+
+    def _compiled(self, p: Array, g: Array, slots: Sequence[Array], lr: float, step: int, decays: bool) -> bool:
+        """Update a whole run by a compiled loop, with the bits that `_step` gives; tell whether there is one."""
+        return False
 
     @abstractmethod
     def _step(self, p: Array, g: Array, slots: Sequence[Array], lr: float, step: int, work: Array) -> None:

@@ -1,6 +1,8 @@
-"""Synchronous methods: what is split names them (data here; gradients and parameters to come)."""
+"""Synchronous methods: what is split names them (data; gradients and optimizer state; parameters to come)."""
 
 from mpitrain.parallel.averaging import ModelAveraging
 from mpitrain.parallel.data import DataParallel
+from mpitrain.parallel.gradient import GradientParallel
+from mpitrain.parallel.synchronous import Synchronous, Tally
 
-__all__ = ["DataParallel", "ModelAveraging"]
+__all__ = ["DataParallel", "GradientParallel", "ModelAveraging", "Synchronous", "Tally"]

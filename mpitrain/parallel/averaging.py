@@ -11,9 +11,11 @@ from mpitrain._errors import InputError
 from mpitrain.arrays import Batch
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Plan
+from mpitrain.method.steps import all_finite
 from mpitrain.nn.model import Model
-from mpitrain.optim import Optimizer, finite
-from mpitrain.parallel.data import DataParallel, Tally
+from mpitrain.optim import Optimizer
+from mpitrain.parallel.data import DataParallel
+from mpitrain.parallel.synchronous import Tally
 
 
 class ModelAveraging(DataParallel):
@@ -59,9 +61,9 @@ class ModelAveraging(DataParallel):
     def _train_step(self, microbatches: list[Batch]) -> Tally:
         phase = self.comm.phase
         with phase("gradients"):
-            own = self._gradients(microbatches, None)
+            own = self._gradients(microbatches, self.grads, None)
         with phase("check"):
-            own = replace(own, bad=float(own.bad or not finite(self.grads.flat)))
+            own = replace(own, bad=float(own.bad or not all_finite(self.parts)))
             total = self._sum(own)
             self._check_finite(not total.bad, microbatches)
         self.step += 1

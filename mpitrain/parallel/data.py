@@ -6,50 +6,19 @@ a single rank would take on the whole batch, however unevenly it is shared.
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from mpitrain._errors import InputError
-from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, plain
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Layout, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.codecs import Codec, CompressedSum, make_codec
-from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.state import Read, State, fill, pieces_of
-from mpitrain.method.steps import (
-    add_sums,
-    check_finite,
-    clip,
-    divide,
-    reduce_gradients,
-    update,
-    verify_replicas,
-)
-from mpitrain.nn.model import Model, Reduce
-from mpitrain.optim import Optimizer, finite
-
-DEFAULT_BUCKET_BYTES = 4 << 20
+from mpitrain.method.steps import Part, all_finite, clip, divide, reduce_gradients, update, verify_replicas
+from mpitrain.optim import State as OptimizerState
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
 
 
-@dataclass(frozen=True)
-class Tally:
-    """What the ranks sum at each step besides the gradients; it also carries what they must agree on."""
-
-    loss: float = 0.0  # sum of the samples' losses
-    count: float = 0.0  # what it is to be divided by
-    samples: float = 0.0
-    stops: float = 0.0  # ranks that were asked to stop
-    bad: float = 0.0  # ranks whose own loss or gradient is not finite
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-
-class DataParallel(Method):
+class DataParallel(Synchronous):
     """Synchronous data-parallel SGD.
 
     Parameters
@@ -72,6 +41,8 @@ class DataParallel(Method):
     library uses a ring, and one of five numbers.  With a codec: see there.
     """
 
+    grads: GradientBuffer
+
     def __init__(
         self,
         comm: Communicator,
@@ -81,162 +52,65 @@ class DataParallel(Method):
         codec: str | Codec | None = None,
         allocator: Allocator = plain,
     ) -> None:
-        for name, value in (("microbatches", microbatches), ("bucket_bytes", bucket_bytes)):
-            if value < 1:
-                raise InputError(f"{name} is too small", operation="DataParallel", got=value, expected="at least 1")
-        self.comm = comm
-        self.microbatches = microbatches
-        self.bucket_bytes = bucket_bytes
+        super().__init__(comm, microbatches, bucket_bytes, allocator)
         self.codec = make_codec(codec) if isinstance(codec, str) else codec
-        self._allocator = allocator
-        self._stop = False
 
-    def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:
-        """See `Method.setup`."""
-        layout = model.layout
-        self.model, self.optimizer, self.plan = model, optimizer, plan
-        self.shard = layout.whole()
+    def _allocate(self, layout: Layout) -> None:
         self.params = FlatBuffer(layout, self._allocator)
-        self.grads = FlatBuffer(layout, self._allocator)
-        self.optimizer_state = optimizer.init(self.shard, self._allocator)
+        self.grads = GradientBuffer(layout, self._allocator)
+        whole = layout.whole()
+        state = self.optimizer.init(whole, self._allocator)
+        self.parts = (Part(whole, self.params.flat, self.grads.flat, state),)
         self.buckets = layout.buckets(self.bucket_bytes)
         self._compressed: CompressedSum | None = None
         if self.codec:
-            key = plan.key.child("codec")
+            key = self.plan.key.child("codec")
             self._compressed = CompressedSum(self.comm, self.codec, layout, key, self._allocator)
-        self.step = 0
-        self._feed: Feed | None = None
-        model.initialise(self.params, plan.key.child("init"))
+
+    def _initialise(self) -> None:
+        self.model.initialise(self.params, self.plan.key.child("init"))
         verify_replicas(self.comm, self.params)
 
-    def request_stop(self) -> None:
-        """See `Method.request_stop`."""
-        self._stop = True
-
-    def advance(self, feed: Feed, until: int) -> Progress:
-        """See `Method.advance`."""
-        mine = self._share(feed)
-        total = Tally()
-        while self.step < self.plan.steps and not (self._at_commit() and (self.step >= until or total.stops)):
-            with self.comm.phase("data"):
-                microbatches = list(mine.batch(self.step))
-            with self.comm.phase("step"):
-                total += self._train_step(microbatches)
-        lr = self.plan.schedule(max(self.step, 1))
-        loss = total.loss / total.count if total.count else float("nan")
-        return Progress(self.step, loss, int(total.samples), lr, bool(total.stops))
-
-    def _share(self, feed: Feed) -> Share:
-        """Return this rank's share of a feed, which is cut once."""
-        if self._feed is not feed:
-            self._feed, self._own = feed, feed.share(self.comm.rank, self.comm.size, self.microbatches)
-        return self._own
-
-    def _at_commit(self) -> bool:
-        """Tell whether parameters and optimizer state are now the same on all ranks."""
-        return True
+    @property
+    def optimizer_state(self) -> OptimizerState:
+        """What the optimizer keeps, of the whole model."""
+        return self.parts[0].state
 
     def _train_step(self, microbatches: list[Batch]) -> Tally:
-        """Take one step; return its sums over all ranks."""
         phase = self.comm.phase
         with phase("gradients"):
-            own = self._gradients(microbatches, self._reduce)
+            own = self._gradients(microbatches, self.grads, self._reduce)
         with phase("reduce"):
             total = self._sum(own)
             self._reduce_gradients(total.count)
         with phase("check"):
-            good = not total.bad and finite(self.grads.flat)
-            self._check_finite(good, microbatches)
+            self._check_finite(not total.bad and all_finite(self.parts), microbatches)
         self.step += 1
         with phase("update"):
             self._update(total.count)
         return total
 
-    def _check_finite(self, good: bool, microbatches: list[Batch]) -> None:
-        """End the run unless all is well; else compute this rank's part again by itself, to see who is at fault."""
-
-        def own_part_finite() -> bool:
-            alone = self._gradients(microbatches, None)  # BatchNorm spread one rank's trouble to all
-            return not alone.bad and finite(self.grads.flat)
-
-        check_finite(self.comm, good, self.grads.flat, self.shard, self.step + 1, own_part_finite)
-
-    def _sum(self, own: Tally) -> Tally:
-        return Tally(*self.comm.allreduce(np.array(astuple(own), np.float64)).tolist())
-
-    def _gradients(self, microbatches: list[Batch], reduce: Reduce | None) -> Tally:
-        """Sum the gradients of this rank's samples into ``self.grads``."""
-        self.grads.zero()
-        rng = self.plan.key.child("train").at(self.step)
-        loss_sum = count = 0.0
-        for number, batch in enumerate(microbatches):
-            key = rng.child(f"microbatch{number}")
-            found = self.model.loss_and_gradients(self.params, batch, self.grads, key, reduce)
-            loss, weight = _two_numbers(found)
-            loss_sum, count = loss_sum + loss, count + weight
-        samples = sum(len(batch) for batch in microbatches)
-        return Tally(loss_sum, count, samples, float(self._stop), float(not np.isfinite(loss_sum)))
-
     def _reduce_gradients(self, count: float) -> None:
         if self._compressed:
-            self._compressed.reduce(self.grads, self.step, count)
+            self._compressed.reduce(self.grads.buffer, self.step, count)
         else:
-            reduce_gradients(self.comm, self.grads, self.buckets)
+            reduce_gradients(self.comm, self.grads.buffer, self.buckets)
 
     def _update(self, count: float) -> None:
         """Divide, clip and update."""
-        grads, shard = self.grads.flat, self.shard
-        divide(grads, count)
-        clip(grads, shard, self.plan)
-        update(self.optimizer, self.params.flat, grads, self.optimizer_state, self.plan, self.step, shard)
-
-    def _reduce(self, array: Array) -> Array:
-        self.comm.allreduce(array, out=array)
-        return array
-
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """See `Method.evaluate`."""
-        sums = None
-        for batch in batches:
-            sums = add_sums(sums, self.model.sums(self.params, batch))
-        if sums is None:
-            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        return self.model.metrics(self.comm.allreduce(sums))
-
-    def predict(self, inputs: Array) -> Array:
-        """See `Method.predict`."""
-        return self.model.predict(self.params, inputs)
+        divide(self.parts, count)
+        clip(self.parts, self.plan)
+        update(self.optimizer, self.parts, self.plan, self.step)
 
     def state(self) -> State:
         """See `Method.state`."""
-        pieces = pieces_of("params", self.params.flat, self.shard, "replicated")
-        for slot, array in self.optimizer_state.items():
-            pieces += pieces_of(f"optimizer.{slot}", array, self.shard, "replicated")
-        for prefix, buffer, kind in self._compressed.kept if self._compressed else ():
-            pieces += pieces_of(f"codec.{prefix}", buffer.flat, buffer.layout.whole(), kind)
-        return State(pieces, {"step": self.step})
+        found = super().state()
+        kept = self._compressed.kept if self._compressed else ()
+        more = [pieces_of(f"codec.{name}", buffer.flat, buffer.layout.whole(), kind) for name, buffer, kind in kept]
+        return State(sum(more, start=found.pieces), found.scalars)
 
     def load(self, scalars: Mapping[str, Any], read: Read) -> None:
         """See `Method.load`."""
-        fill("params", self.params.flat, self.shard, read)
-        for slot, array in self.optimizer_state.items():
-            fill(f"optimizer.{slot}", array, self.shard, read)
+        super().load(scalars, read)
         for prefix, buffer, _ in self._compressed.kept if self._compressed else ():
             fill(f"codec.{prefix}", buffer.flat, buffer.layout.whole(), read)
-        self.step = int(scalars["step"])
-
-    def load_parameters(self, read: Read) -> None:
-        """See `Method.load_parameters`."""
-        fill("params", self.params.flat, self.shard, read)
-
-
-def _two_numbers(found: Any) -> tuple[float, float]:
-    """Return what a model, perhaps a user's, gave as loss and count."""
-    try:
-        loss_sum, count = map(float, found)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            "the model's loss_and_gradients gave no loss", got=reprlib.repr(found),
-            expected="(loss_sum, count), two numbers",
-        ) from error  # fmt: skip
-    return loss_sum, count

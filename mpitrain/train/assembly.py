@@ -25,7 +25,7 @@ from mpitrain.comm.codecs import make_codec
 from mpitrain.data import Batches, Dataset, Standardise
 from mpitrain.method import Method, Plan
 from mpitrain.nn import Layer, Loss, Model, Network
-from mpitrain.parallel import DataParallel, ModelAveraging
+from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
 from mpitrain.train.cadence import Cadence
 from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
@@ -293,13 +293,12 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
 
 
 def _method(job: Job, comm: Communicator) -> Method:
-    section = job.method
-    options: dict[str, Any] = {
-        "microbatches": section.microbatches,
-        "bucket_bytes": section.bucket_bytes,
-        "codec": make_codec(section.codec.kind, **section.codec.arguments()) if section.codec else None,
-        "allocator": device if job.device == "gpu" else plain,
-    }
+    section, on_gpu = job.method, job.device == "gpu"
+    options: dict[str, Any] = {"microbatches": section.microbatches, "bucket_bytes": section.bucket_bytes}
+    if section.kind == "gradient":
+        return GradientParallel(comm, stage=section.stage, allocator=device if on_gpu else None, **options)
+    options["codec"] = make_codec(section.codec.kind, **section.codec.arguments()) if section.codec else None
+    options["allocator"] = device if on_gpu else plain
     if section.average_every:
         return ModelAveraging(comm, average_every=section.average_every, **options)
     return DataParallel(comm, **options)

@@ -27,6 +27,9 @@ from mpitrain.train.trainer import Trainer
 _MAY_CHANGE = (
     "name",
     "data.path",  # what is there is compared
+    "method.kind",  # the same steps, however they are divided
+    "method.stage",
+    "method.bucket_bytes",
     "train.steps",
     "train.epochs",
     "train.log_every_steps",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -32,6 +35,21 @@ def test_plain_memory_is_zero_writable_and_page_aligned(size, dtype):
     assert array.flags.writeable
     assert array.ctypes.data % 4096 == 0
     array[...] = 1
+
+
+def _mapping(address: int) -> str:
+    """What the kernel says of the mapping that an address lies in."""
+    maps = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]
+    bounds = [[int(bound, 16) for bound in each.split(" ", 1)[0].split("-")] for each in maps]
+    return next(each for each, (begin, end) in zip(maps, bounds, strict=True) if begin <= address < end)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_plain_memory_may_have_huge_pages():
+    array = plain(1 << 22, np.dtype(np.float32))
+    found = _mapping(array.ctypes.data)
+    assert " rw-p " in found.splitlines()[0]  # shared mappings are of another sort of memory, with small pages
+    assert " hg" in next(line for line in found.splitlines() if line.startswith("VmFlags:"))
 
 
 def test_views_share_the_flat_memory(layout):

@@ -200,3 +200,17 @@ def test_a_layout_without_elements_has_no_runs(segments):
     """A pipeline stage may hold no parameters."""
     whole = Layout.build(segments).whole()
     assert (whole.size, whole.runs, whole.pieces) == (0, (), ())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_padding_is_what_no_tensor_takes(dtype):
+    segments = [Segment("a", (3, 5)), Segment("none", (0,)), Segment("b", (16,)), Segment("c", (1,), group="no_decay")]
+    layout = Layout.build(segments, dtype)
+    taken = np.zeros(layout.size, bool)
+    for segment in layout:
+        taken[segment.offset : segment.stop] = True
+    for start, stop in layout.padding():
+        assert not taken[start:stop].any()
+        taken[start:stop] = True
+    assert taken.all()
+    assert Layout.build([]).padding() == ()

@@ -5,25 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import standin_cupy
 
 from mpitrain._errors import InputError, MissingExtraError
-from mpitrain.arrays.libraries import LIBRARIES, owner
+from mpitrain.arrays.dtypes import storage
+from mpitrain.arrays.libraries import LIBRARIES, owner, torch_tensors
 from mpitrain.comm import LocalWorld
 
-
-class CupyArray:
-    """Stands for a CuPy array."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.memory = values
-        self.dtype, self.shape = values.dtype, values.shape
-
-    def __setitem__(self, where: Any, other: CupyArray) -> None:
-        self.memory[where] = other.memory
+CupyArray = standin_cupy.asarray
 
 
 class NumbaArray:
@@ -31,7 +25,8 @@ class NumbaArray:
 
     def __init__(self, values: np.ndarray, read_only: bool = False) -> None:
         self.memory = values
-        self.__cuda_array_interface__ = {"data": (1, read_only), "version": 3}
+        interface = dict(values.__array_interface__, version=3, stream=None)
+        self.__cuda_array_interface__ = interface | {"data": (interface["data"][0], read_only)}
 
 
 class OnCuda:
@@ -48,25 +43,21 @@ class OnCuda:
 
 
 @pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """Put a module in CuPy's place that keeps device memory in NumPy arrays."""
-    module: Any = types.ModuleType("cupy")
-    module.ndarray = CupyArray
-    module.asnumpy = lambda array: array.memory.copy()
-    module.asarray = lambda x: CupyArray(x.memory if hasattr(x, "memory") else np.array(x))
-    module.from_dlpack = lambda x: CupyArray(x.memory)
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    module = standin_cupy.module()
     monkeypatch.setitem(sys.modules, "cupy", module)
-    return module
+    yield module
+    standin_cupy.forget()
 
 
 @pytest.mark.parametrize("kind", [CupyArray, NumbaArray, OnCuda])
-def test_memory_of_a_device_is_copied(cupy: types.ModuleType, kind: type) -> None:
+def test_memory_of_a_device(cupy: types.ModuleType, kind: Any) -> None:
     def run(comm: Any) -> None:
         x = kind(np.full((2, 3), comm.rank + 1.0))
         got = comm.allreduce(x)
-        assert type(got) is CupyArray
-        assert np.array_equal(got.memory, np.full((2, 3), 6.0))
-        assert np.array_equal(comm.allgather({"a": x})["a"].memory[:, 0, 0], [1, 2, 3])
+        assert type(got) is standin_cupy.ndarray
+        assert np.array_equal(standin_cupy.asnumpy(got), np.full((2, 3), 6.0))
+        assert np.array_equal(standin_cupy.asnumpy(comm.allgather({"a": x})["a"])[:, 0, 0], [1, 2, 3])
         assert np.array_equal(x.memory, np.full((2, 3), comm.rank + 1.0))
         with pytest.raises(InputError, match=r"a PyTorch tensor on the CPU|read-only"):
             comm.allreduce_plan(x)
@@ -75,11 +66,13 @@ def test_memory_of_a_device_is_copied(cupy: types.ModuleType, kind: type) -> Non
 
 
 @pytest.mark.parametrize("kind", [CupyArray, NumbaArray])
-def test_results_are_copied_into_device_memory(cupy: types.ModuleType, kind: type) -> None:
+def test_results_are_put_into_device_memory(cupy: types.ModuleType, kind: Any) -> None:
     def run(comm: Any) -> None:
         x = kind(np.full(3, comm.rank + 1.0))
         memory = x.memory
         assert comm.allreduce(x, out=x) is x
+        if kind is CupyArray:  # of other arrays nobody knows on which stream they are read: they are there
+            cupy.cuda.get_current_stream().synchronize()
         assert np.array_equal(memory, [3.0] * 3)
 
     LocalWorld(2).run(run)
@@ -128,6 +121,20 @@ def test_tensors_of_a_device_are_copied(monkeypatch: pytest.MonkeyPatch) -> None
             assert strided.tolist() == [[6.0] * 3] * 2
 
     LocalWorld(3).run(run)
+
+
+@pytest.mark.parametrize("name", [*torch_tensors._SHARED, "bfloat16"])
+def test_tensors_of_a_gpu_are_words_there(cupy: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Both ways between a tensor and words, on a tensor of the CPU that is passed off as one of a GPU."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(cupy, "asarray", lambda tensor: standin_cupy.ndarray(tensor.numpy()))
+    tensor = torch.tensor([[0, 1, 3], [2, 0, 1]]).to(getattr(torch, name)).T
+    dtype = torch_tensors._dtype("", tensor.dtype)
+    words = torch_tensors._memory(tensor, dtype)
+    assert (words.dtype, words.shape, words.data.ptr) == (storage(dtype), (3, 2), tensor.data_ptr())
+    again = torch_tensors._adopt(np.ascontiguousarray(words.memory), dtype)
+    assert again.dtype == tensor.dtype
+    assert again.tolist() == tensor.tolist()
 
 
 def test_no_library_is_imported() -> None:

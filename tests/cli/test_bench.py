@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from commands import mpitrain
 from rich.console import Console
+from virtual_nodes import VirtualNodes, missing
 
 from mpitrain.cli.bench import campaign, command, plot, tables
 from mpitrain.cli.bench.campaign import Failed, run_campaign, task
@@ -86,6 +90,12 @@ def test_all_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "left out: han: not there; skipped" in printed
 
 
+def test_nodes_that_are_parts_of_one_are_told() -> None:
+    parts = replace(REPORT.launches[0], about={**ABOUT, "ranks_of_nodes": [1, 1], "ranks_per_node": 1})
+    first = next(tables.header(replace(REPORT, launches=[parts])))
+    assert first == "2 ranks on 2 nodes (MPITRAIN_RANKS_PER_NODE=1), Open MPI v5"
+
+
 def test_the_figure(tmp_path: Path) -> None:
     plot.draw(REPORT, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
@@ -118,16 +128,9 @@ def test_a_set_up_measures_what_it_performs_and_gloo_runs_beside_the_default_onl
     assert (other.operations, other.leading, other.gloo, other.round) == (("allreduce",), True, False, 2)
 
 
-@pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Let ``mpiexec`` be a Python script that is given the arguments of a rank."""
-
-    def use(source: str) -> None:
-        monkeypatch.setattr(
-            campaign, "launch_command", lambda n, argv: ([sys.executable, "-c", source, *argv], dict(os.environ))
-        )
-
-    return use
+def pretend(source: str) -> campaign.Start:
+    """Let what starts ranks be a Python script that is given the arguments of a rank."""
+    return lambda argv: ([sys.executable, "-c", source, *argv], dict(os.environ))
 
 
 @pytest.mark.parametrize(
@@ -139,32 +142,29 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         ("import sys; open(sys.argv[5], 'w').write('{')", "no result: benchmark results: not what"),
     ],
 )
-def test_launches_that_hang_or_crash_are_told_in_a_line(pretend: Callable[[str], None], source: str, why: str) -> None:
-    pretend(source)
-    found = campaign.launcher(2, Spec((4,)), limit_s=1.0)(DEFAULT, 1)
+def test_launches_that_hang_or_crash_are_told_in_a_line(source: str, why: str) -> None:
+    found = campaign.launcher(pretend(source), Spec((4,)), limit_s=1.0)(DEFAULT, 1)
     assert isinstance(found, Failed)
     assert found.why.startswith(why)
     assert "\n" not in found.why
 
 
-def test_a_launch_has_the_settings_of_its_set_up_and_hands_back_a_result(
-    pretend: Callable[[str], None], tmp_path: Path
-) -> None:
+def test_a_launch_has_the_settings_of_its_set_up_and_hands_back_a_result(tmp_path: Path) -> None:
     told = tmp_path / "told"
-    pretend(
+    start = pretend(
         f"import os, sys; open({str(told)!r}, 'w').write(os.environ['OMPI_MCA_coll_sm_priority'])\n"
         f"open(sys.argv[5], 'wb').write({launch('sm').to_json()!r})"
     )
-    found = campaign.launcher(2, Spec((4,)), limit_s=20.0)(SM, 1)
+    found = campaign.launcher(start, Spec((4,)), limit_s=20.0)(SM, 1)
     assert found == launch("sm")
     assert told.read_text() == "100"
-    nothing = campaign.launcher(2, Spec((4,), ("allgather",)), limit_s=20.0)(SM, 1)
+    nothing = campaign.launcher(start, Spec((4,), ("allgather",)), limit_s=20.0)(SM, 1)
     assert nothing == Failed("performs allreduce only, of which nothing was chosen to compare")
 
 
-def test_a_component_without_effect_is_skipped_before_it_is_measured(pretend: Callable[[str], None]) -> None:
-    pretend("print('coll:base:comm_select: selecting sm, priority   0, Disabled')")
-    found = campaign.launcher(2, Spec((4,)), limit_s=20.0)(Component("sm", {}, ("allreduce",), "sm"), 1)
+def test_a_component_without_effect_is_skipped_before_it_is_measured() -> None:
+    start = pretend("print('coll:base:comm_select: selecting sm, priority   0, Disabled')")
+    found = campaign.launcher(start, Spec((4,)), limit_s=20.0)(Component("sm", {}, ("allreduce",), "sm"), 1)
     assert found == Failed("Open MPI does not enable its component sm for these ranks")
 
 
@@ -192,7 +192,8 @@ def test_started_by_itself_it_measures_every_variant(tmp_path: Path, caches: Pat
     assert report.failures == found.notes == []
     assert {"cpu", "cpus", "last_level_cache_bytes"} <= found.about["machine"].keys()
     assert {"python", "mpitrain", "numpy", "mpi4py"} <= found.about["versions"].keys()
-    assert found.about["command"][1:3] == report.command[1:3] == ["bench", "collectives"]
+    assert found.about["command"] == report.command
+    assert report.command[:3] == ["mpitrain", "bench", "collectives"]  # and not where that is installed
     transports = found.about["transports"]
     wanted = {
         (each.operation, each.name, transport, 4)
@@ -211,7 +212,7 @@ def test_alone_and_under_mpiexec_one_rank_prints(ranks: int, caches: Path) -> No
     done = bench(*few, "--buffers=rotating", under=ranks)
     assert done.code == 0, done.err
     assert done.out.splitlines()[0].startswith(f"{ranks or 1} rank")
-    assert "rotating through pairs of arrays per rank: 4: 256 (in the cache)" in done.out
+    assert "rotating through pairs of arrays per rank: 4: 255 (in the cache)" in done.out
     assert done.out.count("broadcast: bus bandwidth = n / t") == 1
 
 
@@ -223,6 +224,8 @@ def test_alone_and_under_mpiexec_one_rank_prints(ranks: int, caches: Path) -> No
         (["--operations=scan"], "no 'scan'; expected some of allreduce, broadcast"),
         (["--variants=magic"], "no 'magic'; expected some of checked, checked in place"),
         (["--variants=plan", "--operations=broadcast"], "none of --variants is a way to call broadcast"),
+        (["-n2", "--launcher=mpiexec -n 2"], "--launcher is the whole command that starts ranks, its -n included"),
+        (["--tune", "--launcher=srun"], "here: srun mpitrain bench collectives"),
         (["--plot=figure"], "--plot: the name tells no format; got figure; expected an end of .png"),
     ],
 )
@@ -269,6 +272,45 @@ def test_what_tune_keeps_later_programs_use(caches: Path, launch: Callable[..., 
     assert (code, output.splitlines()[-1]) == (0, "None None")
     assert output.count("tuning table ignored") == 1
     assert str(path) in output
+
+
+def bench_on_nodes(ranks_per_node: int, path: Path, patch: pytest.MonkeyPatch, *arguments: str) -> tuple[Report, str]:
+    with VirtualNodes(2) as nodes:
+        patch.setenv("PATH", nodes.env["PATH"])
+        command = shlex.join(nodes.launcher(ranks_per_node))
+        done = bench(f"--launcher={command}", "--sizes=64,1M", "--repeats=2", f"--json={path}", *arguments)
+    assert done.code == 0, done.err
+    return Report.from_json(path.read_bytes()), done.out
+
+
+@pytest.mark.skipif(bool(missing()), reason=f"no virtual nodes: {missing()}")
+@pytest.mark.parametrize(("ranks_per_node", "transport"), [(1, "network"), (2, "shared")])
+def test_on_several_nodes(
+    ranks_per_node: int, transport: str, tmp_path: Path, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--operations=allreduce", "--variants=checked,plan in place,reproducible")
+    report, printed = bench_on_nodes(ranks_per_node, tmp_path / "found.json", monkeypatch, *few)
+    (found,) = report.launches
+    assert printed.startswith(f"{2 * ranks_per_node} ranks on 2 nodes, ")
+    assert found.about["ranks_of_nodes"] == [ranks_per_node] * 2
+    measured = {(each.variant, each.transport) for each in found.measurements}
+    wanted = {
+        (name, where) for name in ("checked", "plan in place", "reproducible") for where in ("host", transport)
+    }  # fmt: skip
+    assert measured == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=f"no virtual nodes: {missing()}")
+def test_against_the_peers_of_several_nodes(tmp_path: Path, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("--operations=allreduce,broadcast", "--variants=checked", "--peers")
+    report, _ = bench_on_nodes(2, tmp_path / "found.json", monkeypatch, *few)
+    assert {"default", "han", "adapt", "basic"} < set(report.components())
+    assert "sm: Open MPI does not enable its component sm for these ranks; skipped" in report.failures
+    assert {each.transport for each in report.measurements("han").values()} == {"shared", "host"}
+    assert all(key[2] == "shared" for key in report.measurements("han") if key[0] == "allreduce")
+    gloo = {name for each in report.launches[0].measurements for name in each.rivals} - {"mpi4py"}
+    assert gloo == ({"gloo"} if importlib.util.find_spec("torch") else set())
 
 
 @pytest.mark.slow

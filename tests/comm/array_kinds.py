@@ -147,5 +147,7 @@ def address(array: Any) -> int:
     for name in ("data_ptr", "unsafe_buffer_pointer"):
         if hasattr(array, name):
             return int(getattr(array, name)())
+    if hasattr(array, "__cuda_array_interface__"):
+        return int(array.__cuda_array_interface__["data"][0])
     found = getattr(array, "values", array)
     return int(np.asarray(found).__array_interface__["data"][0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 
 import ml_dtypes
 import numpy as np
@@ -107,6 +107,107 @@ def plans_reduce_what_the_buffer_holds_at_each_call(comm: Communicator) -> None:
         same(result, expected)
         x[...] = comm.rank + step
         same(place(), np.full(1000, comm.size - 1 + step))
+
+
+@check
+def plans_shards_of_every_dtype_and_op(comm: Communicator) -> None:
+    for (dtype, size), on_node in product(zip(DTYPES, (1320, 7, 40, 0, 1320, 1, 700), strict=True), (True, False)):
+        x = comm.empty(size, dtype) if on_node else np.empty(size, dtype)
+        for op in ops(dtype):
+            plan = comm.reduce_scatter_plan(x, op)
+            tiles(comm, plan.begin, plan.end, size)
+            x[...] = values(comm.rank, (size,), dtype)
+            same(plan(), folded(comm.size, (size,), dtype, op)[plan.begin : plan.end])
+            assert plan.shard is plan()
+
+
+def tiles(comm: Communicator, begin: int, end: int, size: int) -> None:
+    """The ranks' ranges cover everything once, in cache lines."""
+    owned = sorted(comm.allgather_object((begin, end)))
+    assert sum(stop - start for start, stop in owned) == size
+    assert owned[0][0] == 0
+    assert owned[-1][1] == size
+    assert all(before[1] == after[0] for before, after in pairwise(owned))
+
+
+@check
+def shards_are_published_to_all_at_once(comm: Communicator) -> None:
+    """As training does it, over and over: every rank reduces its shard, writes what follows, and reads all of it."""
+    for size, dtype in ((1000, "int64"), (3, "int32"), (0, "float32"), (70_000, "float32")):
+        x, whole = comm.empty(size, dtype), comm.shared(size, dtype)
+        assert not whole.any()
+        reduce = comm.reduce_scatter_plan(x)
+        gather = comm.allgather_plan(whole, reduce.begin, reduce.end)
+        for step in range(1, 20):
+            x[...] = whole + np.arange(size) % 5 + comm.rank
+            before = whole.copy()
+            reduced = reduce().copy()  # which may lie in the buffer
+            x[...] = -1  # the buffer is free again
+            same(whole, before)  # nobody has published anything yet
+            comm.barrier()
+            whole[reduce.begin : reduce.end] = (reduced - comm.size * before[reduce.begin : reduce.end]) * step
+            assert gather() is whole
+            ranks = comm.size * (comm.size - 1) // 2
+            same(whole, ((np.arange(size) % 5 * comm.size + ranks) * step).astype(dtype))
+
+
+@check
+def one_array_of_a_node_is_one(comm: Communicator) -> None:
+    whole = comm.shared((3, 5), "float64")
+    comm.barrier()
+    if comm.node.rank == 0:
+        whole[1, 2] = 7
+    comm.barrier()
+    assert whole[1, 2] == (7 if comm.node.rank == 0 or comm.transport == "shared" else 0)
+    assert type(whole) is np.ndarray
+    assert whole.shape == (3, 5)
+
+
+@check
+def unusable_shards_are_refused(comm: Communicator) -> None:
+    with pytest.raises(InputError, match=r"do not make up the buffer; got .* expected ranges that cover 9 elements"):
+        comm.allgather_plan(comm.shared(9), 0, 4)
+    with pytest.raises(InputError, match="one contiguous run"):
+        comm.allgather_plan(np.zeros((2, 2)), 0, 4)
+    with pytest.raises(InputError, match="not an array"):
+        comm.reduce_scatter_plan([1.0])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="reduce_scatter_plan: unknown reduction"):
+        comm.reduce_scatter_plan(np.zeros(3), "avg")
+    if comm.size > 1:
+        backwards = [comm.size - 1 - comm.rank, comm.size - comm.rank]
+        with pytest.raises(InputError, match="not in the order of the ranks"):
+            comm.allgather_plan(np.zeros(comm.size), *backwards)
+
+
+@check
+def plans_of_uneven_shards_agree_in_debug_mode(comm: Communicator) -> None:
+    comm.debug = True
+    x, whole = comm.empty(1000, "int64"), comm.shared(1000, "int64")
+    reduce = comm.reduce_scatter_plan(x)
+    gather = comm.allgather_plan(whole, reduce.begin, reduce.end)
+    for step in range(3):
+        x[...] = step
+        whole[reduce.begin : reduce.end] = reduce()
+        same(gather(), np.full(1000, step * comm.size))
+        comm.barrier()
+    comm.debug = False
+
+
+@check
+def the_ledger_counts_plans_of_shards(comm: Communicator) -> None:
+    size = 64
+    x, whole = comm.empty(size), comm.shared(size)
+    reduce = comm.reduce_scatter_plan(x)
+    gather = comm.allgather_plan(whole, reduce.begin, reduce.end)
+    comm.ledger.reset()
+    for _ in range(3):
+        reduce()
+        gather()
+    planned = "_plan" if comm.transport == "shared" else ""
+    for operation in ("reduce_scatter", "allgather"):
+        counted = comm.ledger.snapshot().get((comm.ledger.axis, operation + planned))
+        expected = None if comm.size == 1 else (3, 3, 3 * 4 * size)
+        assert (counted and (counted.calls, counted.messages, counted.logical_bytes)) == expected
 
 
 @check

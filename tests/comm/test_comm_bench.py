@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,11 @@ import pytest
 
 from mpitrain._errors import CommunicationError, InputError
 from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.comm.bench import meeting
 from mpitrain.comm.bench.cases import VARIANTS, correct, shapes
 from mpitrain.comm.bench.components import components, disabled
 from mpitrain.comm.bench.ground import MOST_BUFFERS, Stage, buffers_for
+from mpitrain.comm.bench.meeting import Place, meet
 from mpitrain.comm.bench.ranks import Bench, chosen
 from mpitrain.comm.bench.results import (
     Copy,
@@ -32,11 +36,13 @@ from mpitrain.comm.bench.results import (
 from mpitrain.comm.bench.spec import OPERATIONS, Spec
 from mpitrain.comm.machine import last_level_cache_bytes
 from mpitrain.comm.timing import race
+from mpitrain.comm.transports.network import NetworkTransport
 
 
 def test_quantiles_of_numbers_that_are_known() -> None:
     assert Quantiles.of(np.arange(101.0)) == Quantiles(101, 10.0, 25.0, 50.0, 75.0, 90.0)
     assert Quantiles.of(np.array([2.0])) == Quantiles(1, 2.0, 2.0, 2.0, 2.0, 2.0)
+    assert Quantiles.of(np.array([2e-6 / 3])).p50 == 6.667e-7
 
 
 def test_ratios_are_paired_turn_by_turn() -> None:
@@ -131,9 +137,15 @@ def test_shapes_and_what_is_correct(operation: str, ranks: int) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "size_bytes", "expected"),
-    [("resident", 2**20, 1), ("rotating", 2**20, 32), ("rotating", 2**30, 2), ("rotating", 4, MOST_BUFFERS)],
+    [
+        ("resident", 2**20, 1),
+        ("rewritten", 2**20, 1),
+        ("rotating", 2**20, 33),
+        ("rotating", 2**30, 3),
+        ("rotating", 4, MOST_BUFFERS),
+    ],
 )
-def test_rotating_buffers_are_twice_the_cache(kind: str, size_bytes: int, expected: int) -> None:
+def test_rotating_buffers_are_twice_the_cache_and_odd(kind: str, size_bytes: int, expected: int) -> None:
     assert buffers_for(kind, size_bytes, cache_bytes=32 * 2**20) == expected
 
 
@@ -165,6 +177,47 @@ def test_a_race_gives_the_slowest_rank_and_takes_buffers_in_turn() -> None:
     assert one[:, 0].min() >= 0.03 > 0.02 > np.median(one[:, 1])
     assert [number for _, number in used] == [0, 1, 2, 0, 1, 2]
     assert [name for name, _ in used] == ["slow", "quick", "quick", "slow", "slow", "quick"]
+
+
+def test_before_each_turn_its_own_preparation_is_done_outside_of_the_time() -> None:
+    done: list[str] = []
+
+    def slow(name: str) -> None:
+        time.sleep(0.02)
+        done.append(f"before {name}")
+
+    calls = [[lambda n=name, i=i: done.append(f"{n}{i}") for i in range(3)] for name in ("a", "b")]
+    before = [[lambda n=name, i=i: slow(f"{n}{i}") for i in range(3)] for name in ("a", "b")]
+    taken = LocalWorld(1, timeout_s=30).run(lambda comm: race(comm, calls, 2, before))[0]
+    assert done == [word for turn in ("a0", "b1", "b2", "a0") for word in (f"before {turn}", turn)]
+    assert taken.max() < 0.01
+
+
+def test_of_an_odd_number_of_buffers_both_contenders_use_all() -> None:
+    used: list[tuple[str, int]] = []
+    count = buffers_for("rotating", 2**30, 1)
+    calls = [[lambda n=name, i=i: used.append((n, i)) for i in range(count)] for name in ("ours", "theirs")]
+    LocalWorld(1, timeout_s=30).run(lambda comm: race(comm, calls, 2 * count))
+    assert set(used) == {(name, i) for name in ("ours", "theirs") for i in range(count)}
+
+
+def test_ranks_that_have_nodes_to_themselves_meet_the_transport_between_them() -> None:
+    """And another set-up of the library is met on that alone: beside ``host`` it would run on both sides."""
+
+    def program(comm: Communicator, component: str) -> list[str]:
+        comm._transport = NetworkTransport(comm)
+        stage = Stage(comm)
+        for mine in set(stage._comms.values()):
+            mine._transport = mine._transport or NetworkTransport(mine)
+        spec = Spec((64,), ("allreduce",), repeats=2, variants=("checked", "plan in place"), component=component)
+        found = [*Bench(stage, spec, {}, []).size("allreduce", 64)]
+        return [f"{each.variant}, {each.transport}" for each in found]
+
+    for component, expected in (
+        ("default", ["checked, host", "checked, network", "plan in place, host", "plan in place, network"]),
+        ("han", ["checked, network", "plan in place, network"]),
+    ):
+        assert LocalWorld(2, timeout_s=30).run(partial(program, component=component)) == [expected] * 2
 
 
 def copying(operation: str, x: np.ndarray, y: np.ndarray, in_place: bool) -> Callable[[], np.ndarray]:
@@ -202,6 +255,33 @@ def test_a_wrong_result_of_ours_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
         LocalWorld(2, timeout_s=30).run(program)
 
 
+def test_ranks_meet_at_the_loopback_of_one_machine() -> None:
+    places = LocalWorld(3, timeout_s=30).run(meet)
+    assert places == [Place("127.0.0.1", "lo")] * 3
+
+
+def test_ranks_meet_where_all_of_them_get_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 offers three addresses; rank 2 reaches the last only, and is known there by one of its own."""
+    offered = {"127.0.0.1": "lo", "10.0.0.1": "eth0", "10.1.0.1": "ib0"}
+    ranks = threading.local()
+
+    def reach(address: str, port: int) -> str:
+        sources = {0: address, 1: address, 2: {"10.1.0.1": "10.1.0.3"}.get(address, "")}
+        return sources[ranks.number]
+
+    monkeypatch.setattr(meeting, "_source", reach)
+    monkeypatch.setattr(meeting, "addresses", lambda: offered if ranks.number < 2 else {"10.1.0.3": "ib1"})
+
+    def program(comm: Communicator) -> Place | None:
+        ranks.number = comm.rank
+        return meet(comm)
+
+    found = LocalWorld(3, timeout_s=30).run(program)
+    assert found == [Place("10.1.0.1", "ib0"), Place("10.1.0.1", "ib0"), Place("10.1.0.1", "ib1")]
+    offered.pop("10.1.0.1")
+    assert LocalWorld(3, timeout_s=30).run(program) == [None] * 3
+
+
 def test_set_ups_of_open_mpi() -> None:
     found = {each.name: each for each in components("openmpi")}
     assert next(iter(found)) == "default"
@@ -220,10 +300,20 @@ def test_set_ups_of_others() -> None:
     assert all(name.startswith("MPIR_CVAR_") for each in components("mpich") for name in each.settings)
 
 
-def test_open_mpi_tells_whether_a_component_takes_part() -> None:
-    sm = next(each for each in components("openmpi") if each.name == "sm")
-    log = "[n:1] coll:base:comm_select: selecting          sm, priority {}"
-    assert disabled(sm, log.format("100, Enabled")) is None
-    assert "does not enable its component sm" in (disabled(sm, log.format("  0, Disabled")) or "")
+SELECTIONS = """\
+[n:1] coll:base:comm_select: new communicator: MPI_COMM_WORLD (cid 0)
+[n:1] coll:base:comm_select: selecting          sm, priority {}
+[n:2] coll:base:comm_select: new communicator: MPI COMM 3 SPLIT_TYPE FROM 0 (cid 3)
+[n:1] coll:base:comm_select: selecting         han, priority  35, Enabled
+[n:2] coll:base:comm_select: selecting       adapt, priority 100, Enabled
+"""
+
+
+def test_open_mpi_tells_whether_a_component_takes_part_among_all_ranks() -> None:
+    sm, han, adapt = (each for each in components("openmpi") if each.name in ("sm", "han", "adapt"))
+    assert disabled(sm, SELECTIONS.format("100, Enabled")) is None
+    assert "does not enable its component sm" in (disabled(sm, SELECTIONS.format("  0, Disabled")) or "")
+    assert disabled(han, SELECTIONS) is None
+    assert disabled(adapt, SELECTIONS) is not None  # on a node only
     assert disabled(sm, "") is not None
     assert disabled(components("openmpi")[0], "") is None

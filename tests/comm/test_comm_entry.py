@@ -12,8 +12,9 @@ import pytest
 from conformance import folded, ops, same, values
 
 from mpitrain._errors import MismatchError, MpitrainError
+from mpitrain.arrays import plain
 from mpitrain.comm import Communicator, direct
-from mpitrain.comm.transports import entry, kernel
+from mpitrain.comm.transports import entry, kernel, shared
 
 pytestmark = pytest.mark.mpi
 
@@ -165,6 +166,56 @@ def test_one_rank_may_take_the_long_way(comm: Communicator) -> None:
         x = values(comm.rank, (elements,))
         got = direct.allreduce(comm, x, "mean", None) if comm.rank == 0 else comm.allreduce(x, "mean")
         same(got, folded(comm.size, (elements,), "float64", "mean"))
+
+
+@pytest.mark.parametrize("op", ["sum", "mean", "max"])
+def test_arrays_are_reduced_where_they_lie(comm: Communicator, op: str) -> None:
+    elements = shared.LOCATED_FROM_BYTES // 8
+    memory = comm.empty(3 * elements, "float64")
+    places = {
+        "the same": memory[:elements], "another": memory[-elements:],
+        "of the rank's own": memory[comm.rank % 2 * elements :][:elements],
+        "on rank 0 elsewhere": np.zeros(elements) if comm.rank == 0 else memory[:elements],
+    }  # fmt: skip
+    for _ in range(3):
+        for x in places.values():
+            x[...] = values(comm.rank, x.shape)
+            assert comm.allreduce(x, op, out=x) is x
+            same(x, folded(comm.size, x.shape, "float64", op))
+    assert len(comm._transport._laid_out) == 3
+    x = places["another"]
+    x[...] = values(comm.rank, x.shape)
+    if comm.rank == 0:
+        comm._entry = None
+    same(comm.allreduce(x, op, out=x), folded(comm.size, x.shape, "float64", op))
+
+
+def test_more_places_than_are_remembered(comm: Communicator) -> None:
+    elements = shared.LOCATED_FROM_BYTES // 8
+    memory = comm.empty(elements + shared.LAID_OUT + 8, "float64")
+    for start in [*range(shared.LAID_OUT + 8), 0]:
+        x = memory[start : start + elements]
+        x[...] = comm.rank + start
+        comm.allreduce(x, out=x)
+        assert set(x) == {sum(range(comm.size)) + comm.size * start}
+
+
+def test_memory_that_has_gone_is_forgotten(comm: Communicator) -> None:
+    elements = shared.LOCATED_FROM_BYTES // 8
+    reused = 0
+    for _ in range(4):
+        x = comm.empty(elements, "float64")
+        for _ in range(2):
+            comm.allreduce(x, out=x)
+        before = range(x.ctypes.data, x.ctypes.data + x.nbytes)
+        del x
+        others = [plain(elements, np.dtype(float)) for _ in range(8)]
+        reused += sum(other.ctypes.data in before for other in others)
+        for other in others:
+            other[...] = values(comm.rank, (elements,))
+            comm.allreduce(other, out=other)
+            same(other, folded(comm.size, (elements,), "float64", "sum"))
+    assert int(comm.allreduce(reused)) > 0  # else nothing was tested
 
 
 def test_nothing_is_kept(comm: Communicator) -> None:

@@ -98,10 +98,10 @@ def test_is_read_as_it_was_written() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: "[]", "the table is not as it was written"),
+        (lambda t: "[]", "the file is not as it was written"),
         (lambda t: "", "not JSON"),
         (lambda t: json.dumps({**t, "version": 2}), "of another version; got 2; expected 1"),
-        (lambda t: json.dumps({**t, "more": 1}), "the table is not as it was written"),
+        (lambda t: json.dumps({**t, "more": 1}), "the file is not as it was written"),
         (lambda t: json.dumps({**t, "key": {}}), "the key is not as it was written"),
         (lambda t: json.dumps({**t, "rows": [None]}), "row 0 is not as it was written"),
         (lambda t: json.dumps({**t, "rows": [{**t["rows"][0], "size": "8"}]}), r"size \(int\)"),

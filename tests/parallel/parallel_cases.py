@@ -5,12 +5,14 @@ All numbers are float32 numbers, so that runs in either precision see the same d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 
 from mpitrain import nn
 from mpitrain.arrays import Batch, FlatBuffer, Key
@@ -20,7 +22,8 @@ from mpitrain.data.windows import windows
 from mpitrain.method import Plan
 from mpitrain.nn import Network
 from mpitrain.optim import SGD, Optimizer
-from mpitrain.parallel import DataParallel
+from mpitrain.parallel import DataParallel, GradientParallel
+from mpitrain.parallel.synchronous import Synchronous
 
 SEED = 3
 ROWS, BATCH, STEPS_PER_EPOCH = 10, 7, 2
@@ -99,10 +102,18 @@ class Recorder(Optimizer):
     """Keeps the mean gradients that a method hands it, and updates nothing."""
 
     def __init__(self) -> None:
-        self.seen: list[np.ndarray] = []
+        self._parts: dict[int, list[tuple[int, np.ndarray]]] = {}
 
     def update(self, params: Any, grads: Any, state: Any, lr: Any, step: Any, shard: Any, totals: Any = None) -> None:
-        self.seen.append(grads.copy())
+        self._parts.setdefault(step, []).append((shard.start, grads.copy()))
+
+    def seen(self, comm: Communicator) -> list[np.ndarray]:
+        """The whole gradient of each step, whichever rank saw which part of it."""
+        found = []
+        for _, parts in sorted(self._parts.items()):
+            pieces = {start: array for rank in comm.allgather_object(parts) for start, array in rank if array.size}
+            found.append(np.concatenate([pieces[start] for start in sorted(pieces)]))
+        return found
 
 
 def mlp(dtype: Any = np.float64) -> KeptKeys:
@@ -122,6 +133,30 @@ def gpt(dtype: Any = np.float64) -> KeptKeys:
     return KeptKeys(layer, nn.CrossEntropy(), dtype)
 
 
+Make = Callable[..., Synchronous]
+
+METHODS: dict[str, Make] = {
+    "data": DataParallel,
+    "gradient 1": GradientParallel,
+    "gradient 2": partial(GradientParallel, stage=2, bucket_bytes=256),  # a bucket a layer, or several
+}
+"""All that must take the same steps."""
+
+every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
+
+
+def every_method_and(name: str, values: Mapping[str, Any], few: Collection[str]) -> pytest.MarkDecorator:
+    """Every method with every value of ``name``; all but data-parallel by default only with ``few`` of them."""
+    cases = [
+        pytest.param(
+            make, value, id=f"{method}-{key}", marks=[] if method == "data" or key in few else pytest.mark.slow
+        )
+        for method, make in METHODS.items()
+        for key, value in values.items()
+    ]
+    return pytest.mark.parametrize(("make", name), cases)
+
+
 def schedule(step: int) -> float:
     """A learning rate that shows which step it was asked for."""
     return (1 + step % 3) / 32
@@ -131,9 +166,11 @@ def plan(steps: int, **options: Any) -> Plan:
     return Plan(**({"key": Key(SEED), "schedule": schedule, "steps": steps} | options))
 
 
-def set_up(comm: Communicator, network: Network, steps: int, optimizer: Optimizer | None = None) -> DataParallel:
-    """Data-parallel training, by plain SGD if nothing is said, ready to go."""
-    method = DataParallel(comm)
+def set_up(
+    comm: Communicator, network: Network, steps: int, optimizer: Optimizer | None = None, make: Make = DataParallel
+) -> Synchronous:
+    """Training ready to go: data-parallel, by plain SGD, if nothing is said."""
+    method = make(comm)
     method.setup(network, optimizer or SGD(), plan(steps))
     return method
 

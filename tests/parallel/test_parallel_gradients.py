@@ -14,14 +14,17 @@ from parallel_cases import (
     BATCH,
     IMAGES,
     IMPORTANCE,
+    METHODS,
     ROWS,
     STEPS_PER_EPOCH,
     TEXT,
     KeptKeys,
+    Make,
     Recorder,
     RowsFeed,
     by_label,
     cnn,
+    every_method_and,
     gpt,
     last_rank,
     mlp,
@@ -55,50 +58,53 @@ CASES = {
     "importance by label, microbatches": Case(RowsFeed(owner=by_label, importance=IMPORTANCE), 3),
 }
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-both_dtypes = pytest.mark.parametrize("dtype", BOUNDS)
+CASES_IN = {f"{name} in {dtype}": (case, dtype) for name, case in CASES.items() for dtype in BOUNDS}
+FEW = {f"{name} in float64" for name in ("even", "by label, microbatches", "all on the last rank")}
+
+every_method_and_case = every_method_and("case", CASES_IN, FEW)
 
 Expected = Callable[[FlatBuffer, int], tuple[float, FlatBuffer]]
 """Gives the mean loss and gradient at some parameters and step."""
 
 
-def train(comm: Communicator, case: Case, network: KeptKeys, bucket_bytes: int = 1 << 20) -> tuple[Any, ...]:
+def train(comm: Communicator, make: Make, case: Case, network: KeptKeys, **options: int) -> tuple[Any, ...]:
     """Take an epoch's steps, a short batch included, without moving; return what was seen on the way."""
     recorder = Recorder()
-    method = DataParallel(comm, microbatches=case.microbatches, bucket_bytes=bucket_bytes)
+    method = make(comm, microbatches=case.microbatches, **options)
     method.setup(network, recorder, plan(STEPS_PER_EPOCH))
     feed = replace(case.feed, dtype=network.layout.dtype)
     losses = [method.advance(feed, until=step + 1).loss for step in range(STEPS_PER_EPOCH)]
-    return method, recorder, losses
+    return method, recorder.seen(comm), losses
 
 
-def compare(comm: Communicator, method: Any, recorder: Recorder, losses: list[float], expected: Expected) -> None:
+def compare(comm: Communicator, method: Any, seen: list[np.ndarray], losses: list[float], expected: Expected) -> None:
     layout = method.params.layout
-    params = buffer(layout, method.params.flat)
-    assert len(recorder.seen) == STEPS_PER_EPOCH
-    for step, seen in enumerate(recorder.seen):
+    params, bound = buffer(layout, method.params.flat), BOUNDS[layout.dtype.name]
+    assert len(seen) == STEPS_PER_EPOCH
+    for step, flat in enumerate(seen):
         loss, grads = expected(params, step)
-        assert_close(buffer(layout, seen), grads, BOUNDS[layout.dtype.name])
-        assert losses[step] == pytest.approx(loss, rel=BOUNDS[layout.dtype.name])
-    same_on_all(comm, [losses, *(seen.tobytes() for seen in recorder.seen)])
+        assert_close(buffer(layout, flat), grads, bound)
+        assert np.linalg.norm(flat.astype(float)) == pytest.approx(np.linalg.norm(grads.flat), rel=bound)
+        assert losses[step] == pytest.approx(loss, rel=bound)
+    same_on_all(comm, [losses, *(flat.tobytes() for flat in seen)])
 
 
-def check_mlp(comm: Communicator, case: Case, dtype: str) -> None:
-    found = train(comm, case, mlp(dtype))
+def check_mlp(comm: Communicator, make: Make, case: Case, dtype: str) -> None:
+    found = train(comm, make, case, mlp(dtype))
     compare(comm, *found, lambda params, step: mlp_mean_gradient(params, case.feed.whole(step)[0]))
 
 
-def check_cnn(comm: Communicator, case: Case, dtype: str) -> None:
-    check_network(comm, case, cnn, dtype)
+def check_cnn(comm: Communicator, make: Make, case: Case, dtype: str) -> None:
+    check_network(comm, make, case, cnn, dtype)
 
 
-def check_gpt(comm: Communicator, case: Case, dtype: str) -> None:
-    check_network(comm, replace(case, feed=replace(case.feed, dataset=TEXT)), gpt, dtype)
+def check_gpt(comm: Communicator, make: Make, case: Case, dtype: str) -> None:
+    check_network(comm, make, replace(case, feed=replace(case.feed, dataset=TEXT)), gpt, dtype)
 
 
-def check_network(comm: Communicator, case: Case, build: Callable[..., KeptKeys], dtype: str) -> None:
+def check_network(comm: Communicator, make: Make, case: Case, build: Callable[..., KeptKeys], dtype: str) -> None:
     network = build(dtype)
-    found = train(comm, case, network, bucket_bytes=256)
+    found = train(comm, make, case, network, bucket_bytes=256)
     exact, m = build(), case.microbatches
 
     def expected(params: FlatBuffer, step: int) -> tuple[float, FlatBuffer]:
@@ -109,28 +115,34 @@ def check_network(comm: Communicator, case: Case, build: Callable[..., KeptKeys]
     compare(comm, *found, expected)
 
 
-@both_dtypes
-@every_case
-def test_mlp_equals_the_closed_form(on_ranks, case, dtype):
-    on_ranks(check_mlp, case, dtype)
+@every_method_and_case
+def test_mlp_equals_the_closed_form(on_ranks, make, case):
+    on_ranks(check_mlp, make, *case)
 
 
-@both_dtypes
-@every_case
-def test_cnn_with_batchnorm_and_dropout_equals_the_serial_run(on_ranks, case, dtype):
-    on_ranks(check_cnn, case, dtype)
+@every_method_and_case
+def test_cnn_with_batchnorm_and_dropout_equals_the_serial_run(on_ranks, make, case):
+    on_ranks(check_cnn, make, *case)
 
 
-@pytest.mark.parametrize("name", ["even", "by label, microbatches", "all on the last rank", "importance"])
-def test_gpt_with_dropout_equals_the_serial_run(on_ranks, name):
-    on_ranks(check_gpt, CASES[name], "float64")
+@every_method_and(
+    "name",
+    {name: name for name in ("even", "by label, microbatches", "all on the last rank", "importance")},
+    {"by label, microbatches"},
+)
+def test_gpt_with_dropout_equals_the_serial_run(on_ranks, make, name):
+    on_ranks(check_gpt, make, CASES[name], "float64")
 
 
 @settings(max_examples=25, deadline=None)
-@given(owner=st.lists(st.integers(0, 2), min_size=ROWS, max_size=ROWS), microbatches=st.integers(1, BATCH))
-def test_any_owners_and_microbatches_give_the_closed_form(owner, microbatches):
+@given(
+    owner=st.lists(st.integers(0, 2), min_size=ROWS, max_size=ROWS),
+    microbatches=st.integers(1, BATCH),
+    name=st.sampled_from(list(METHODS)),
+)
+def test_any_owners_and_microbatches_give_the_closed_form(owner, microbatches, name):
     case = Case(RowsFeed(owner=lambda size: np.array(owner)), microbatches)
-    LocalWorld(3, timeout_s=20).run(check_mlp, case, "float64")
+    LocalWorld(3, timeout_s=20).run(check_mlp, METHODS[name], case, "float64")
 
 
 def torch_gradients(params: FlatBuffer, labels: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -164,7 +176,7 @@ def test_cnn_with_batchnorm_equals_pytorch(size):
         recorder, method, network = Recorder(), DataParallel(comm), cnn(dropout=0.0)
         method.setup(network, recorder, plan(1))
         method.advance(feed, until=1)
-        return buffer(network.layout, method.params.flat), buffer(network.layout, recorder.seen[0])
+        return buffer(network.layout, method.params.flat), buffer(network.layout, recorder.seen(comm)[0])
 
     params, found = LocalWorld(size, timeout_s=20).run(gradients)[0]
     assert_close(found.views, torch_gradients(params, IMAGES.targets, IMAGES.inputs), 1e-12)

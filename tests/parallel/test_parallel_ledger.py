@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from parallel_cases import STEPS_PER_EPOCH, RowsFeed, by_label, cnn, mlp, plan
+from parallel_cases import CLASSES, STEPS_PER_EPOCH, RowsFeed, by_label, cnn, mlp, plan
 
-from mpitrain.comm import Communicator, Count
+from mpitrain import nn
+from mpitrain.comm import Communicator, Count, LocalWorld
+from mpitrain.comm.tuning import Key, Row, Table
 from mpitrain.data import evaluation_batches
+from mpitrain.nn import Network
 from mpitrain.optim import make_optimizer
-from mpitrain.parallel import DataParallel, ModelAveraging
+from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
 
 TALLY_BYTES = 5 * 8  # loss, count, samples, ranks asked to stop, ranks whose numbers are not finite
 FEED = RowsFeed(owner=by_label)
@@ -55,6 +58,56 @@ def check_cnn(comm: Communicator, microbatches: int) -> None:
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_batchnorm_adds_three_small_reductions_a_microbatch(on_ranks, microbatches):
     on_ranks(check_cnn, microbatches)
+
+
+def check_gradient_parallel(comm: Communicator, stage: int, microbatches: int) -> None:
+    """Ordinary memory, or the same messages planned: gradients to their owners, and parameters to all."""
+    method = GradientParallel(comm, stage=stage, microbatches=microbatches, bucket_bytes=400)
+    method.setup(mlp(np.float32), make_optimizer("lamb"), plan(2, clip_norm=1.0, clip_value=1.0))
+    layout = method.params.layout
+    buckets = {1: 1, 2: 3}[stage]  # two layers' weights, and all biases
+    passes = {1: 1, 2: microbatches}[stage]
+    found = spent(comm, lambda: method.advance(FEED, until=STEPS_PER_EPOCH))
+    steps, planned = STEPS_PER_EPOCH, "_plan" if comm.transport == "shared" else ""
+    norms = 8 + 8 * 2 * len(layout)  # what clipping and LAMB need of the whole
+    expected = {"allreduce": Count(3 * steps, 3 * steps, steps * (TALLY_BYTES + norms))}
+    if comm.size > 1:
+        reductions, gathers = passes * buckets * steps, buckets * steps
+        expected[f"reduce_scatter{planned}"] = Count(reductions, reductions, passes * steps * layout.nbytes)
+        expected[f"allgather{planned}"] = Count(gathers, gathers, steps * layout.nbytes)
+    assert found == expected
+
+
+@pytest.mark.parametrize(("stage", "microbatches"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_each_gradient_goes_to_its_owner_and_each_parameter_to_all(on_ranks, stage, microbatches):
+    on_ranks(check_gradient_parallel, stage, microbatches)
+
+
+def rings(size: int) -> Table:
+    rows = [Row(operation, size, 1, "ring", {}) for operation in ("reduce_scatter", "allgather")]
+    return Table(Key("", "", "", ""), tuple(rows))
+
+
+def moved_by_a_ring(comm: Communicator, stage: int) -> tuple[int, int, int]:
+    """What a rank sends in one step where rings perform it, and what is reduced and gathered."""
+    comm.tuning = rings(comm.size)
+    method = GradientParallel(comm, stage=stage, bucket_bytes=400)
+    network = Network(nn.MODELS["mlp"](32, CLASSES, hidden=[64]), nn.CrossEntropy())  # no shard is empty
+    method.setup(network, make_optimizer("adam"), plan(1))
+    comm.ledger.reset()
+    method.advance(FEED, until=1)
+    counts = {operation: count for (_, operation), count in comm.ledger.snapshot().items()}
+    moved = counts["reduce_scatter"] + counts["allgather"]
+    return moved.moved_messages, moved.moved_bytes, network.layout.nbytes
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(("stage", "buckets"), [(1, 1), (2, 3)])
+def test_rings_move_what_zero_says(size, stage, buckets):
+    """Each of p ranks sends all shards but one, of n/p bytes, twice: 2(p-1)/p n; all together exactly 2(p-1) n."""
+    found = LocalWorld(size).run(moved_by_a_ring, stage)
+    assert [messages for messages, _, _ in found] == [2 * (size - 1) * buckets] * size
+    assert sum(nbytes for _, nbytes, _ in found) == 2 * (size - 1) * found[0][2]
 
 
 def check_averaging(comm: Communicator) -> None:

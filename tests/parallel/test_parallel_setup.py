@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
-from parallel_cases import cnn, mlp, plan, same_on_all, set_up
+from parallel_cases import METHODS, Make, cnn, every_method, mlp, plan, same_on_all, set_up
 
 from mpitrain import nn
 from mpitrain._errors import InputError, MismatchError
 from mpitrain.arrays import FlatBuffer, Key
 from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.method import Method
 from mpitrain.nn import Network
 from mpitrain.optim import SGD
-from mpitrain.parallel import DataParallel, ModelAveraging
+from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
 
 
-def initial_hash(comm: Communicator, dtype: str) -> str:
-    found = set_up(comm, cnn(dtype), 1).params.sha256()
+def initial_hash(comm: Communicator, make: Make, dtype: str) -> str:
+    found = set_up(comm, cnn(dtype), 1, make=make).params.sha256()
     same_on_all(comm, found)
     return str(found)
 
 
-def check_initial_parameters(comm: Communicator, dtype: str) -> None:
-    assert initial_hash(comm, dtype) == LocalWorld(1).run(initial_hash, dtype)[0]
+def check_initial_parameters(comm: Communicator, make: Make, dtype: str) -> None:
+    assert initial_hash(comm, make, dtype) == LocalWorld(1).run(initial_hash, DataParallel, dtype)[0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_initial_parameters_are_those_of_one_rank(on_ranks, dtype):
-    on_ranks(check_initial_parameters, dtype)
+@every_method
+def test_initial_parameters_are_those_of_one_rank(on_ranks, make, dtype):
+    on_ranks(check_initial_parameters, make, dtype)
 
 
 class OneBitOff(Network):
@@ -44,7 +48,7 @@ class OneBitOff(Network):
             bias[-1] = np.nextafter(bias[-1], np.float32(1))
 
 
-def check_mismatch(comm: Communicator, method: DataParallel) -> None:
+def check_mismatch(comm: Communicator, method: Method) -> None:
     wrong = {comm.size - 1, 1}
     with pytest.raises(MismatchError, match="initial parameters differ") as caught:
         method.setup(OneBitOff(comm.rank in wrong), SGD(), plan(1))
@@ -52,30 +56,32 @@ def check_mismatch(comm: Communicator, method: DataParallel) -> None:
     assert "initialise()" in str(caught.value)
 
 
-def check_mismatch_of_both_methods(comm: Communicator) -> None:
+def check_mismatch_of_all_methods(comm: Communicator) -> None:
     if comm.size == 1:
         DataParallel(comm).setup(OneBitOff(True), SGD(), plan(1))  # there is nobody to differ from
         return
-    check_mismatch(comm, DataParallel(comm))
-    check_mismatch(comm, ModelAveraging(comm, average_every=2))
+    for make in (*METHODS.values(), partial(ModelAveraging, average_every=2)):
+        check_mismatch(comm, make(comm))
 
 
 def test_differing_initial_parameters_name_the_ranks(on_ranks):
-    on_ranks(check_mismatch_of_both_methods)
+    on_ranks(check_mismatch_of_all_methods)
 
 
-def check_setup_twice(comm: Communicator) -> None:
+def check_setup_twice(comm: Communicator, make: Make) -> None:
     """A method that is set up again begins anew."""
-    method = set_up(comm, mlp(), 1)
+    method = set_up(comm, mlp(), 1, make=make)
     first = method.params.sha256()
-    method.params.flat += 1
+    comm.barrier()
+    method.params.flat[...] = 1
     method.step = 7
     method.setup(mlp(), SGD(), plan(1))
     assert (method.params.sha256(), method.step) == (first, 0)
 
 
-def test_setup_begins_anew(on_ranks):
-    on_ranks(check_setup_twice)
+@every_method
+def test_setup_begins_anew(on_ranks, make):
+    on_ranks(check_setup_twice, make)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +90,8 @@ def test_setup_begins_anew(on_ranks):
         (lambda comm: DataParallel(comm, microbatches=0), "microbatches is too small; got 0; expected at least 1"),
         (lambda comm: DataParallel(comm, bucket_bytes=0), "bucket_bytes is too small; got 0; expected at least 1"),
         (lambda comm: ModelAveraging(comm, average_every=0), "average_every is too small; got 0; expected at least 1"),
+        (lambda comm: GradientParallel(comm, microbatches=0), "GradientParallel: microbatches is too small; got 0"),
+        (lambda comm: GradientParallel(comm, stage=3), "there is no such stage; got 3; expected 1 or 2"),
     ],
 )
 def test_unusable_options_are_named(build, message):

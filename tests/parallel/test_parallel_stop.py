@@ -4,30 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pytest
-from parallel_cases import BATCH, IMAGES, ROWS, KeptKeys, RowsFeed, cnn, last_rank, mlp, plan, same_on_all
+from parallel_cases import BATCH, IMAGES, METHODS, ROWS, KeptKeys, RowsFeed, cnn, last_rank, mlp, plan, same_on_all
 
 from mpitrain import nn
 from mpitrain._errors import NonFiniteError
-from mpitrain.arrays import Batch, FlatBuffer, Key
+from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key
 from mpitrain.comm import Communicator
 from mpitrain.method import Share
 from mpitrain.nn import Network
 from mpitrain.optim import SGD
-from mpitrain.parallel import DataParallel, ModelAveraging
+from mpitrain.parallel import ModelAveraging
+from mpitrain.parallel.synchronous import Synchronous
 
 STEPS = 12
 
-EVERY = {"data parallel": 1, "averaging": 3}
-"""Steps between commit points."""
+MAKES = METHODS | {"averaging": partial(ModelAveraging, average_every=3)}
+EVERY = {"averaging": 3}
+"""Steps between commit points, if not 1."""
 
-both_methods = pytest.mark.parametrize("every", EVERY.values(), ids=EVERY.keys())
+every_name = pytest.mark.parametrize("name", MAKES)
 
 
-def ready(comm: Communicator, every: int, network: Network) -> DataParallel:
-    method = DataParallel(comm) if every == 1 else ModelAveraging(comm, average_every=every)
+def ready(comm: Communicator, name: str, network: Network) -> Synchronous:
+    method = MAKES[name](comm)
     method.setup(network, SGD(), plan(STEPS))
     return method
 
@@ -54,31 +57,31 @@ class Interrupted:
         return Interrupting()
 
 
-def check_stop(comm: Communicator, every: int) -> None:
-    method = ready(comm, every, mlp())
+def check_stop(comm: Communicator, name: str) -> None:
+    method = ready(comm, name, mlp())
     progress = method.advance(Interrupted(-1, 3, method.request_stop), until=STEPS)
     assert progress.stop_requested
-    assert progress.step == method.step == {1: 4, 3: 6}[every]
+    assert progress.step == method.step == {1: 4, 3: 6}[EVERY.get(name, 1)]
     same_on_all(comm, (progress, method.params.sha256()))
 
 
-@both_methods
-def test_all_ranks_stop_at_the_commit_point_after_a_request(on_ranks, every):
-    on_ranks(check_stop, every)
+@every_name
+def test_all_ranks_stop_at_the_commit_point_after_a_request(on_ranks, name):
+    on_ranks(check_stop, name)
 
 
-def check_stop_before(comm: Communicator, every: int) -> None:
-    method = ready(comm, every, mlp())
+def check_stop_before(comm: Communicator, name: str) -> None:
+    method = ready(comm, name, mlp())
     if comm.rank == 0:
         method.request_stop()
     progress = method.advance(RowsFeed(), until=STEPS)
-    assert (progress.step, progress.stop_requested) == (every, True)
+    assert (progress.step, progress.stop_requested) == (EVERY.get(name, 1), True)
     same_on_all(comm, progress)
 
 
-@both_methods
-def test_a_request_between_two_calls_is_heard_by_the_next(on_ranks, every):
-    on_ranks(check_stop_before, every)
+@every_name
+def test_a_request_between_two_calls_is_heard_by_the_next(on_ranks, name):
+    on_ranks(check_stop_before, name)
 
 
 def poisoned(value: float) -> RowsFeed:
@@ -96,9 +99,9 @@ def poisoned(value: float) -> RowsFeed:
     return RowsFeed(replace(IMAGES, inputs=inputs), owner=owner)
 
 
-def check_not_finite(comm: Communicator, every: int, make: Callable[[], Network], value: float) -> None:
+def check_not_finite(comm: Communicator, name: str, make: Callable[[], Network], value: float) -> None:
     culprit = comm.size - 1
-    method = ready(comm, every, make())
+    method = ready(comm, name, make())
     before = method.params.sha256()
     with np.errstate(all="ignore"), pytest.raises(NonFiniteError) as caught:
         method.advance(poisoned(value), until=STEPS)
@@ -116,9 +119,9 @@ def shared_cnn() -> KeptKeys:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("make", [mlp, shared_cnn])
-@both_methods
-def test_a_value_that_is_not_finite_ends_all_ranks_and_names_one(on_ranks, every, make, value):
-    on_ranks(check_not_finite, every, make, value)
+@every_name
+def test_a_value_that_is_not_finite_ends_all_ranks_and_names_one(on_ranks, name, make, value):
+    on_ranks(check_not_finite, name, make, value)
 
 
 class Overflowing(Network):
@@ -128,21 +131,20 @@ class Overflowing(Network):
         super().__init__(mlp().layer, nn.CrossEntropy(), np.float64)
 
     def loss_and_gradients(
-        self, params: FlatBuffer, batch: Batch, grads: FlatBuffer, rng: Key, reduce: nn.Reduce | None = None
+        self, params: FlatBuffer, batch: Batch, grads: Gradients, rng: Key, reduce: nn.Reduce | None = None
     ) -> tuple[float, float]:
-        found = super().loss_and_gradients(params, batch, grads, rng, reduce)
         if len(batch):
-            grads.views["3.bias"][0] = np.inf
-        return found
+            grads.tree["3"]["bias"][0] = np.inf
+        return super().loss_and_gradients(params, batch, grads, rng, reduce)
 
 
-def check_gradient_not_finite(comm: Communicator, every: int) -> None:
-    method = ready(comm, every, Overflowing())
+def check_gradient_not_finite(comm: Communicator, name: str) -> None:
+    method = ready(comm, name, Overflowing())
     with pytest.raises(NonFiniteError) as caught:
         method.advance(RowsFeed(owner=last_rank), until=STEPS)
     assert f"ranks whose own samples gave it: [{comm.size - 1}]; tensors: 3.bias" in str(caught.value)
 
 
-@both_methods
-def test_a_gradient_that_is_not_finite_names_rank_and_tensor(on_ranks, every):
-    on_ranks(check_gradient_not_finite, every)
+@every_name
+def test_a_gradient_that_is_not_finite_names_rank_and_tensor(on_ranks, name):
+    on_ranks(check_gradient_not_finite, name)

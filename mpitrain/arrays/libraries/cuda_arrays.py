@@ -1,6 +1,6 @@
 """CuPy arrays, and whatever else on an NVIDIA GPU shows its memory; through CuPy, which is loaded for that.
 
-Values are copied to the host for every call, and results back.
+Their memory is used where it lies, on CuPy's current stream of its device.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from mpitrain._errors import InputError
-from mpitrain._typing import Array
+from mpitrain._typing import Array, DType
+from mpitrain.arrays.devices.cuda import CudaStream
+from mpitrain.arrays.dtypes import storage
 from mpitrain.arrays.libraries.library import Library, Operand
 from mpitrain.arrays.namespace import by_device, is_cupy, to_host
 
@@ -27,11 +29,21 @@ class CupyArrays(Library):
 
     def open(self, operation: str, x: Any) -> Operand:
         """Return the array; its values stay on the device."""
-        return Operand(x, self, None, x.dtype, x.shape)
+        return self._operand(x, x)
 
     def build(self, values: Array, like: Any) -> Any:
-        """Return a CuPy array on the current device."""
-        return by_device("gpu").asarray(values)
+        """Return a CuPy array on the device of ``like``."""
+        cupy = by_device("gpu")
+        with self._device(like):
+            return cupy.asarray(values)
+
+    def stream(self, x: Any) -> CudaStream:
+        """Return CuPy's current stream of the array's device."""
+        return CudaStream.current(self._device(x).id)
+
+    def wrap(self, memory: Array, dtype: DType, like: Any) -> Any:
+        """Return the words as a CuPy array."""
+        return memory.view(dtype)
 
     def fetch(self, x: Any) -> Array:
         """Return a copy on the host, once the current stream has come there."""
@@ -41,11 +53,18 @@ class CupyArrays(Library):
         """Copy values into a device array."""
         out[...] = by_device("gpu").asarray(values)
 
+    def _operand(self, x: Any, view: Any) -> Operand:
+        return Operand(x, self, None, view.dtype, view.shape, view.view(storage(view.dtype)))
+
+    def _device(self, x: Any) -> Any:
+        return x.device
+
 
 class CudaObjects(CupyArrays):
     """What has a ``__cuda_array_interface__`` (Numba's arrays …), or speaks DLPack on a CUDA device.
 
-    Results are CuPy arrays.  CuPy waits for the stream that the object names.
+    Results are CuPy arrays.  CuPy puts its current stream behind the one that the object names, or waits for that; what
+    is written to such an object has arrived when a call returns, since nobody knows on which stream it is read.
     """
 
     name = "CUDA array"
@@ -56,8 +75,7 @@ class CudaObjects(CupyArrays):
 
     def open(self, operation: str, x: Any) -> Operand:
         """Return CuPy's view of the memory, of which the caller's object stays the owner."""
-        view = self._view(x)
-        return Operand(x, self, None, view.dtype, view.shape)
+        return self._operand(x, self._view(x))
 
     def target(self, operation: str, out: Any, what: str = "out") -> Operand:
         """Refuse memory that says it is read-only; what speaks only DLPack cannot say."""
@@ -74,9 +92,16 @@ class CudaObjects(CupyArrays):
         """Copy values into the object's memory."""
         super().put(values, self._view(out))
 
+    def wrote(self, out: Any) -> None:
+        """Wait until the values are there."""
+        self.stream(out).synchronize()
+
     def _view(self, x: Any) -> Any:
         cupy = by_device("gpu")
         return cupy.asarray(x) if hasattr(x, "__cuda_array_interface__") else cupy.from_dlpack(x)
+
+    def _device(self, x: Any) -> Any:
+        return self._view(x).device
 
 
 def _on_cuda(x: Any) -> bool:

@@ -1,4 +1,8 @@
-"""What the collectives ask of an array library, and an array as they see it.  No library is named or imported here."""
+"""What the collectives ask of an array library, and an array as they see it.  No library is named or imported here.
+
+Arrays lie in one of three places: in host memory, of which there is a NumPy view; on a device on which mpitrain can
+queue work (`mpitrain.arrays.devices`), as words; or elsewhere, from where they are copied whole.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array, DType, Shape
+from mpitrain.arrays.devices import Stream
 
 
 class Operand:
@@ -26,12 +31,28 @@ class Operand:
         Of its elements.
     shape : tuple of int
         Its extents.
+    memory : device array or None
+        Its own memory on a device on which work can be queued, in its shape, as the words that travel.
     """
 
-    __slots__ = ("dtype", "given", "library", "shape", "view")
+    __slots__ = ("dtype", "given", "library", "memory", "shape", "view")
 
-    def __init__(self, given: Any, library: Library, view: Array | None, dtype: DType, shape: Shape) -> None:
+    def __init__(
+        self,
+        given: Any,
+        library: Library,
+        view: Array | None,
+        dtype: DType,
+        shape: Shape,
+        memory: Array | None = None,
+    ) -> None:
         self.given, self.library, self.view, self.dtype, self.shape = given, library, view, dtype, shape
+        self.memory = memory
+
+    @property
+    def stream(self) -> Stream | None:
+        """The stream on which its library works now, in the calling thread; None if no work can be queued there."""
+        return None if self.view is not None else self.library.stream(self.given)
 
     def host(self) -> Array:
         """Return the values as a NumPy array; those of a device are copied, after what its stream was given."""
@@ -104,6 +125,14 @@ class Library(ABC):
     def show(self, values: Array) -> Any:
         """Return an array over read-only memory that changes with every call of a plan; NumPy's unless overridden."""
         return values
+
+    def stream(self, x: Any) -> Stream | None:
+        """Return the stream on which work on an array of a device is to be queued; None if that cannot be."""
+        return None
+
+    def wrap(self, memory: Array, dtype: DType, like: Any) -> Any:
+        """Return a new array of ``dtype`` over words on the device of ``like``, in the shape that they have."""
+        raise NotImplementedError  # only asked of libraries with a stream
 
     def fetch(self, x: Any) -> Array:
         """Return a copy on the host of an array on a device."""

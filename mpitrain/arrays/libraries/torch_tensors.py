@@ -1,21 +1,25 @@
 """PyTorch tensors; PyTorch is never imported here, for whoever has a tensor has imported it.
 
-Tensors on the CPU are used where they lie.  Others are copied to the host for every call, and results back.
-Autograd does not look through a collective: inputs are taken by value, and results never require grad.
+Tensors on the CPU are used where they lie, and those on an NVIDIA GPU too where CuPy is installed, which moves and
+reduces them on PyTorch's current stream.  Others are copied to the host for every call, and results back.  Autograd
+does not look through a collective: inputs are taken by value, and results never require grad.
 """
 
 from __future__ import annotations
 
 import sys
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from mpitrain._errors import DtypeError, InputError, MissingExtraError
 from mpitrain._typing import Array, DType
-from mpitrain.arrays.dtypes import is_bfloat16
+from mpitrain.arrays.devices.cuda import CudaStream
+from mpitrain.arrays.dtypes import is_bfloat16, storage
 from mpitrain.arrays.libraries.library import Library, Operand
+from mpitrain.arrays.namespace import by_device
 
 _SHARED = {
     name: np.dtype(name)
@@ -41,8 +45,10 @@ class TorchTensors(Library):
         """Return a tensor by value, whether or not it requires grad."""
         _check_dense(operation, x)
         dtype = _dtype(operation, x.dtype)
-        view = _view(operation, x, dtype) if x.device.type == "cpu" else None
-        return Operand(x, self, view, dtype, tuple(x.shape))
+        if x.device.type == "cpu":
+            return Operand(x, self, _view(operation, x, dtype), dtype, tuple(x.shape))
+        memory = _memory(x, dtype) if self.stream(x) is not None else None
+        return Operand(x, self, None, dtype, tuple(x.shape), memory)
 
     def target(self, operation: str, out: Any, what: str = "out") -> Operand:
         """Allow what PyTorch allows in-place operations: a tensor that requires grad only where grad is off."""
@@ -62,6 +68,16 @@ class TorchTensors(Library):
         view = values.view()
         view.flags.writeable = True
         return _tensor(view)
+
+    def stream(self, x: Any) -> CudaStream | None:
+        """Return PyTorch's current stream of the tensor's device, if CuPy can work on it."""
+        if not x.is_cuda or not _cupy_is_there():
+            return None
+        return CudaStream.external(x.device.index, _torch().cuda.current_stream(x.device).cuda_stream)
+
+    def wrap(self, memory: Array, dtype: DType, like: Any) -> Any:
+        """Return a tensor over the words."""
+        return _adopt(memory, dtype)
 
     def fetch(self, x: Any) -> Array:
         """Return a copy on the host, once the current stream of the tensor's device has come there."""
@@ -112,6 +128,29 @@ def _view(operation: str, x: Any, dtype: DType) -> Array:
             remedy="make the call outside of torch.func and torch.compile, with an ordinary tensor",
         ) from error  # fmt: skip
     return found
+
+
+def _memory(x: Any, dtype: DType) -> Array:
+    """Return a CuPy array over the memory of a tensor on a GPU, as words."""
+    torch, words = _torch(), storage(dtype)
+    plain = x.detach()
+    if words != dtype:  # PyTorch shows no bfloat16 to others
+        plain = plain.view(torch.uint8 if words.itemsize == 1 else torch.int16)
+    memory: Array = by_device("gpu").asarray(plain).view(words)
+    return memory
+
+
+def _adopt(words: Array, dtype: DType) -> Any:
+    """Return a tensor over words of a device; small and unsigned types pass as signed integers, which all can say."""
+    torch = _torch()
+    if dtype.kind in "fc" and words.dtype == dtype:
+        return torch.from_dlpack(words)
+    return torch.from_dlpack(words.view(f"int{8 * words.itemsize}")).view(getattr(torch, dtype.name))
+
+
+@cache
+def _cupy_is_there() -> bool:
+    return find_spec("cupy") is not None
 
 
 def _tensor(values: Array) -> Any:

@@ -15,7 +15,6 @@ from mpitrain.comm.bench.components import DEFAULT, VERBOSE, Component, disabled
 from mpitrain.comm.bench.ranks import chosen
 from mpitrain.comm.bench.results import Launch
 from mpitrain.comm.bench.spec import Spec
-from mpitrain.comm.launch import launch_command
 
 _PROBE_LIMIT_S = 40.0
 _EARLIER_S = 5.0
@@ -34,6 +33,9 @@ class Failed:
 
     why: str
 
+
+Start: TypeAlias = Callable[[Sequence[str]], tuple[list[str], dict[str, str]]]
+"""From what each rank runs to the command line that starts all of them, and its environment."""
 
 Launcher: TypeAlias = Callable[[Component, int], Launch | Failed]
 """Launches ranks with a set-up, in a round, and returns what they measured."""
@@ -76,15 +78,15 @@ def run_campaign(
     return launches, list(failures.values())
 
 
-def launcher(ranks: int, spec: Spec, limit_s: float) -> Launcher:
-    """Return what launches ``ranks`` ranks by ``mpiexec``, each for ``limit_s`` seconds at most."""
+def launcher(start: Start, spec: Spec, limit_s: float) -> Launcher:
+    """Return what launches ranks, each time for ``limit_s`` seconds at most."""
 
     def launch(component: Component, number: int) -> Launch | Failed:
         wanted = task(spec, component, number)
         if not chosen(wanted):
             return Failed(f"performs {', '.join(component.operations)} only, of which nothing was chosen to compare")
-        why = _probe(component, ranks) if number == 1 else None
-        return Failed(why) if why is not None else _measured(component, ranks, wanted, limit_s)
+        why = _probe(component, start) if number == 1 else None
+        return Failed(why) if why is not None else _measured(component, start, wanted, limit_s)
 
     return launch
 
@@ -99,21 +101,21 @@ def task(spec: Spec, component: Component, number: int) -> Spec:
     )  # fmt: skip
 
 
-def _probe(component: Component, ranks: int) -> str | None:
+def _probe(component: Component, start: Start) -> str | None:
     """Return why a set-up takes no effect on these ranks; None if it does, or nobody can tell."""
     if not component.needs:
         return None
-    argv, env = launch_command(ranks, [sys.executable, "-m", "mpitrain.comm.trial", str(_PROBE_LIMIT_S - _EARLIER_S)])
+    argv, env = start([sys.executable, "-m", "mpitrain.comm.trial", str(_PROBE_LIMIT_S - _EARLIER_S)])
     ended = run_limited(argv, {**env, **component.settings, **VERBOSE}, _PROBE_LIMIT_S)
     return disabled(component, ended.output) if ended.code == 0 else f"ranks do not start: {ended.ending}"
 
 
-def _measured(component: Component, ranks: int, spec: Spec, limit_s: float) -> Launch | Failed:
+def _measured(component: Component, start: Start, spec: Spec, limit_s: float) -> Launch | Failed:
     with tempfile.TemporaryDirectory(prefix="mpitrain-bench-") as folder:
         wanted, result = Path(folder) / "task.json", Path(folder) / "result.json"
         wanted.write_bytes(spec.to_json())
         rank = ["-m", "mpitrain.comm.bench.ranks", str(wanted), str(result), str(max(limit_s - _EARLIER_S, 1.0))]
-        argv, env = launch_command(ranks, [sys.executable, *rank])
+        argv, env = start([sys.executable, *rank])
         ended = run_limited(argv, {**env, **component.settings}, limit_s)
         if ended.code != 0:
             return Failed(ended.ending)

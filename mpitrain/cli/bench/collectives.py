@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from rich.console import Console
 from mpitrain import _env
 from mpitrain._errors import LaunchError
 from mpitrain.cli.bench import plot, tables
-from mpitrain.cli.bench.campaign import launcher, run_campaign
+from mpitrain.cli.bench.campaign import Start, launcher, run_campaign
 from mpitrain.cli.checks.world import plural
 from mpitrain.cli.run import check_no_launcher
 from mpitrain.comm import Communicator, abort_on_uncaught, leave_together, tuning, world
@@ -63,6 +65,9 @@ _VARIANTS = tuple(dict.fromkeys(variant.name for variant in VARIANTS))
 
 @click.command("collectives", short_help="Time every collective, transport and algorithm against raw mpi4py.")
 @click.option("-n", "--ranks", type=click.IntRange(min=1), help="Start N ranks with the MPI library's own mpiexec.")
+@click.option(
+    "--launcher", "command", metavar="COMMAND", help="Start them by this, e.g. 'mpiexec --hostfile hosts -n 8'."
+)
 @click.option("--sizes", callback=_sizes, metavar="BYTES,…", help=f"Of the whole array.  [default: {SIZES}]")
 @click.option("--operations", callback=_names(OPERATIONS), metavar="NAME,…", help="[default: all that are measured]")
 @click.option(
@@ -74,48 +79,66 @@ _VARIANTS = tuple(dict.fromkeys(variant.name for variant in VARIANTS))
 @click.option("--buffers", type=click.Choice(BUFFERS), default="resident", show_default=True,
               help="Use the same arrays each time, or more of them than the last cache holds.")  # fmt: skip
 @click.option("--peers", is_flag=True, help="Also against the MPI library's own components and PyTorch's gloo.")
-@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat all launches (-n).")
-@click.option("--limit-s", type=click.FloatRange(min=1), default=900.0, show_default=True, help="Of each launch (-n).")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat all launches.")
+@click.option("--limit-s", type=click.FloatRange(min=1), default=900.0, show_default=True, help="Of each launch.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all figures here.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Draw them, e.g. as .png.")
 @click.option("--tune", is_flag=True, help="Instead: find the fastest algorithms, and keep them for this machine.")
-def collectives(ranks: int | None, tune: bool, **options: Any) -> None:
+def collectives(ranks: int | None, command: str | None, tune: bool, **options: Any) -> None:
     """Time every collective, transport and algorithm of mpitrain's against raw mpi4py.
 
-    Without -n this is one rank, or one of those that mpirun or srun has started.  With --tune, `mpitrain.world()` uses
-    what was found in every later program on this machine, MPI library and layout of ranks.
+    Without -n or --launcher this is one rank, or one of those that mpirun or srun has started.  With --tune,
+    `mpitrain.world()` uses what was found in every later program on this machine, MPI library and layout of ranks.
     """
     check_no_launcher(ranks)
     if options["plot_file"] is not None:
         plot.check(options["plot_file"])
+    start = _start_of(ranks, command, tune)
     if tune:
         _tune(ranks, options)
-    elif ranks is None:
+    elif start is None:
         _measure_here(options)
     else:
-        _measure_launched(ranks, options)
+        _measure_launched(start, options)
+
+
+def _start_of(ranks: int | None, command: str | None, tune: bool) -> Start | None:
+    """Return what starts ranks; None if this process is one itself."""
+    if command is None:
+        return None if ranks is None else partial(launch_command, ranks)
+    words, launched = shlex.split(command), _env.launched_size()
+    if ranks is not None or not words:
+        raise click.UsageError("--launcher is the whole command that starts ranks, its -n included.")
+    if tune or (launched and launched[1] > 1):
+        raise click.UsageError(f"--launcher starts launches to compare; here: {command} mpitrain bench collectives …")
+    return lambda argv: ([*words, *argv], _env.snapshot())
 
 
 def _spec(options: dict[str, Any]) -> Spec:
     taken = {name: options[name] for name in ("dtype", "repeats", "time_s", "buffers")}
     spec = Spec(
         options["sizes"] or _sizes(None, None, SIZES) or (), options["operations"] or OPERATIONS, **taken,
-        variants=options["variants"], gloo=options["peers"], command=tuple(sys.argv),
+        variants=options["variants"], gloo=options["peers"], command=_typed(),
     )  # fmt: skip
     if not chosen(spec):
         raise click.UsageError(f"none of --variants is a way to call {' or '.join(spec.operations)}")
     return spec
 
 
-def _measure_launched(ranks: int, options: dict[str, Any]) -> None:
+def _typed() -> tuple[str, ...]:
+    """Return the command line, for the record, without where this program is installed."""
+    return ("mpitrain", *sys.argv[1:])
+
+
+def _measure_launched(start: Start, options: dict[str, Any]) -> None:
     """Start a campaign of launches from this process, which is no rank."""
     spec = _spec(options)
     found = components(library().kind) if options["peers"] else (DEFAULT,)
-    launch = launcher(ranks, spec, options["limit_s"])
+    launch = launcher(start, spec, options["limit_s"])
     launches, failures = run_campaign(found, options["rounds"], launch, lambda text: click.echo(text, err=True))
     if not any(each.component == DEFAULT.name for each in launches):
         raise LaunchError("nothing was measured", operation="bench", got="; ".join(failures), remedy="mpitrain doctor")
-    _hand_out(Report(sys.argv, launches, failures), options)
+    _hand_out(Report([*spec.command], launches, failures), options)
 
 
 def _measure_here(options: dict[str, Any]) -> None:
@@ -123,10 +146,10 @@ def _measure_here(options: dict[str, Any]) -> None:
     spec = _spec(options)
     comm = _join()
     with leave_together(comm):
-        failures = ["the MPI library's components: each needs launches of its own; give -n N instead of a launcher"]
+        failures = ["the MPI library's components: each needs launches of its own; give -n N, or --launcher '…'"]
         launch = measure(comm, spec)
         if comm.rank == 0:
-            _hand_out(Report(sys.argv, [launch], failures if options["peers"] else []), options)
+            _hand_out(Report([*spec.command], [launch], failures if options["peers"] else []), options)
         comm.barrier()
 
 

@@ -121,7 +121,9 @@ def header(report: Report) -> Iterator[str]:
     """Yield what the tables were measured on, and how to read them."""
     about = report.launches[0].about
     machine, cache = about["machine"], about["machine"]["last_level_cache_bytes"]
-    where = f"{plural(about['ranks'], 'rank')} on {plural(len(about['ranks_of_nodes']), 'node')}"
+    part = about.get("ranks_per_node")
+    cut = "" if part is None else f" (MPITRAIN_RANKS_PER_NODE={part})"
+    where = f"{plural(about['ranks'], 'rank')} on {plural(len(about['ranks_of_nodes']), 'node')}{cut}"
     yield f"{where}, {about['mpi_library']}"
     yield f"{machine['cpu']}, {plural(machine['cpus'], 'CPU')}, last cache {size_text(cache)}"
     copies = report.copies(DEFAULT.name).values()
@@ -129,7 +131,8 @@ def header(report: Report) -> Iterator[str]:
     if about["buffers"] == "rotating":
         yield f"{about['dtype']}, buffers rotating through pairs of arrays per rank: {pairs}"
     else:
-        yield f"{about['dtype']}, buffers resident: one pair of arrays per rank"
+        anew = ", written anew before each turn" if about["buffers"] == "rewritten" else ""
+        yield f"{about['dtype']}, buffers resident: one pair of arrays per rank{anew}"
     yield "tuning table: " + ("; ".join(about["tuning"]) or "none")
     yield "times are of the slowest rank; ratio = median over turns of mpi4py's time / ours: above 1 mpitrain is faster"
     speeds = ", ".join(

@@ -1,6 +1,6 @@
 """What ``mpitrain doctor`` looks at, in the order in which it is printed; one function each."""
 
-from mpitrain.cli.checks import host, mpi, python, reductions, slurm, start, world
+from mpitrain.cli.checks import devices, host, mpi, python, reductions, slurm, start, world
 from mpitrain.cli.checks.finding import Check
 
 BEFORE: tuple[tuple[str, Check], ...] = (
@@ -20,7 +20,7 @@ BEFORE: tuple[tuple[str, Check], ...] = (
     ("Slurm", slurm.allocation),
     ("srun", slurm.plugin),
     ("GPU", host.gpu),
-    ("transports", host.transports),
+    ("transports", devices.transport),
     ("TMPDIR", host.temporary),
     ("memlock", host.locked_memory),
 )
@@ -37,3 +37,6 @@ AFTER: tuple[tuple[str, Check], ...] = (
     ("tuning", reductions.tuning),
 )
 """Checks of what the ranks told (`mpitrain.cli.checks.survey.Survey`)."""
+
+PROBE: tuple[tuple[str, Check], ...] = (("GPU probe", devices.probe),)
+"""What is tried only where someone asks for it."""

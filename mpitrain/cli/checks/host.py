@@ -72,11 +72,6 @@ def gpu() -> Finding:
     return _seen(find_gpus(), driver)
 
 
-def transports() -> Finding:
-    """How arrays travel."""
-    return ok("host (MPI on host memory; arrays on a GPU are copied through it)")
-
-
 def _seen(found: Gpus, driver: bool) -> Finding:
     text = f"CuPy {found.cupy} for CUDA {_cuda(found.runtime)}"
     if found.driver and found.driver // 1000 < found.runtime // 1000:

@@ -32,13 +32,14 @@ class Trial(Ended):
         """What rank 0 of each world printed."""
         return [json.loads(line) for line in self.output.splitlines() if line.startswith('{"size"')]
 
-    def keep(self) -> Path:
-        """Write the output to a file that stays."""
-        with tempfile.NamedTemporaryFile(
-            "w", errors="replace", prefix="mpitrain-doctor-", suffix=".log", delete=False
-        ) as log:
-            log.write(self.output)
-        return Path(log.name)
+
+def keep(ended: Ended) -> Path:
+    """Write what a command printed to a file that stays."""
+    with tempfile.NamedTemporaryFile(
+        "w", errors="replace", prefix="mpitrain-doctor-", suffix=".log", delete=False
+    ) as log:
+        log.write(ended.output)
+    return Path(log.name)
 
 
 def try_ranks(ranks: int | None, limit_s: float = LIMIT_S) -> Trial:
@@ -59,7 +60,7 @@ def start(survey: Survey) -> Finding | None:
     if trial.code == 0 and trial.worlds:
         world = trial.worlds[0]
         return _able(world["standard"], world["threads"], world["cuda_aware"])
-    return fail(f"MPI does not start: {trial.ending}", f"read {trial.keep()}")
+    return fail(f"MPI does not start: {trial.ending}", f"read {keep(trial)}")
 
 
 def _able(standard: str, threads: str, cuda_aware: bool | None) -> Finding:
@@ -85,7 +86,7 @@ def launch(survey: Survey) -> Finding:
         problem, remedy = f"{len(worlds)} worlds of one rank", "install one MPI library and its own mpiexec; "
     else:
         problem, remedy = trial.ending, ""
-    return fail(f"mpiexec -n {_RANKS}: {problem}", f"{remedy}read {trial.keep()}")
+    return fail(f"mpiexec -n {_RANKS}: {problem}", f"{remedy}read {keep(trial)}")
 
 
 def _transport(trial: Trial) -> tuple[str, str] | None:

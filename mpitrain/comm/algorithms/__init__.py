@@ -6,6 +6,6 @@ An algorithm is a function of the rank's `Links` and a `Call`.  It knows no back
 
 from mpitrain.comm.algorithms.hierarchical import Hierarchy
 from mpitrain.comm.algorithms.links import Links
-from mpitrain.comm.algorithms.registry import ALGORITHMS, DEFAULT, Algorithm, assign, names, perform
+from mpitrain.comm.algorithms.registry import ALGORITHMS, DEFAULT, Algorithm, assign, names, perform, tabled
 
-__all__ = ["ALGORITHMS", "DEFAULT", "Algorithm", "Hierarchy", "Links", "assign", "names", "perform"]
+__all__ = ["ALGORITHMS", "DEFAULT", "Algorithm", "Hierarchy", "Links", "assign", "names", "perform", "tabled"]

@@ -7,11 +7,9 @@ its values to the odd one after it, which takes part for both and hands the resu
 
 from __future__ import annotations
 
-import numpy as np
-
 from mpitrain._typing import Array
 from mpitrain.comm.algorithms.links import Links
-from mpitrain.comm.algorithms.shares import Bounds
+from mpitrain.comm.algorithms.shares import Bounds, Combine
 
 
 class Core:
@@ -45,7 +43,7 @@ class Core:
         """Return where the core ranks' blocks begin, each made of the shares of those that it stands for."""
         return [bounds[2 * i if i < self._pairs else i + self._pairs] for i in range(self.size)] + [bounds[-1]]
 
-    def join(self, words: Array, combine: np.ufunc) -> None:
+    def join(self, words: Array, combine: Combine) -> None:
         """Combine the values of each pair on the rank that takes part."""
         if self.ward is not None and self.inside:
             arrived = self._links.scratch("landing", words.size, words.dtype)

@@ -16,7 +16,7 @@ import numpy as np
 from mpitrain._typing import Array
 from mpitrain.comm.algorithms import recursive, ring
 from mpitrain.comm.algorithms.links import Links
-from mpitrain.comm.algorithms.shares import even, in_place, share, ufunc
+from mpitrain.comm.algorithms.shares import Combine, even, in_place, share, ufunc
 from mpitrain.comm.calls import Call
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def allreduce(links: Links, call: Call) -> None:
             part.book(call.operation)
 
 
-def reduce_for_all(hierarchy: Hierarchy, words: Array, combine: np.ufunc) -> None:
+def reduce_for_all(hierarchy: Hierarchy, words: Array, combine: Combine) -> None:
     """Perform an allreduce of flat words in place."""
     node = hierarchy.node
     followers = node.size - hierarchy.leaders

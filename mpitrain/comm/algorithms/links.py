@@ -36,8 +36,8 @@ class Links:
 
     Notes
     -----
-    Words are one-dimensional, contiguous host arrays.  Both sides of a message know its length, so that an empty one
-    is not sent.
+    Words are one-dimensional, contiguous arrays, in host memory unless a subclass says otherwise.  Both sides of a
+    message know its length, so that an empty one is not sent.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -55,7 +55,7 @@ class Links:
     def recv(self, into: Array, source: int) -> None:
         """Receive words from a rank."""
         if into.size:
-            self.comm._run(_wanted(into, source))
+            self.comm._run(self._wanted(into, source))
 
     def sendrecv(self, words: Array, dest: int, into: Array, source: int) -> None:
         """Send to one rank while receiving from another."""
@@ -77,26 +77,32 @@ class Links:
 
     def begin_recv(self, into: Array, source: int) -> Handle:
         """Begin to receive words, of which there is at least one."""
-        return self.comm._begin(_wanted(into, source))
+        return self.comm._begin(self._wanted(into, source))
 
     def scratch(self, purpose: str, elements: int, dtype: DType) -> Array:
         """Return memory for a purpose, the same at every call; its contents are arbitrary."""
         needed = elements * dtype.itemsize
         memory = self._scratch.get(purpose)
         if memory is None or memory.size < needed:
-            memory = self._scratch[purpose] = np.empty(needed, np.uint8)
+            memory = self._scratch[purpose] = self._empty(needed)
         return memory[:needed].view(dtype)
+
+    def copy(self, words: Array, into: Array) -> None:
+        """Copy words of this rank's to another place."""
+        into[...] = words
 
     def book(self, operation: str) -> None:
         """Enter in the ledger what was sent since the last entry."""
         self.comm.ledger.moved(operation, self._messages, self._bytes)
         self._messages = self._bytes = 0
 
+    def _empty(self, nbytes: int) -> Array:
+        return np.empty(nbytes, np.uint8)
+
     def _sent(self, words: Array, dest: int) -> Call:
         self._messages += 1
         self._bytes += words.nbytes
         return Call("send", dtype=words.dtype, send=words, peer=dest, tag=OWN_TAG)
 
-
-def _wanted(into: Array, source: int) -> Call:
-    return Call("recv", dtype=into.dtype, recv=into, peer=source, tag=OWN_TAG)
+    def _wanted(self, into: Array, source: int) -> Call:
+        return Call("recv", dtype=into.dtype, recv=into, peer=source, tag=OWN_TAG)

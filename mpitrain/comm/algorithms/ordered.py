@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
-
 from mpitrain._typing import Array
 from mpitrain.comm.algorithms.links import Links
-from mpitrain.comm.algorithms.shares import Bounds
+from mpitrain.comm.algorithms.shares import Bounds, Combine
 
 LANDING_BYTES = 1 << 20
 """Memory for what all ranks send at a time; longer shares are exchanged in pieces."""
@@ -23,7 +21,7 @@ PIECE_BYTES = 1 << 14
 """The least size of a piece, on many ranks."""
 
 
-def reduce_scatter(links: Links, words: Array, bounds: Bounds, combine: np.ufunc) -> None:
+def reduce_scatter(links: Links, words: Array, bounds: Bounds, combine: Combine) -> None:
     """Reduce the own share in place; the others keep their values."""
     largest = max(end - start for start, end in pairwise(bounds))
     length = max(1, max(LANDING_BYTES // links.size, PIECE_BYTES) // words.itemsize)
@@ -34,7 +32,7 @@ def reduce_scatter(links: Links, words: Array, bounds: Bounds, combine: np.ufunc
         _fold_own(links, pieces, combine)
 
 
-def _fold_own(links: Links, pieces: list[Array], combine: np.ufunc) -> None:
+def _fold_own(links: Links, pieces: list[Array], combine: Combine) -> None:
     """Send every rank its piece, and fold what all ranks have of the own one in rank order."""
     own = pieces[links.rank]
     landing = links.scratch("landing", links.size * own.size, own.dtype).reshape(links.size, own.size)
@@ -43,12 +41,12 @@ def _fold_own(links: Links, pieces: list[Array], combine: np.ufunc) -> None:
     fold([own if rank == links.rank else landing[rank] for rank in range(links.size)], own, combine)
 
 
-def fold(values: Sequence[Array], out: Array, combine: np.ufunc) -> None:
+def fold(values: Sequence[Array], out: Array, combine: Combine) -> None:
     """Write ((x₀ + x₁) + x₂) + … to ``out``, which may be one of the values; the others may be overwritten."""
     total = values[0]
     for value in values[1:-1]:
         combine(total, value, out=total)
     if len(values) > 1:
         combine(total, values[-1], out=out)
-    else:
+    elif out is not total:
         out[...] = total

@@ -16,7 +16,7 @@ import numpy as np
 from mpitrain._typing import Array
 from mpitrain.comm.algorithms.links import Links
 from mpitrain.comm.algorithms.ordered import fold
-from mpitrain.comm.algorithms.shares import even, in_place, share, ufunc
+from mpitrain.comm.algorithms.shares import Combine, even, in_place, share, ufunc
 from mpitrain.comm.calls import Call, Handle
 
 MESSAGE_BYTES = 63 * 1024
@@ -60,7 +60,7 @@ def cut(words: Array, ranks: int) -> list[Array]:
 def reduce_pieces(
     links: Links,
     pieces: Sequence[Array],
-    combine: np.ufunc,
+    combine: Combine,
     divisor: int = 0,
     before: Callable[[int], object] | None = None,
     after: Callable[[int], object] | None = None,
@@ -73,7 +73,7 @@ def reduce_pieces(
         To the other ranks.
     pieces : sequence of array
         As many on all ranks, and as long; an array of `piece_bytes`, or less.
-    combine : ufunc
+    combine : Combine
         Of two values.
     divisor : int
         What each result is divided by; 0: nothing.
@@ -102,7 +102,7 @@ class _Pipeline:
     for all ranks begin and fold in the same turns.
     """
 
-    def __init__(self, links: Links, combine: np.ufunc, divisor: int) -> None:
+    def __init__(self, links: Links, combine: Combine, divisor: int) -> None:
         self._links, self._combine, self._divisor = links, combine, divisor
         self._others = [rank % links.size for rank in range(links.rank + 1, links.rank + links.size)]
         self._begun: deque[_Piece] = deque()

@@ -7,12 +7,10 @@ operations in MPICH", IJHPCA 19, 2005, sections 4.1 (allgather), 4.4 (reduce-sca
 
 from __future__ import annotations
 
-import numpy as np
-
 from mpitrain._typing import Array
 from mpitrain.comm.algorithms.core import Core
 from mpitrain.comm.algorithms.links import Links
-from mpitrain.comm.algorithms.shares import Bounds, even, in_place, share, ufunc
+from mpitrain.comm.algorithms.shares import Bounds, Combine, even, in_place, share, ufunc
 from mpitrain.comm.calls import Call
 
 
@@ -21,7 +19,7 @@ def allreduce(links: Links, call: Call) -> None:
     reduce_for_all(links, in_place(call), ufunc(call))
 
 
-def reduce_for_all(links: Links, words: Array, combine: np.ufunc) -> None:
+def reduce_for_all(links: Links, words: Array, combine: Combine) -> None:
     """Perform an allreduce of flat words in place."""
     core = Core(links)
     core.join(words, combine)
@@ -32,7 +30,7 @@ def reduce_for_all(links: Links, words: Array, combine: np.ufunc) -> None:
     core.hand_back(words)
 
 
-def reduce_scatter(links: Links, words: Array, bounds: Bounds, combine: np.ufunc) -> None:
+def reduce_scatter(links: Links, words: Array, bounds: Bounds, combine: Combine) -> None:
     """Reduce the own share in place; the others hold partial results afterwards."""
     core = Core(links)
     core.join(words, combine)
@@ -50,7 +48,7 @@ def allgather(links: Links, words: Array, bounds: Bounds) -> None:
     core.hand_back(words)
 
 
-def _halve(core: Core, links: Links, words: Array, blocks: Bounds, combine: np.ufunc) -> None:
+def _halve(core: Core, links: Links, words: Array, blocks: Bounds, combine: Combine) -> None:
     """Reduce the core rank's block: with each partner, keep the half of the blocks that holds it and give the rest."""
     distance = core.size // 2
     while distance:

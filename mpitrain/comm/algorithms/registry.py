@@ -68,18 +68,26 @@ def assign(comm: Engine, prepared: Prepared, algorithm: str | None) -> Prepared:
     return replace(prepared, calls=calls)
 
 
-def perform(comm: Engine, call: Call) -> None:
-    """Perform a call by the algorithm that it names.  Collective."""
+def perform(comm: Engine, call: Call, links: Links | None = None) -> None:
+    """Perform a call by the algorithm that it names, over the communicator's own links or others.  Collective."""
+    links = links or comm._links
     comm._meet(call)
     with np.errstate(all="ignore"):  # as everywhere, sums beyond the largest float are infinite
-        ALGORITHMS[call.operation, call.algorithm or ""](comm._links, call)
-    comm._links.book(call.operation)
+        ALGORITHMS[call.operation, call.algorithm or ""](links, call)
+    links.book(call.operation)
+
+
+def tabled(comm: Engine, operation: str, nbytes: int) -> str | None:
+    """Return what the communicator's table has for an operation on so much host memory; None if it has no table."""
+    return None if comm.tuning is None else comm.tuning.choose(operation, nbytes, comm.size)
 
 
 def _choice(comm: Engine, call: Call, algorithm: str | None) -> str | None:
-    if algorithm is None and comm.tuning is not None:
+    if call.stream is not None:
+        return algorithm  # what performs it on a device chooses there
+    if algorithm is None:
         whole = max(side.nbytes for side in (call.send, call.recv) if side is not None) if call.dtype else 0
-        algorithm = comm.tuning.choose(call.operation, whole, comm.size)
+        algorithm = tabled(comm, call.operation, whole)
     return None if algorithm == DEFAULT else algorithm
 
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from mpitrain._typing import Array
 from mpitrain.comm.algorithms.links import Links
-from mpitrain.comm.algorithms.shares import Bounds, share
+from mpitrain.comm.algorithms.shares import Bounds, Combine, share
 
 SEGMENT_BYTES = 1 << 19
 """A share is reduced in segments of this size: one arrives while the one before it is combined, still in the cache."""
 
 
-def reduce_scatter(links: Links, words: Array, bounds: Bounds, combine: np.ufunc) -> None:
+def reduce_scatter(links: Links, words: Array, bounds: Bounds, combine: Combine) -> None:
     """Reduce the own share in place; the others hold partial results afterwards."""
     for step in range(1, links.size):
         given = share(words, bounds, links.rank - step)
@@ -34,7 +32,7 @@ def allgather(links: Links, words: Array, bounds: Bounds) -> None:
         links.sendrecv(given, after, share(words, bounds, links.rank - step - 1), before)
 
 
-def _pass_on(links: Links, given: Array, kept: Array, combine: np.ufunc) -> None:
+def _pass_on(links: Links, given: Array, kept: Array, combine: Combine) -> None:
     """Send a partial result to the next rank while what the rank before sends is combined into ``kept``."""
     before, after = (links.rank - 1) % links.size, (links.rank + 1) % links.size
     parts = list(_segments(kept))

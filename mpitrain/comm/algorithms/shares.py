@@ -7,10 +7,9 @@ place: each rank begins with its own share and ends with all).  Here is what fol
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
-from typing import TypeAlias
-
-import numpy as np
+from typing import Any, TypeAlias
 
 from mpitrain._typing import Array
 from mpitrain.comm.algorithms.links import Links
@@ -20,7 +19,10 @@ from mpitrain.comm.dtypes import UFUNCS
 Bounds: TypeAlias = Sequence[int]
 """Where shares begin, and the end of the last: share i of ``words`` is ``words[bounds[i]:bounds[i + 1]]``."""
 
-Scatter: TypeAlias = Callable[[Links, Array, Bounds, np.ufunc], None]
+Combine: TypeAlias = Callable[..., Any]
+"""Of two words each, and ``out``, which may be one of them: a NumPy ufunc, or what queues such work on a device."""
+
+Scatter: TypeAlias = Callable[[Links, Array, Bounds, Combine], None]
 Gather: TypeAlias = Callable[[Links, Array, Bounds], None]
 
 
@@ -36,9 +38,10 @@ def share(words: Array, bounds: Bounds, index: int) -> Array:
     return words[bounds[index] : bounds[index + 1]]
 
 
-def ufunc(call: Call) -> np.ufunc:
-    """Return what combines the values of two ranks."""
-    return UFUNCS[call.op or ""]
+def ufunc(call: Call) -> Combine:
+    """Return what combines the values of two ranks, where they lie."""
+    op, stream = call.op or "", call.stream
+    return UFUNCS[op] if stream is None else partial(stream.combine, op)
 
 
 def in_place(call: Call) -> Array:
@@ -81,17 +84,18 @@ def reduce_scatter(scatter: Scatter, links: Links, call: Call) -> None:
     """Reduce in a copy, for the caller's memory is only read, and keep the own share."""
     assert call.send is not None
     words = links.scratch("copy", call.send.size, call.send.dtype)
-    words[...] = call.send
+    links.copy(call.send, words)
     bounds = _bounds(call, words.size, links.size)
     scatter(links, words, bounds, ufunc(call))
-    in_place(call)[...] = share(words, bounds, links.rank)
+    links.copy(share(words, bounds, links.rank), in_place(call))
 
 
 def allgather(gather: Gather, links: Links, call: Call) -> None:
     """Put the own share in its place, then collect the others."""
+    assert call.send is not None
     words = in_place(call)
     bounds = _bounds(call, words.size, links.size)
-    share(words, bounds, links.rank)[...] = call.send
+    links.copy(call.send, share(words, bounds, links.rank))
     gather(links, words, bounds)
 
 

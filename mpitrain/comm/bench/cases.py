@@ -73,7 +73,7 @@ class Variant:
     leading: bool = False
 
 
-_BOTH = ("host", "shared")
+_EACH = ("host", "shared", "network")
 
 
 def _waiting(begin: Callable[[], Any]) -> Call:
@@ -94,17 +94,17 @@ def _own(operation: str) -> list[Variant]:
 
 # fmt: off
 VARIANTS: tuple[Variant, ...] = (
-    Variant("allreduce", "checked", lambda c, x, y: partial(c.allreduce, x, out=y), transports=_BOTH, leading=True),
+    Variant("allreduce", "checked", lambda c, x, y: partial(c.allreduce, x, out=y), transports=_EACH, leading=True),
     Variant("allreduce", "checked in place", lambda c, x, y: partial(c.allreduce, x, out=x),
-            in_place=True, transports=_BOTH, leading=True),
+            in_place=True, transports=_EACH, leading=True),
     Variant("allreduce", "in place on comm.empty", lambda c, x, y: partial(c.allreduce, x, out=x),
             in_place=True, node_memory=True, transports=("shared",), leading=True),
-    Variant("allreduce", "plan", lambda c, x, y: c.allreduce_plan(x), node_memory=True, transports=_BOTH, leading=True),
+    Variant("allreduce", "plan", lambda c, x, y: c.allreduce_plan(x), node_memory=True, transports=_EACH, leading=True),
     Variant("allreduce", "plan in place", lambda c, x, y: c.allreduce_plan(x, in_place=True),
-            in_place=True, node_memory=True, transports=_BOTH, leading=True),
+            in_place=True, node_memory=True, transports=_EACH, leading=True),
     Variant("allreduce", "nonblocking", lambda c, x, y: _waiting(partial(c.iallreduce, x, out=y))),
     Variant("allreduce", "reproducible", lambda c, x, y: partial(c.allreduce, x, out=y, reproducible=True),
-            transports=_BOTH),
+            transports=_EACH),
     *_own("allreduce"),
     Variant("broadcast", "checked", lambda c, x, y: partial(c.broadcast, x, out=x), in_place=True, leading=True),
     Variant("broadcast", "nonblocking", lambda c, x, y: _waiting(partial(c.ibroadcast, x, out=x)), in_place=True),

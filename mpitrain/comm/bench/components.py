@@ -62,11 +62,29 @@ def components(kind: str) -> tuple[Component, ...]:
     return (DEFAULT,)
 
 
+_SELECTION = re.compile(
+    r"\[(?P<process>\S+)\] coll:base:comm_select: "
+    r"(?:new communicator: (?P<communicator>.+) \(cid|selecting\s+(?P<component>\w+), priority\s+\d+, Enabled)"
+)
+
+
 def disabled(component: Component, log: str) -> str | None:
     """Return why a set-up takes no effect, from what Open MPI printed with `VERBOSE`; None if it does."""
-    if not component.needs or re.search(rf"selecting\s+{component.needs}, priority\s+\d+, Enabled", log):
+    if not component.needs or component.needs in _enabled_for_all(log):
         return None
     return f"Open MPI does not enable its component {component.needs} for these ranks"
+
+
+def _enabled_for_all(log: str) -> set[str]:
+    """Return the components of the communicator of all ranks; those of a node's ranks may be others."""
+    communicators: dict[str, str] = {}
+    found = set()
+    for line in _SELECTION.finditer(log):
+        if line["communicator"]:
+            communicators[line["process"]] = line["communicator"]
+        elif communicators.get(line["process"]) == "MPI_COMM_WORLD":
+            found.add(line["component"])
+    return found
 
 
 def _open_mpi_components() -> list[Component]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +12,7 @@ from mpitrain import _env
 from mpitrain._errors import MissingExtraError
 from mpitrain._typing import Array
 from mpitrain.comm.bench.cases import Call
+from mpitrain.comm.bench.meeting import Place
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
@@ -22,18 +22,24 @@ _TIMEOUT_S = 60.0
 
 
 @contextmanager
-def group(comm: Communicator) -> Iterator[Callable[[str, Array, Array, bool], Call]]:
+def group(comm: Communicator, place: Place) -> Iterator[Callable[[str, Array, Array, bool], Call]]:
     """Start gloo on all ranks of the job; yields what turns an operation and its arrays into a call.
+
+    Parameters
+    ----------
+    comm : Communicator
+        The world's.
+    place : Place
+        Where they meet.
 
     Notes
     -----
-    Collective, after `check` on all ranks.  Ranks find each other through a port of rank 0's that the system chose.
+    Collective, after `check` on all ranks.  ``GLOO_SOCKET_IFNAME`` overrides the interface.
     """
     from torch import distributed
 
-    if comm.node.size == comm.size:  # names of hosts lead astray in containers
-        _env.set_default("GLOO_SOCKET_IFNAME", "lo")
-    store = _store(distributed, comm)
+    _env.set_default("GLOO_SOCKET_IFNAME", place.interface)
+    store = _store(distributed, comm, place.address)
     distributed.init_process_group(
         "gloo", store=store, rank=comm.rank, world_size=comm.size, timeout=timedelta(seconds=_TIMEOUT_S)
     )
@@ -61,13 +67,12 @@ def check() -> None:
         raise MissingExtraError("this PyTorch was built without gloo", remedy="install a wheel of PyTorch's own")
 
 
-def _store(distributed: Any, comm: Communicator) -> Any:
-    """Open the store that ranks meet in: rank 0 serves it."""
-    host = "127.0.0.1" if comm.node.size == comm.size else socket.gethostname()
-    make = partial(distributed.TCPStore, world_size=comm.size, wait_for_workers=False)
-    own = make(host, 0, is_master=True) if comm.rank == 0 else None
-    host, port = comm.broadcast_object((host, own.port if own else 0))
-    return own or make(host, port, is_master=False)
+def _store(distributed: Any, comm: Communicator, host: str) -> Any:
+    """Open the store that ranks meet in: rank 0 serves it, at a port that the system chooses."""
+    make = partial(distributed.TCPStore, host, world_size=comm.size, wait_for_workers=False)
+    own = make(port=0, is_master=True) if comm.rank == 0 else None
+    port = comm.broadcast_object(own.port if own else 0)
+    return own or make(port=port, is_master=False)
 
 
 def _bind(distributed: Any, operation: str, x: Array, y: Array, in_place: bool) -> Call:

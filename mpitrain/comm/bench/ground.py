@@ -15,7 +15,7 @@ from mpitrain.comm.transports.host import HostTransport
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
 
-MOST_BUFFERS = 256
+MOST_BUFFERS = 255
 """Pairs of arrays that calls walk through at most; small arrays stay in the cache all the same."""
 
 Bind = Callable[[str, Array, Array, bool], Call]
@@ -27,20 +27,21 @@ def buffers_for(kind: str, size_bytes: int, cache_bytes: int) -> int:
 
     Parameters
     ----------
-    kind : {"resident", "rotating"}
-        One; or so many that a rank's own are twice the cache, at most `MOST_BUFFERS`.
+    kind : {"resident", "rewritten", "rotating"}
+        One; one; or so many that a rank's own are twice the cache, at most `MOST_BUFFERS`.  Their number is odd: two
+        contenders that take turns then both walk through all of them, and none has the better pages for itself.
     size_bytes : int
         Of one array of a pair.
     cache_bytes : int
         Of the last cache.
     """
-    if kind == "resident":
+    if kind != "rotating":
         return 1
-    return min(MOST_BUFFERS, max(2, -(-2 * cache_bytes // (2 * size_bytes))))
+    return min(MOST_BUFFERS, max(2, -(-2 * cache_bytes // (2 * size_bytes))) | 1)
 
 
 class Stage:
-    """The communicators that our variants run on: all of the job's ranks, a communicator per way to hold memory.
+    """The communicators that our variants run on: all of the job's ranks, on ``host`` and on what the world has chosen.
 
     Arrays of `Communicator.empty` change how a communicator treats ordinary ones, so they have one of their own.
 
@@ -59,8 +60,8 @@ class Stage:
         host = self._split()
         host._transport = HostTransport()
         self._comms: dict[tuple[str, bool], Communicator] = {("host", False): host, ("host", True): host}
-        if world.transport == "shared":
-            self._comms |= {("shared", memory): self._split() for memory in (False, True)}
+        if world.transport != HostTransport.name:
+            self._comms |= {(world.transport, memory): self._split() for memory in (False, True)}
         self.transports = tuple(dict.fromkeys(transport for transport, _ in self._comms))
 
     def _split(self) -> Communicator:

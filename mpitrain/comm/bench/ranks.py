@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
@@ -22,13 +23,17 @@ import numpy as np
 from mpitrain._errors import CommunicationError, MissingExtraError, MpitrainError
 from mpitrain._typing import Array
 from mpitrain.comm.bench.cases import VARIANTS, Contender, Variant, correct
+from mpitrain.comm.bench.components import DEFAULT
 from mpitrain.comm.bench.ground import Bind, Ground, Stage, buffers_for
+from mpitrain.comm.bench.meeting import meet
 from mpitrain.comm.bench.results import Copy, Launch, Measurement, Quantiles, Rivalry
 from mpitrain.comm.bench.spec import Spec
 from mpitrain.comm.guard import abort_on_uncaught
 from mpitrain.comm.machine import cpu_model, last_level_cache_bytes
 from mpitrain.comm.start import world
 from mpitrain.comm.timing import race
+from mpitrain.comm.transports.choice import ranks_per_node
+from mpitrain.comm.transports.host import HostTransport
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
@@ -109,9 +114,15 @@ class Bench:
         ground = self._ground(operation, size_bytes)
         for variant in chosen(self._spec):
             if variant.operation == operation:
-                for transport in variant.transports:
-                    if transport in self._stage.transports:
-                        yield self._duel(ground, variant, transport, size_bytes)
+                for transport in self._transports(variant):
+                    yield self._duel(ground, variant, transport, size_bytes)
+
+    def _transports(self, variant: Variant) -> list[str]:
+        """Return those on which a variant is raced: on ``host``, another set-up of the library would meet itself."""
+        found = [transport for transport in variant.transports if transport in self._stage.transports]
+        if self._spec.component == DEFAULT.name:
+            return found
+        return [transport for transport in found if transport != HostTransport.name] or found
 
     def _duel(self, ground: Ground, variant: Variant, transport: str, size_bytes: int) -> Measurement:
         """Race one variant with each rival in turn."""
@@ -137,9 +148,16 @@ class Bench:
 
     def _race(self, ours: Contender, rival: Contender) -> Array:
         """Race two, with nobody else between them: others would cool the caches."""
-        for contender in (ours, rival):
-            _fill(contender, 0 if contender.overwrites else self._comm.rank + 1)
-        return self._timed([ours.calls, rival.calls])
+        values = [0 if each.overwrites else self._comm.rank + 1 for each in (ours, rival)]
+        for contender, value in zip((ours, rival), values, strict=True):
+            _fill(contender, value)
+        if self._spec.buffers != "rewritten":
+            return self._timed([ours.calls, rival.calls])
+        writes = [
+            [partial(array.fill, value) for array in each.inputs]
+            for each, value in zip((ours, rival), values, strict=True)
+        ]
+        return self._timed([ours.calls, rival.calls], writes)
 
     def _rival(self, ground: Ground, name: str, variant: Variant) -> Contender | None:
         """Return a rival that is able to do this, and does it right."""
@@ -161,14 +179,14 @@ class Bench:
             right = False
         return bool(self._comm.allreduce(int(right), "min"))
 
-    def _timed(self, contenders: list[list[Any]]) -> Array:
+    def _timed(self, contenders: list[list[Any]], before: list[list[Any]] | None = None) -> Array:
         """Race after a few turns that are not counted, which also tell how many turns the time allows."""
-        taken = race(self._comm, contenders, 3)
+        taken = race(self._comm, contenders, 3, before)
         repeats = self._spec.repeats
         if repeats is None:
             turn_s = float(np.median(taken.sum(axis=1)))
             repeats = int(np.clip(self._spec.time_s / max(turn_s, 1e-7), _FEWEST, _MOST))
-        return race(self._comm, contenders, repeats)
+        return race(self._comm, contenders, repeats, before)
 
     def _ground(self, operation: str, size_bytes: int) -> Ground:
         elements = max(1, size_bytes // np.dtype(self._spec.dtype).itemsize)
@@ -211,7 +229,11 @@ def _rivals(comm: Communicator, spec: Spec) -> Iterator[tuple[dict[str, Bind], l
     if problem is not None:
         yield found, [f"gloo left out: {problem}"]
         return
-    with gloo.group(comm) as bind:
+    place = meet(comm)
+    if place is None:
+        yield found, ["gloo left out: no IPv4 address of rank 0's node can be reached from all ranks"]
+        return
+    with gloo.group(comm, place) as bind:
         yield found | {gloo.NAME: bind}, []
 
 
@@ -223,6 +245,7 @@ def _about(comm: Communicator, spec: Spec, transports: tuple[str, ...]) -> dict[
     return {
         "ranks": comm.size,
         "ranks_of_nodes": nodes,
+        "ranks_per_node": ranks_per_node(),
         "machine": {
             "cpu": cpu_model(),
             "cpus": os.cpu_count(),
@@ -257,11 +280,11 @@ def _versions() -> dict[str, str]:
 
 
 def main(spec: str, result: str, limit_s: str) -> None:
-    """Read a task, measure, and let rank 0 write the result."""
+    """Measure a task that rank 0 reads, and let it write the result; other nodes need not have these files."""
     faulthandler.dump_traceback_later(float(limit_s), exit=True)  # leaves no rank behind
-    task = Spec.from_json(Path(spec).read_bytes())
     comm = world()
     abort_on_uncaught(comm)
+    task = Spec.from_json(comm.broadcast_object(Path(spec).read_bytes() if comm.rank == 0 else b""))
     launch = measure(comm, task)
     if comm.rank == 0:
         partial_file = Path(f"{result}.part")

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 OPERATIONS = ("allreduce", "broadcast", "reduce_scatter", "allgather")
 DTYPES = ("float32", "float64", "int32", "int64")
-BUFFERS = ("resident", "rotating")
+BUFFERS = ("resident", "rewritten", "rotating")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Spec:
         Turns of each race; None: as many as fit into ``time_s``.
     time_s : float
         Seconds for each race.
-    buffers : {"resident", "rotating"}
-        Whether calls use the same arrays each time, or walk through more of them than the last cache holds.
+    buffers : {"resident", "rewritten", "rotating"}
+        Whether calls use the same arrays each time, which ranks write anew before each call or do not, or walk through
+        more of them than the last cache holds.
     variants : tuple of str
         Names of our ways to call; empty: all.
     leading : bool

@@ -11,9 +11,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import numpy as np
 
@@ -56,6 +58,11 @@ class Arena:
     node : Communicator
         The ranks that share memory.
 
+    Attributes
+    ----------
+    changed : callable
+        Called when a block has come, and when one is about to go.
+
     Raises
     ------
     StorageError
@@ -64,7 +71,8 @@ class Arena:
 
     def __init__(self, node: Communicator) -> None:
         self._node = node
-        self._blocks: WeakValueDictionary[int, Memory] = WeakValueDictionary()
+        self.changed: Callable[[], object] = lambda: None
+        self._blocks: dict[int, ref[Memory]] = {}
         self._count = 0
 
     def allocate(self, part_bytes: int) -> tuple[int, Memory]:
@@ -84,21 +92,36 @@ class Arena:
         start = _address(memory[self._node.rank])
         memory.own = range(start, start + part_bytes)
         number, self._count = self._count, self._count + 1
-        self._blocks[number] = memory
+        self._blocks[number] = ref(memory, partial(self._forget, number))
+        self.changed()
         return number, memory
 
     def parts(self, number: int) -> Memory:
         """Return the bytes of a block that this rank still holds."""
-        return self._blocks[number]
+        memory = self._blocks[number]()
+        assert memory is not None
+        return memory
 
-    def own_addresses(self) -> list[int]:
-        """Return between which addresses this rank's parts lie: the first and the one after the last, of each."""
-        return [bound for memory in self._blocks.values() for bound in (memory.own.start, memory.own.stop)]
+    def own_parts(self) -> list[tuple[int, int, int]]:
+        """Return of each of this rank's parts the first address, the end, and the number of the block."""
+        return [(memory.own.start, memory.own.stop, number) for number, memory in self._held()]
+
+    def _held(self) -> Iterator[tuple[int, Memory]]:
+        """Yield the blocks that are still there."""
+        for number, reference in list(self._blocks.items()):
+            memory = reference()
+            if memory is not None:
+                yield number, memory
+
+    def _forget(self, number: int, _: object) -> None:
+        """Take note that a block is about to go, before its addresses can be given to something else."""
+        del self._blocks[number]
+        self.changed()
 
     def locate(self, array: Array) -> Place:
         """Return where a C-contiguous array lies within this rank's part of a block."""
         address = _address(array)
-        for number, memory in self._blocks.items():
+        for number, memory in self._held():
             if address in memory.own and address + array.nbytes <= memory.own.stop:
                 return Place(number, address - memory.own.start)
         return NOWHERE

@@ -11,9 +11,14 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { ABI = 2, DONE = 0 }; /* as in kernel.c */
+enum { ABI = 3, DONE = 0 }; /* as in kernel.c */
 
-typedef int begin(void *job, void *operation, const char *from, char *into, int64_t nbytes, int64_t kind, int64_t past);
+typedef int begin(void *job, void *operation, const char *from, char *into, int64_t nbytes, int64_t past_cache,
+                  int64_t kind, int64_t block, int64_t offset);
+
+typedef struct { /* memory in which arrays are reduced where they lie */
+  int64_t start, stop, block;
+} part;
 
 typedef struct { /* what reduces elements of one format; operation 0: nothing does */
   int64_t operation, kind, item_bytes;
@@ -29,7 +34,7 @@ typedef struct {
   PyObject *array; /* the type of NumPy's arrays */
   PyObject *empty_like;
   PyObject *complete; /* called with (into, op, said) where the others are not there yet, or came otherwise */
-  PyObject *held;  /* bytes: pairs of addresses, of memory in which arrays are reduced where they lie */
+  PyObject *held;  /* bytes: parts */
   Py_buffer tally; /* two numbers: calls, and their bytes */
 } Entry;
 
@@ -42,13 +47,14 @@ static const way *find_way(const Entry *self, PyObject *op, const Py_buffer *vie
   return found->operation && found->item_bytes == view->itemsize ? found : NULL;
 }
 
-/* Tell whether an array is reduced where it lies, which takes more than this. */
-static int is_held(const Entry *self, const Py_buffer *view) {
-  const int64_t *pairs = (const int64_t *)PyBytes_AsString(self->held), address = (int64_t)(uintptr_t)view->buf;
-  const Py_ssize_t count = PyBytes_Size(self->held) / (Py_ssize_t)sizeof *pairs;
-  for (Py_ssize_t i = 0; i + 1 < count; i += 2)
-    if (pairs[i] <= address && address < pairs[i + 1]) return 1;
-  return 0;
+/* Return the memory that an array lies in, if it is to be reduced there. */
+static const part *find_part(const Entry *self, const Py_buffer *view) {
+  const part *parts = (const part *)PyBytes_AsString(self->held);
+  const int64_t address = (int64_t)(uintptr_t)view->buf;
+  const Py_ssize_t count = PyBytes_Size(self->held) / (Py_ssize_t)sizeof *parts;
+  for (const part *each = parts; each < parts + count; each++)
+    if (each->start <= address && address + view->len <= each->stop) return each;
+  return NULL;
 }
 
 static int fits(const Py_buffer *out, const Py_buffer *x) {
@@ -80,9 +86,11 @@ static PyObject *perform(Entry *self, PyObject *op, const way *found, const Py_b
   int64_t *tally = self->tally.buf;
   tally[0] += 1;
   tally[1] += to->len;
-  const int past_cache = from->buf != to->buf && to->len >= self->past_cache_from_bytes;
-  const int said = self->allreduce(
-      self->job, (void *)(uintptr_t)found->operation, from->buf, to->buf, to->len, found->kind, past_cache);
+  const int in_place = from->buf == to->buf, past_cache = !in_place && to->len >= self->past_cache_from_bytes;
+  const part *lies = in_place && to->len >= self->located_from_bytes ? find_part(self, to) : NULL;
+  const int64_t block = lies ? lies->block : -1, offset = lies ? (int64_t)(uintptr_t)to->buf - lies->start : -1;
+  const int said = self->allreduce(self->job, (void *)(uintptr_t)found->operation, from->buf, to->buf, to->len,
+                                   past_cache, found->kind, block, offset);
   if (said == DONE) {
     if (found->divisor) divide(to, found->divisor);
     return Py_NewRef(into);
@@ -101,7 +109,7 @@ static PyObject *reduce(Entry *self, PyObject *x, PyObject *op, PyObject *out) {
   if (!get(self, x, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS | (out == x ? PyBUF_WRITABLE : 0), &from))
     return Py_NewRef(Py_None);
   const way *found = find_way(self, op, &from);
-  if (!found || !is_aligned(&from) || (out == x && from.len >= self->located_from_bytes && is_held(self, &from))) {
+  if (!found || !is_aligned(&from)) {
     result = PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
   } else if (out == x) {
     result = perform(self, op, found, &from, &from, x);
@@ -125,10 +133,10 @@ static PyObject *Entry_allreduce(PyObject *self, PyObject *const *arguments, Py_
   return reduce((Entry *)self, arguments[0], arguments[1], arguments[2]);
 }
 
-static PyObject *Entry_hold(PyObject *self, PyObject *pairs) {
-  if (!PyBytes_Check(pairs)) return PyErr_Format(PyExc_TypeError, "hold takes bytes");
+static PyObject *Entry_hold(PyObject *self, PyObject *parts) {
+  if (!PyBytes_Check(parts)) return PyErr_Format(PyExc_TypeError, "hold takes bytes");
   PyObject *before = ((Entry *)self)->held;
-  ((Entry *)self)->held = Py_NewRef(pairs);
+  ((Entry *)self)->held = Py_NewRef(parts);
   Py_XDECREF(before);
   Py_RETURN_NONE;
 }
@@ -189,7 +197,7 @@ static void Entry_dealloc(PyObject *object) {
 
 static PyMethodDef METHODS[] = {
     {"allreduce", (PyCFunction)(void (*)(void))Entry_allreduce, METH_FASTCALL, "Reduce x into out; None if not plain."},
-    {"hold", Entry_hold, METH_O, "Say in which memory, pairs of addresses, arrays are reduced where they lie."},
+    {"hold", Entry_hold, METH_O, "Say in which parts of memory arrays are reduced where they lie."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -31,8 +31,8 @@ class Entry(Protocol):
         """Do as `mpitrain.comm.direct.allreduce`."""
         ...
 
-    def hold(self, pairs: bytes) -> None:
-        """Leave arrays that lie between such addresses, and are to be reduced in place, to `SharedTransport`."""
+    def hold(self, parts: bytes) -> None:
+        """Take note of where arrays are reduced in place: of each part the first address, the end, and its block."""
         ...
 
 

@@ -36,7 +36,7 @@
 #define FOR_THIS_CPU
 #endif
 
-enum { ABI = 2, BLOCK_BYTES = 8192, LINE_BYTES = 128, STORE_BYTES = 16, BRIEF_YIELDS = 32 };
+enum { ABI = 3, BLOCK_BYTES = 8192, LINE_BYTES = 128, STORE_BYTES = 16, PLACES = 3, BRIEF_YIELDS = 32 };
 static const int64_t POLITE_NS = 1000000; /* how long to yield before the caller is told to come again */
 
 enum posted { KIND = 0, BLOCK = 1, OFFSET = 2, ELEMENTS = 3, POSTED = 4 }; /* the numbers of a post */
@@ -47,7 +47,7 @@ typedef struct {
   char *rows;          /* row 0; row r is r * row_bytes further */
   int64_t row_bytes;
   int64_t header_bytes; /* of a row: its counters and slots */
-  int64_t place_bytes; /* of each of the four places of a row: two for what is handed in, two for results */
+  int64_t place_bytes; /* of each of the places of a row: PLACES for what is handed in, as many for results */
   int64_t slot_bytes;  /* of each of the two slots at the end of the header */
   int64_t rank, ranks;
   int64_t spins; /* looks before yielding; 0 where ranks share a core */
@@ -57,6 +57,8 @@ typedef struct {
   int64_t patience; /* how often it does so before it only looks, as the caller naps between calls */
   int64_t to_memory; /* what others read is written past the cache */
   int64_t slow, writes; /* how often in a row it was slow to write through the cache; how often past it */
+  struct laid_out *laid_out; /* reductions of arrays where they lie, that were performed before */
+  int64_t laid_out_count;
   int64_t brief; /* wait for some microseconds only: the caller keeps others waiting */
 } team;
 
@@ -82,6 +84,11 @@ typedef struct { /* reduces arrays that all ranks map: one combination for each 
   int64_t count, done;
 } shared_reduction;
 
+typedef struct laid_out {
+  const int64_t *posts; /* of all ranks: what it reduces */
+  shared_reduction *reduction;
+} laid_out;
+
 typedef struct { /* reduces ordinary arrays, chunk by chunk through the places */
   team *ranks;
   operation *op;
@@ -90,7 +97,8 @@ typedef struct { /* reduces ordinary arrays, chunk by chunk through the places *
   char **parts; /* room for a pointer per rank */
   int64_t nbytes;
   int64_t past_cache;
-  int64_t met, handed_in, chunk, reduced; /* progress: all have posted; chunks handed in; the one at hand; its shard */
+  int64_t met, handed_in, reduced, taken; /* progress: all have posted; chunks handed in, reduced and taken */
+  shared_reduction *where_it_lies;    /* what is performed instead */
   int64_t post[POSTED];               /* told to the others first: kind of call, block, offset, elements */
 } stream;
 
@@ -295,10 +303,10 @@ static range shard(const stream *s, int64_t chunk, int64_t rank) {
   return (range){begin < bytes ? begin : bytes, end < bytes ? end : bytes};
 }
 
-/* The two places of a rank for what it hands in (COPIED) and for its results (REDUCED) are used in turn. */
+/* The places of a rank for what it hands in (COPIED) and for its results (REDUCED) are used in turn. */
 static char *place(const stream *s, int64_t chunk, int64_t rank, enum counter which) {
   const team *t = s->ranks;
-  const int64_t number = (which == REDUCED ? 2 : 0) + (s->ranks->chunks + chunk) % 2;
+  const int64_t number = (which == REDUCED ? PLACES : 0) + (t->chunks + chunk) % PLACES;
   return t->rows + rank * t->row_bytes + t->header_bytes + number * t->place_bytes;
 }
 
@@ -313,22 +321,24 @@ static void hand_in(stream *s) {
   publish(s->ranks, COPIED, s->ranks->chunks + s->handed_in);
 }
 
-static void reduce_own(const stream *s) {
+static void reduce_own(stream *s) {
   const team *t = s->ranks;
-  const range own = shard(s, s->chunk, t->rank);
-  const int64_t at = s->chunk * t->place_bytes + own.begin, length = own.end - own.begin;
-  for (int64_t rank = 0; rank < t->ranks; rank++) s->parts[rank] = place(s, s->chunk, rank, COPIED) + own.begin;
+  const int64_t chunk = s->reduced++;
+  const range own = shard(s, chunk, t->rank);
+  const int64_t at = chunk * t->place_bytes + own.begin, length = own.end - own.begin;
+  for (int64_t rank = 0; rank < t->ranks; rank++) s->parts[rank] = place(s, chunk, rank, COPIED) + own.begin;
   s->parts[t->rank] = (char *)s->from + at;
-  char *results[] = {place(s, s->chunk, t->rank, REDUCED) + own.begin, s->into + at};
+  char *results[] = {place(s, chunk, t->rank, REDUCED) + own.begin, s->into + at};
   combine(&(combination){s->op, s->parts, t->ranks, results, 2, length, t->to_memory | s->past_cache << 1});
-  publish(t, REDUCED, t->chunks + s->chunk + 1);
+  publish(t, REDUCED, t->chunks + s->reduced);
 }
 
-static void take(const stream *s) {
-  char *into = s->into + s->chunk * s->ranks->place_bytes;
+static void take(stream *s) {
+  const int64_t chunk = s->taken++;
+  char *into = s->into + chunk * s->ranks->place_bytes;
   for (int64_t rank = 0; rank < s->ranks->ranks; rank++) {
-    const range part = shard(s, s->chunk, rank);
-    const char *from = place(s, s->chunk, rank, REDUCED) + part.begin;
+    const range part = shard(s, chunk, rank);
+    const char *from = place(s, chunk, rank, REDUCED) + part.begin;
     if (rank != s->ranks->rank) copy(into + part.begin, from, part.end - part.begin, s->past_cache);
   }
 }
@@ -368,28 +378,29 @@ static int reduce_small(stream *s) {
   return 0;
 }
 
-/* In step k a rank hands in its chunk k + 1, reduces its shard of chunk k, and takes the other shards of chunk k.
+/* In step k a rank hands in its chunk k + 1, reduces its shard of chunk k, and takes the other shards of chunk k - 1, so
+ * that ranks wait for what the others have done a while before.
  *
- * Two places of each kind suffice without further waiting: a rank hands in chunk k + 1 after it has taken all shards
- * of chunk k - 1, hence after all have reduced that, and read what lay in the place before.  It reduces chunk k after
- * all have handed in chunk k, hence taken what it had reduced of chunk k - 2. */
+ * Three places of each kind suffice without further waiting: a rank hands in chunk k + 1 after it has taken chunk k - 2,
+ * hence after all have reduced that, and read what lay in the place before.  It reduces chunk k after all have handed it
+ * in, hence taken chunk k - 3, whose results lay in the place before. */
 int mpitrain_stream(stream *s) {
   if (is_small(s)) return reduce_small(s);
   team *t = s->ranks;
   const int64_t chunks = (s->nbytes + t->place_bytes - 1) / t->place_bytes;
-  for (; s->chunk < chunks; s->chunk++, s->reduced = 0) {
-    while (s->handed_in < chunks && s->handed_in <= s->chunk + 1) hand_in(s);
-    if (!s->reduced) {
-      if (late(t, COPIED, t->chunks + s->chunk + 1)) return 1;
+  while (s->taken < chunks) {
+    while (s->handed_in < chunks && s->handed_in <= s->reduced + 1) hand_in(s);
+    if (s->reduced < chunks && s->reduced < s->taken + 2) {
+      if (late(t, COPIED, t->chunks + s->reduced + 1)) return 1;
       reduce_own(s);
-      s->reduced = 1;
+    } else {
+      if (late(t, REDUCED, t->chunks + s->taken + 1)) return 1;
+      take(s);
     }
-    if (late(t, REDUCED, t->chunks + s->chunk + 1)) return 1;
-    take(s);
   }
   drain(s->past_cache);
   t->chunks += chunks;
-  s->met = s->handed_in = s->chunk = 0;
+  s->met = s->handed_in = s->reduced = s->taken = 0;
   return 0;
 }
 
@@ -397,8 +408,18 @@ static int64_t *posted(const team *t, int64_t rank) {
   return (int64_t *)(t->rows + rank * t->row_bytes) + 1 + t->exchanges % 2 * POSTED;
 }
 
-/* Tell the others what this call is about, and stream if all told the same, and that no array lies in shared memory.
- * 2: they did not; what they told is in their lines, and no chunk has been reduced. */
+static shared_reduction *find_laid_out(const team *t) {
+  for (const laid_out *each = t->laid_out; each < t->laid_out + t->laid_out_count; each++) {
+    int64_t rank = 0;
+    while (rank < t->ranks && !memcmp(posted(t, rank), each->posts + rank * POSTED, POSTED * sizeof(int64_t))) rank++;
+    if (rank == t->ranks) return each->reduction;
+  }
+  return 0;
+}
+
+/* Tell the others what this call is about.  Stream if all told the same, and that no array lies in shared memory; if
+ * they told what was laid out before, perform that.  2: neither; what they told is in their lines, and nothing has been
+ * reduced. */
 int mpitrain_allreduce(stream *s) {
   team *t = s->ranks;
   if (!s->met) {
@@ -412,19 +433,28 @@ int mpitrain_allreduce(stream *s) {
     }
     if (mpitrain_fence(t)) return 1;
     s->met = 1;
+    int located = 0;
     for (int64_t rank = 0; rank < t->ranks; rank++) {
       const int64_t *other = posted(t, rank);
-      if (other[KIND] != s->post[KIND] || other[BLOCK] >= 0 || other[ELEMENTS] != s->post[ELEMENTS]) return 2;
+      if (other[KIND] != s->post[KIND] || other[ELEMENTS] != s->post[ELEMENTS]) return 2;
+      located |= other[BLOCK] >= 0;
     }
+    s->where_it_lies = located ? find_laid_out(t) : 0;
+    if (located && !s->where_it_lies) return 2;
   }
-  return mpitrain_stream(s);
+  if (!s->where_it_lies) return mpitrain_stream(s);
+  if (mpitrain_reduce_shared(s->where_it_lies)) return 1;
+  s->where_it_lies = 0;
+  s->met = 0;
+  return 0;
 }
 
-/* The same for one ordinary array, by someone who will come again to mpitrain_allreduce if others are not there yet. */
+/* The same for one array, by someone who will come again to mpitrain_allreduce if others are not there yet. */
 int mpitrain_begin_allreduce(
-    stream *s, operation *op, const char *from, char *into, int64_t nbytes, int64_t kind, int64_t past_cache) {
+    stream *s, operation *op, const char *from, char *into, int64_t nbytes, int64_t past_cache, int64_t kind, int64_t block,
+    int64_t offset) {
   s->op = op, s->from = from, s->into = into, s->nbytes = nbytes, s->past_cache = past_cache;
-  s->post[KIND] = kind, s->post[BLOCK] = s->post[OFFSET] = -1, s->post[ELEMENTS] = nbytes / op->item_bytes;
+  s->post[KIND] = kind, s->post[BLOCK] = block, s->post[OFFSET] = offset, s->post[ELEMENTS] = nbytes / op->item_bytes;
   s->ranks->brief = 1;
   const int said = mpitrain_allreduce(s);
   s->ranks->brief = 0;

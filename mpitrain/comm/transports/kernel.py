@@ -23,7 +23,7 @@ from mpitrain.comm.transports.program import Combine
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
-ABI = 2
+ABI = 3
 """Of `kernel.c`, as this file calls it."""
 
 _TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
@@ -37,11 +37,18 @@ _NAP_S = 50e-6
 SPINS = 2000
 """Looks of a waiting rank that has a core to itself, before it yields: some 50 µs."""
 
+PLACES = 6
+"""Of a rank: three for chunks that it hands in, and three for results."""
+
 SLOT_BYTES = 1536
 """Arrays up to this size are handed over whole and combined by every rank; two slots and the counters fill a page."""
 
-PAST_CACHE_FROM_BYTES = 4 * 1024 * 1024
+PAST_CACHE_FROM_BYTES = 8 * 1024 * 1024
 """Results from this size on are stored past the cache: it would not hold them until they are read."""
+
+
+class _LaidOut(ctypes.Structure):
+    _fields_ = [("posts", POINTER(c_int64)), ("reduction", c_void_p)]
 
 
 class _Team(ctypes.Structure):
@@ -49,7 +56,8 @@ class _Team(ctypes.Structure):
         ("rows", c_void_p), ("row_bytes", c_int64), ("header_bytes", c_int64), ("place_bytes", c_int64),
         ("slot_bytes", c_int64), ("rank", c_int64), ("ranks", c_int64), ("spins", c_int64), ("fence", c_int64),
         ("exchanges", c_int64), ("chunks", c_int64), ("late", c_int64), ("patience", c_int64), ("to_memory", c_int64),
-        ("slow", c_int64), ("writes", c_int64), ("brief", c_int64),
+        ("slow", c_int64), ("writes", c_int64), ("laid_out", POINTER(_LaidOut)), ("laid_out_count", c_int64),
+        ("brief", c_int64),
     ]  # fmt: skip
 
 
@@ -72,7 +80,8 @@ class _Stream(ctypes.Structure):
     _fields_ = [
         ("ranks", POINTER(_Team)), ("op", POINTER(_Operation)), ("source", c_void_p), ("target", c_void_p),
         ("parts", POINTER(c_void_p)), ("nbytes", c_int64), ("past_cache", c_int64), ("met", c_int64),
-        ("handed_in", c_int64), ("chunk", c_int64), ("reduced", c_int64), ("post", c_int64 * POSTED),
+        ("handed_in", c_int64), ("reduced", c_int64), ("taken", c_int64), ("where_it_lies", c_void_p),
+        ("post", c_int64 * POSTED),
     ]  # fmt: skip
 
 
@@ -114,7 +123,7 @@ class Kernel:
 
     Parameters
     ----------
-    memory : array of uint8, shape (ranks, header_bytes + 4 * place_bytes)
+    memory : array of uint8, shape (ranks, header_bytes + PLACES * the size of a place)
         Shared and zero at first; row r is written by rank r only.
     rank : int
         This rank of the node.
@@ -141,7 +150,7 @@ class Kernel:
         self, memory: Array, rank: int, header_bytes: int, spins: int, progress: Callable[[], object]
     ) -> None:  # fmt: skip
         ranks, row_bytes = memory.shape
-        place_bytes = (row_bytes - header_bytes) // 4
+        place_bytes = (row_bytes - header_bytes) // PLACES
         found = library()
         assert found is not None
         self._memory, self.ranks, self._library = memory, ranks, found
@@ -184,8 +193,8 @@ class Kernel:
         Returns
         -------
         bool
-            False where ranks posted different numbers, or a block that is not −1; then nothing was reduced, and
-            `resume` or `give_up` must follow on all of them.
+            False where ranks posted different numbers, or blocks that are not −1 and of which no reduction is
+            remembered; then nothing was reduced, and `resume` or `give_up` must follow on all of them.
         """
         job = self._stream
         _aim(job, op, send, recv)
@@ -207,10 +216,19 @@ class Kernel:
         """Reduce what `allreduce` has not."""
         self._finish(self._library.mpitrain_stream, byref(self._stream))
 
-    def give_up(self) -> None:
-        """Forget what `allreduce` has not reduced."""
+    def give_up(self, handed_in: bool) -> None:
+        """Forget what `allreduce` has not reduced; some ranks may have handed in their first chunk, or none has."""
         self._stream.met = self._stream.handed_in = 0
-        self._team.chunks += 1  # some ranks may have handed in the first one
+        self._team.chunks += handed_in
+
+    def remember(self, laid_out: dict[tuple[int, ...], Callable[[], object]]) -> None:
+        """Let `allreduce` itself perform what `reduction` laid out, by the numbers that all ranks post for it."""
+        table = (_LaidOut * len(laid_out))()
+        keys = [(c_int64 * len(posts))(*posts) for posts in laid_out]
+        for entry, key, run in zip(table, keys, laid_out.values(), strict=True):
+            entry.posts, entry.reduction = key, ctypes.addressof(run.args[-1]._obj)  # type: ignore[attr-defined]
+        self._remembered = table, keys, list(laid_out.values())
+        self._team.laid_out, self._team.laid_out_count = table, len(table)
 
     def plan(self, op: str, send: Array, recv: Array, divisor: int) -> Callable[[], object]:
         """Return what reduces the same ordinary arrays, which it holds, again and again; all ranks agree on it."""

@@ -16,7 +16,9 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +34,10 @@ from mpitrain.comm.transports.blocks import NOWHERE, PAGE_BYTES, Arena, Place
 from mpitrain.comm.transports.entry import Entry
 from mpitrain.comm.transports.far import Far, FarStream, FarWorkspace
 from mpitrain.comm.transports.fence import Fence, kind_of
-from mpitrain.comm.transports.kernel import AGAIN, PAST_CACHE_FROM_BYTES, CompiledFence, Kernel
+from mpitrain.comm.transports.kernel import AGAIN, PAST_CACHE_FROM_BYTES, PLACES, CompiledFence, Kernel
 from mpitrain.comm.transports.levels import Levels
 from mpitrain.comm.transports.program import Combine, perform
+from mpitrain.comm.transports.sharding import CommonMemory, PlannedShard, far_allgather, far_reduce_scatter
 from mpitrain.comm.transports.transport import Planned, Transport
 from mpitrain.comm.transports.workspace import Stream, Workspace
 from mpitrain.comm.watchdog import Watch
@@ -48,7 +51,7 @@ PIECE_BYTES = 128 * 1024
 CHUNK_BYTES = 256 * 1024
 """What passes through the workspace between two fences, of each rank; within one node."""
 
-COMPILED_CHUNK_BYTES = 1024 * 1024
+COMPILED_CHUNK_BYTES = 512 * 1024
 """The same with compiled loops, which pass no fences; on nodes of two ranks, and less on wider ones."""
 
 STREAMED_FROM_BYTES = 16 * 1024 * 1024
@@ -92,7 +95,7 @@ class SharedTransport(Transport):
 
     Notes
     -----
-    Collective over ``comm``.  Holds one mapping per rank of four chunks and a page.
+    Collective over ``comm``.  Holds one mapping per rank of a page and four chunks, or six where loops are compiled.
     """
 
     name = "shared"
@@ -106,9 +109,12 @@ class SharedTransport(Transport):
     ) -> None:
         self._comm, self._node, self._across = comm, comm.node, across
         self._arena = Arena(self._node)
+        self._common = CommonMemory(self._arena, self._node.size)
         self._far = None if across is None else Far(across, self._node.rank, self._node.size)
         chunk_bytes = _chunk_bytes(self._node.size, kernel is not None)
-        needed = Workspace.CHUNKS * chunk_bytes if self._far is None else FarWorkspace.needed_bytes(self._far)
+        needed = (PLACES if kernel else Workspace.CHUNKS) * chunk_bytes
+        if self._far is not None:
+            needed = FarWorkspace.needed_bytes(self._far)
         _, memory = self._arena.allocate(PAGE_BYTES + needed)
         lines = memory[:, :PAGE_BYTES]
         self._kernel = kernel(memory) if kernel else None
@@ -117,13 +123,13 @@ class SharedTransport(Transport):
         self.least_bytes = 0 if kernel else STREAMED_FROM_BYTES
         self._levels = Levels.of(self._node.allgather_object(topology.domain(os.sched_getaffinity(0))))
         self._entry: Entry | None = None
-        self._laid_out: dict[object, Callable[[], object]] = {}
+        self._laid_out: dict[tuple[int, ...], Callable[[], object]] = {}
+        self._arena.changed = self._hold
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
         """Return zeroed memory of this rank's."""
         nbytes = prod(shape) * dtype.itemsize
         _, memory = self._arena.allocate(int(self._comm.allgather(nbytes).max()))
-        self._hold()
         if self._across is None:  # several nodes must not come to different conclusions
             self.least_bytes = min(self.least_bytes, SMALLEST_BYTES)
         return np.asarray(memory[self._node.rank, :nbytes]).view(dtype).reshape(shape)
@@ -145,7 +151,7 @@ class SharedTransport(Transport):
 
         def complete(into: Array, op: str, said: int) -> Array:
             performed = "sum" if op == "mean" else op
-            with watch.during(Doing("allreduce", into, performed, None)):
+            with watch.during(Doing("allreduce", into, performed)):
                 self._settle(kernel, kernel.finish() if said == AGAIN else False, into, performed)
             if op == "mean":
                 np.divide(into, kernel.ranks, out=into)
@@ -158,16 +164,55 @@ class SharedTransport(Transport):
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out a reduction."""
         values = buffer.reshape(-1)
-        if is_half(values.dtype) and self._across is not None:
-            return None  # it would be rounded on every node, and again across
-        places = [Place(*each) for each in self._node.allgather_object(tuple(self._arena.locate(values)))]
-        shared = bool(self._comm.allgather(_one_block(places)).all())
-        self._fence.exchange(kind_of(values.dtype, op), *places[self._node.rank], values.size)  # dtype, op, size agree
-        if not shared:
+        small = self._across is not None and values.nbytes < SMALLEST_BYTES  # takes as many steps
+        if self._rounds_twice(values.dtype) or small:
+            return None
+        parts = self._parts(values, op)
+        if parts is None:
             return self._plan_stream(buffer, op, in_place)
         result = None if in_place else self._result(values)
-        run = self._lay_out(op, self._views(places, values), result)
+        run = self._lay_out(op, parts, result)
         return Planned(run, buffer if result is None else _read_only(result.view().reshape(buffer.shape)))
+
+    def shared(self, shape: Shape, dtype: DType) -> Array:
+        """Return zeroed memory that is one array for all ranks of a node."""
+        return self.empty(shape, dtype) if self._rounds_twice(dtype) else self._common.empty(shape, dtype)
+
+    def plan_reduce_scatter(self, buffer: Array, op: str) -> PlannedShard | None:
+        """Lay out a reduction in memory from `empty` by shards."""
+        parts = None if self._rounds_twice(buffer.dtype) else self._parts(buffer, op)
+        if parts is None:
+            return None
+        if self._far is not None:
+            return far_reduce_scatter(self._far, self._wait, op, parts, self._comm.size, PIECE_BYTES)
+        last = self._levels_for(buffer).phases(self._node.rank, buffer.size, buffer.itemsize)[-1]
+        combines = self._combines(op, parts, None)
+        shard = combines[-1].targets[self._node.rank]
+        combines[-1] = replace(combines[-1], targets=[shard])
+        return PlannedShard(self._run_of(op, combines, holds=True), last.begin, last.end, shard)
+
+    def plan_allgather(self, buffer: Array, begin: int, end: int) -> Callable[[], object] | None:
+        """Lay out what publishes shards in memory from `shared`."""
+        places = self._node.allgather_object(tuple(self._common.locate(buffer)))
+        common = Place(*places[0]) != NOWHERE and len(set(places)) == 1
+        if not self._comm.allreduce(np.uint8(common), "min"):
+            return None
+        return self._wait if self._far is None else far_allgather(self._far, self._wait, buffer, begin, end)
+
+    def _wait(self) -> None:
+        """Pass a fence of the node's; across nodes messages must go on meanwhile."""
+        self._fence.wait(None if self._across is None else self._across._progress)
+
+    def _rounds_twice(self, dtype: DType) -> bool:
+        """Tell whether values would be rounded on every node, and again across."""
+        return is_half(dtype) and self._across is not None
+
+    def _parts(self, values: Array, op: str) -> list[Array] | None:
+        """Return the array of every local rank if all lie in one block on all nodes; dtype, op and size agree."""
+        places = [Place(*each) for each in self._node.allgather_object(tuple(self._arena.locate(values)))]
+        shared = bool(self._comm.allgather(_one_block(places)).all())
+        self._fence.exchange(kind_of(values.dtype, op), *places[self._node.rank], values.size)
+        return self._views(places, values) if shared else None
 
     def _plan_stream(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out the reduction of ordinary arrays, which compiled loops do faster than the library at any size."""
@@ -189,12 +234,11 @@ class SharedTransport(Transport):
         try:
             posts = self._fence.posts(kind_of(recv.dtype, op), recv.size)
         except MismatchError:
-            kernel.give_up()
+            kernel.give_up(handed_in=True)
             raise
-        places = _places(posts)
-        if _one_block(places):
-            kernel.give_up()
-            self._reduce_where_it_lies(places, recv, op)
+        if _one_block(_places(posts)):
+            kernel.give_up(handed_in=False)
+            self._reduce_where_it_lies(posts, recv, op)
         else:
             kernel.resume()
 
@@ -203,49 +247,51 @@ class SharedTransport(Transport):
         stream = self._stream(send, recv, op) if send.nbytes >= STREAMED_FROM_BYTES else None
         if stream is not None and place == NOWHERE:
             stream.copy_in(0)
-        places = _places(self._fence.exchange(kind_of(send.dtype, op), *place, send.size))
+        posts = self._fence.exchange(kind_of(send.dtype, op), *place, send.size)
+        places = _places(posts)
         if _one_block(places):
-            self._reduce_where_it_lies(places, recv, op)
+            self._reduce_where_it_lies(posts, recv, op)
         elif stream is not None:
             self._run(stream, place, places)
         return stream is not None or _one_block(places)
 
-    def _reduce_where_it_lies(self, places: list[Place], values: Array, op: str) -> None:
-        """Reduce arrays that all lie in one block, in place; how is laid out at the first time."""
-        key = (*places, values.size, values.dtype, op)
-        run = self._laid_out.get(key)
-        if run is None:
-            run = self._lay_out(op, self._views(places, values), None)
-            if self._kernel is not None and self._kernel.streams(values.dtype, op):  # this holds no memory
-                self._remember(key, run)
+    def _reduce_where_it_lies(self, posts: list[list[int]], values: Array, op: str) -> None:
+        """Reduce arrays that all lie in one block, in place; compiled loops do it by themselves the next time."""
+        run = self._lay_out(op, self._views(_places(posts), values), None)
+        if self._kernel is not None and self._kernel.streams(values.dtype, op):  # this holds no memory
+            self._remember(self._kernel, tuple(chain.from_iterable(posts)), run)
         run()
 
     def _hold(self) -> None:
         """Tell the entry in which memory arrays are reduced where they lie."""
         if self._entry is not None:
-            self._entry.hold(array("q", self._arena.own_addresses()).tobytes())
+            self._entry.hold(array("q", chain.from_iterable(self._arena.own_parts())).tobytes())
 
-    def _remember(self, key: object, run: Callable[[], object]) -> None:
+    def _remember(self, kernel: Kernel, posts: tuple[int, ...], run: Callable[[], object]) -> None:
         if len(self._laid_out) >= LAID_OUT:
             self._laid_out.clear()
-        self._laid_out[key] = run
+        self._laid_out[posts] = run
+        kernel.remember(self._laid_out)
 
     def _lay_out(self, op: str, parts: list[Array], result: Array | None) -> Callable[[], object]:
         """Return what reduces arrays in shared memory, between two fences: into one result, or where they lie."""
         wait = (self._fence.wait, ())
         if self._far is not None:
             return partial(perform, [wait, *self._far.steps(op, parts, result, self._comm.size), wait])
-        combines = self._combines(op, parts, result)
-        run = self._kernel.reduction(op, combines, result is not None) if self._kernel is not None else None
+        return self._run_of(op, self._combines(op, parts, result), result is not None)
+
+    def _run_of(self, op: str, combines: list[Combine], holds: bool) -> Callable[[], object]:
+        """Return what combines, each after a fence, and passes one more; by compiled loops where there are any."""
+        run = self._kernel.reduction(op, combines, holds) if self._kernel is not None else None
         if run is not None:
             return run
+        wait = (self._fence.wait, ())
         steps = (step for each in combines for step in (wait, *each.steps(op, PIECE_BYTES)))
         return partial(perform, [*steps, wait])
 
     def _combines(self, op: str, parts: list[Array], result: Array | None) -> list[Combine]:
         """Return what this rank combines at each level of the node, and where."""
-        by_levels = parts[0].nbytes >= BY_LEVELS_FROM_BYTES and not is_half(parts[0].dtype)  # those are rounded once
-        levels = self._levels if by_levels else Levels((self._node.size,))
+        levels = self._levels_for(parts[0])
         phases = levels.phases(self._node.rank, parts[0].size, parts[0].itemsize)
         partials, base = (parts, 0) if result is None else self._partials(levels, parts[0])
         found, sources, shift = [], parts, 0
@@ -260,6 +306,10 @@ class SharedTransport(Transport):
         divisor = self._node.size if op == "mean" else 0
         gathered = [sources[r][last.begin - shift : last.end - shift] for r in last.sources]
         return [*found, Combine(gathered, targets, divisor, past_cache)]
+
+    def _levels_for(self, values: Array) -> Levels:
+        by_levels = values.nbytes >= BY_LEVELS_FROM_BYTES and not is_half(values.dtype)  # those are rounded once
+        return self._levels if by_levels else Levels((self._node.size,))
 
     def _partials(self, levels: Levels, like: Array) -> tuple[list[Array], int]:
         """Return memory of every rank for what it combines before the last level, and the first element of mine."""

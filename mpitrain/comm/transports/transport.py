@@ -7,10 +7,13 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpitrain._typing import Array, DType, Shape
 from mpitrain.comm.watchdog import Watch
+
+if TYPE_CHECKING:
+    from mpitrain.comm.transports.sharding import PlannedShard
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,3 +76,18 @@ class Transport(ABC):
     @abstractmethod
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Plan reductions of a contiguous buffer; None where nothing beats the communicator's own way.  Collective."""
+
+    def shared(self, shape: Shape, dtype: DType) -> Array:
+        """Return zeroed memory that is one array for all ranks of a node; where that cannot be, each its own.
+
+        Collective.
+        """
+        return self.empty(shape, dtype)
+
+    def plan_reduce_scatter(self, buffer: Array, op: str) -> PlannedShard | None:
+        """Plan reductions of a one-dimensional buffer by shards; None for the communicator's own way.  Collective."""
+        return None
+
+    def plan_allgather(self, buffer: Array, begin: int, end: int) -> Callable[[], object] | None:
+        """Plan how all get what each writes between ``begin`` and ``end``; None as above.  Collective."""
+        return None

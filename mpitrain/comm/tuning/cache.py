@@ -5,8 +5,6 @@ A file that is damaged or of another machine is never used; whoever asks is told
 
 from __future__ import annotations
 
-import hashlib
-import os
 import warnings
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -17,12 +15,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpitrain import _env
-from mpitrain._errors import InputError, StorageError
-from mpitrain.comm.machine import cpu_model
+from mpitrain._errors import InputError
+from mpitrain.comm import cache
+from mpitrain.comm.machine import machine
 from mpitrain.comm.tuning.table import Key, Table
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
+
+_KIND = "tuning"
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,15 @@ class Found:
 def key_of(comm: Communicator, transport: str = "host") -> Key:
     """Return what a table for this communicator must hold for.  Collective."""
     first = int(comm.node.broadcast(comm.rank))
-    facts = comm.allgather_object((first, _machine()))
+    facts = comm.allgather_object((first, machine()))
     nodes = [len(list(ranks)) for _, ranks in groupby(sorted(node for node, _ in facts))]
     layout = "+".join(f"{len(list(alike))}x{ranks}" for ranks, alike in groupby(nodes))
-    return Key(", ".join(sorted({machine for _, machine in facts})), comm.library, transport, layout)
+    return Key(", ".join(sorted({kind for _, kind in facts})), comm.library, transport, layout)
 
 
 def path_of(key: Key) -> Path:
     """Return the file of a key, whether it exists or not."""
-    digest = hashlib.sha256("\n".join(astuple(key)).encode()).hexdigest()[:16]
-    return folder() / f"{digest}.json"
+    return cache.path_of(_KIND, astuple(key))
 
 
 def save(table: Table) -> Path:
@@ -67,17 +67,7 @@ def save(table: Table) -> Path:
     StorageError
         The cache cannot be written.
     """
-    path = path_of(table.key)
-    partial = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(table.to_json())
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(
-            "the tuning table cannot be kept", got=str(error), remedy="set XDG_CACHE_HOME to a folder with room"
-        ) from error
-    return path
+    return cache.write(path_of(table.key), table.to_json(), "the tuning table")
 
 
 def load(comm: Communicator, transport: str = "host") -> Found:
@@ -101,7 +91,7 @@ def adopt(comm: Communicator) -> None:
 
     Collective: a byte where no table was ever kept.  To be called by `mpitrain.world`, whose caller a warning names.
     """
-    if comm.broadcast(np.uint8(comm.rank == 0 and _env.tuning() and bool(_files()))):
+    if comm.broadcast(np.uint8(comm.rank == 0 and _env.tuning() and bool(cache.files(_KIND)))):
         _use(comm, chosen_transport(), stacklevel=4)
 
 
@@ -112,7 +102,7 @@ def chosen_transport() -> str:
 
 def kept() -> dict[Path, Table | None]:
     """Return all tables in the cache, None for a file that cannot be read; on one rank only."""
-    found: dict[Path, Table | None] = dict.fromkeys(_files())
+    found: dict[Path, Table | None] = dict.fromkeys(cache.files(_KIND))
     for path in found:
         with suppress(InputError, OSError, UnicodeDecodeError):
             found[path] = Table.from_json(path.read_text())
@@ -121,7 +111,7 @@ def kept() -> dict[Path, Table | None]:
 
 def folder() -> Path:
     """Return where tables are kept, whether it exists or not."""
-    return Path(_env.cache_directory()) / "mpitrain" / "tuning"
+    return cache.folder(_KIND)
 
 
 def _use(comm: Communicator, transport: str, stacklevel: int) -> Found:
@@ -130,13 +120,6 @@ def _use(comm: Communicator, transport: str, stacklevel: int) -> Found:
     if found.refused and comm.rank == 0:
         warnings.warn(found.note, RuntimeWarning, stacklevel)
     return found
-
-
-def _files() -> list[Path]:
-    try:
-        return sorted(folder().glob("*.json"))
-    except OSError:  # a folder that rank 0 may not read is no reason to leave the others waiting
-        return []
 
 
 def _read(key: Key) -> Found:
@@ -152,8 +135,3 @@ def _read(key: Key) -> Found:
     if differences:
         return Found(None, f"tuning table ignored: {path} is of {'; '.join(differences)}", refused=True)
     return Found(table, f"tuning table {path} with {len(table.rows)} rows")
-
-
-def _machine() -> str:
-    """Name the kind of machine: nodes of one kind share a table."""
-    return f"{os.cpu_count()} x {cpu_model()}"

@@ -12,6 +12,7 @@ from math import sqrt
 from typing import Any
 
 from mpitrain._errors import InputError
+from mpitrain.comm import cache
 from mpitrain.comm.algorithms import DEFAULT, names
 
 _VERSION = 1
@@ -138,13 +139,7 @@ class Table:
         InputError
             The text is anything else: damaged, or of another version.
         """
-        try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise InputError("not JSON", operation="tuning table", got=str(error)) from error
-        found = _typed(found, {"version": int, "key": dict, "rows": list}, "the table")
-        if found["version"] != _VERSION:
-            raise InputError("of another version", operation="tuning table", got=found["version"], expected=_VERSION)
+        found = cache.parse(text, _VERSION, {"key": dict, "rows": list}, "tuning table")
         key = Key(**_typed(found["key"], {field.name: str for field in fields(Key)}, "the key"))
         return cls(key, tuple(_row(number, row) for number, row in enumerate(found["rows"])))
 
@@ -179,9 +174,5 @@ def _row(number: int, found: Any) -> Row:
     return row
 
 
-def _typed(found: Any, kinds: dict[str, type], what: str) -> dict[str, Any]:
-    """Return a JSON object that has exactly these members."""
-    if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
-        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-        raise InputError(f"{what} is not as it was written", operation="tuning table", expected=expected)
-    return found
+def _typed(found: Any, kinds: dict[str, type], part: str) -> dict[str, Any]:
+    return cache.typed(found, kinds, part, "tuning table")

@@ -29,12 +29,18 @@ def _batch_size(value: Any) -> int | Literal["full"]:
 class MethodSection(Section):
     """How gradients become parameters on many ranks."""
 
-    kind: Literal["data_parallel"] = Field(
-        "data_parallel", description="`data_parallel`: each rank holds the model and computes a share of each batch."
+    kind: Literal["data_parallel", "gradient"] = Field(
+        "data_parallel",
+        description="`data_parallel`: each rank holds the model and computes a share of each batch. `gradient`: the "
+        "same steps, with optimizer state, and in stage 2 gradients, divided among the ranks.",
+    )
+    stage: int = Field(
+        1, ge=1, le=2, description='Of `kind = "gradient"`: 1 divides the optimizer state, 2 the gradients too.'
     )
     microbatches: Count = Field(1, description="Parts that a batch is computed in, one after the other: less memory.")
     bucket_bytes: Count = Field(
-        4 << 20, description="Largest piece in which gradients are reduced; a codec reduces all at once."
+        4 << 20,
+        description="Largest piece in which gradients are reduced; a codec, and stage 1, reduce all at once.",
     )
     average_every: int = Field(
         0,
@@ -46,12 +52,19 @@ class MethodSection(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Yield what does not fit together."""
+        divides, data_parallel = self.kind == "gradient", 'kind = "data_parallel"'
         if self.codec and self.average_every:
+            what = "compresses gradients, which average_every > 0 does not send"
+            yield Problem("codec.kind", what, self.codec.kind, "average_every = 0")
+        if self.codec and divides:
+            what = 'gives every rank all gradients, which kind = "gradient" divides'
+            yield Problem("codec.kind", what, self.codec.kind, data_parallel)
+        if self.average_every and divides:
+            what = 'averages whole models, of which kind = "gradient" updates parts'
+            yield Problem("average_every", what, self.average_every, data_parallel)
+        if self.stage != 1 and not divides:
             yield Problem(
-                "codec.kind",
-                "compresses gradients, which average_every > 0 does not send",
-                self.codec.kind,
-                "average_every = 0",
+                "stage", f"says what is divided, which {data_parallel} does not", self.stage, 'kind = "gradient"'
             )
 
 

@@ -1,0 +1,5 @@
+"""What the collectives ask of a device: a queue of work on it, one class for each kind of device."""
+
+from mpitrain.arrays.devices.stream import Event, Stream
+
+__all__ = ["Event", "Stream"]

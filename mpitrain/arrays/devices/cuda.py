@@ -1,0 +1,150 @@
+"""NVIDIA GPUs, through CuPy.  Streams may be anybody's: work is queued on the one that the caller's library uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from mpitrain._typing import Array, DType
+from mpitrain.arrays.devices.stream import Event, Stream
+from mpitrain.arrays.dtypes import is_bfloat16
+from mpitrain.arrays.namespace import by_device
+
+_UFUNCS = {
+    "sum": "add", "prod": "multiply", "min": "minimum", "max": "maximum", "and": "bitwise_and", "or": "bitwise_or",
+}  # fmt: skip
+
+_WIDEN = "y = __uint_as_float(((unsigned int)x) << 16)"
+_NARROW = """
+unsigned int bits = __float_as_uint(x);
+y = isnan(x) ? (bits >> 16 & 0x8000u) | 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+"""
+"""Round to the nearest bfloat16, ties to the even one, as ``ml_dtypes`` does: its bits are the upper half of a
+float32's."""
+
+
+@dataclass(frozen=True)
+class CudaStream(Stream):
+    """A stream of CuPy's, or one that CuPy was told of.
+
+    Parameters
+    ----------
+    device : int
+        Number of the device.
+    pointer : int
+        The stream, as CUDA knows it.
+    handle : cupy.cuda.Stream or cupy.cuda.ExternalStream
+        The same for CuPy.
+    """
+
+    device: int
+    pointer: int
+    handle: Any = field(compare=False)
+
+    @classmethod
+    def current(cls, device: int) -> CudaStream:
+        """Return CuPy's current stream on a device."""
+        handle = by_device("gpu").cuda.get_current_stream(device)
+        return cls(device, handle.ptr, handle)
+
+    @classmethod
+    def external(cls, device: int, pointer: int) -> CudaStream:
+        """Return a stream of another library."""
+        return cls(device, pointer, by_device("gpu").cuda.ExternalStream(pointer, device))
+
+    def fork(self) -> CudaStream:
+        """Return a new stream, which does not wait for the default stream either."""
+        cupy = by_device("gpu")
+        with cupy.cuda.Device(self.device):
+            handle = cupy.cuda.Stream(non_blocking=True)
+        return CudaStream(self.device, handle.ptr, handle)
+
+    def record(self) -> Event:
+        """Return an event after what is queued."""
+        with self._current() as cupy:
+            event: Event = self.handle.record(cupy.cuda.Event(disable_timing=True))
+        return event
+
+    def wait(self, event: Event) -> None:
+        """Put what is queued from now on behind an event."""
+        with self._current():
+            self.handle.wait_event(event)
+
+    def synchronize(self) -> None:
+        """Block until the stream is empty."""
+        with self._current():
+            self.handle.synchronize()
+
+    def empty(self, elements: int, dtype: DType) -> Array:
+        """Return memory of CuPy's pool, which hands it out in the order of the stream."""
+        with self._current() as cupy:
+            words: Array = cupy.empty(elements, dtype)
+        return words
+
+    def pinned(self, nbytes: int) -> Array:
+        """Return page-locked memory of CuPy's pool."""
+        with self._current() as cupy:
+            memory = cupy.cuda.alloc_pinned_memory(max(nbytes, 1))
+        return np.frombuffer(memory, np.uint8, nbytes)
+
+    def copy(self, values: Array, into: Array, dtype: DType) -> None:
+        """Copy by CuPy's kernels."""
+        with self._current():
+            if values.dtype == into.dtype:
+                into[...] = values
+            elif is_bfloat16(dtype):
+                _bfloat16(into.dtype.kind == "f")(values, into)
+            elif into.dtype.kind == "f":
+                into[...] = values.view(dtype)
+            else:
+                into.view(dtype)[...] = values
+
+    def download(self, words: Array, into: Array) -> None:
+        """Copy by the device's copy engine."""
+        runtime = by_device("gpu").cuda.runtime
+        self._transfer(into.ctypes.data, _address(words), words.nbytes, runtime.memcpyDeviceToHost)
+
+    def upload(self, values: Array, into: Array) -> None:
+        """Copy by the device's copy engine."""
+        runtime = by_device("gpu").cuda.runtime
+        self._transfer(_address(into), values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice)
+
+    def combine(self, op: str, left: Array, right: Array, out: Array) -> None:
+        """Reduce by one kernel."""
+        with self._current() as cupy:
+            getattr(cupy, _UFUNCS[op])(left, right, out=out)
+
+    def divide(self, words: Array, divisor: int) -> None:
+        """Divide by one kernel."""
+        with self._current() as cupy:
+            cupy.divide(words, divisor, out=words)
+
+    def _transfer(self, to: int, of: int, nbytes: int, kind: int) -> None:
+        if nbytes:
+            with self._current() as cupy:
+                cupy.cuda.runtime.memcpyAsync(to, of, nbytes, kind, self.pointer)
+
+    @contextmanager
+    def _current(self) -> Iterator[Any]:
+        """Make device and stream CuPy's current ones; every device has a default stream, and they share a number."""
+        cupy = by_device("gpu")
+        with cupy.cuda.Device(self.device), self.handle:
+            yield cupy
+
+
+def _address(words: Array) -> int:
+    return int(words.data.ptr)  # type: ignore[attr-defined]  # of CuPy
+
+
+@cache
+def _bfloat16(widens: bool) -> Any:
+    """Return the kernel that turns words into float32 values, or back."""
+    kernel = by_device("gpu").ElementwiseKernel
+    if widens:
+        return kernel("uint16 x", "float32 y", _WIDEN, "mpitrain_widen")
+    return kernel("float32 x", "uint16 y", _NARROW, "mpitrain_narrow")

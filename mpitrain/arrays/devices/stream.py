@@ -1,0 +1,103 @@
+"""A device as the collectives see it: a stream of work that takes effect later.  No library is named or imported here.
+
+Nothing but `Stream.synchronize` and `Event.synchronize` waits.  Everything else is queued and takes effect in the
+order of its stream; of what another stream was given, only once it was told to wait for an event of that stream.  The
+host may read what a stream writes, and write over what it reads, only after it has waited.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from typing import Protocol
+
+from mpitrain._typing import Array, DType
+
+
+class Event(Protocol):
+    """A point in a stream."""
+
+    def synchronize(self) -> None:
+        """Block until the stream has come there."""
+        ...
+
+
+class Stream(ABC):
+    """A queue of work on one device.
+
+    Attributes
+    ----------
+    device : Hashable
+        The device; equal for all streams of one.
+
+    Notes
+    -----
+    *Words* are one-dimensional, contiguous arrays in the device's memory, of types that MPI knows: 16-bit floats are
+    uint16, bool is uint8 (`mpitrain.arrays.dtypes.storage`).  Slices of words are words.
+    """
+
+    device: Hashable
+
+    @abstractmethod
+    def fork(self) -> Stream:
+        """Return another stream of the device, which waits for no other by itself."""
+
+    # Order.
+
+    @abstractmethod
+    def record(self) -> Event:
+        """Return the point up to which work is queued now."""
+
+    @abstractmethod
+    def wait(self, event: Event) -> None:
+        """Let what is queued from now on take effect after an event of another stream."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block until all that is queued has taken effect."""
+
+    # Memory.
+
+    @abstractmethod
+    def empty(self, elements: int, dtype: DType) -> Array:
+        """Return new words, whose memory may still be in use by what was queued on this stream before."""
+
+    @abstractmethod
+    def pinned(self, nbytes: int) -> Array:
+        """Return page-locked host memory, as bytes: a NumPy array of uint8."""
+
+    # Work.
+
+    @abstractmethod
+    def copy(self, values: Array, into: Array, dtype: DType) -> None:
+        """Copy within the device, whatever the strides.
+
+        Parameters
+        ----------
+        values, into : device array, of the same shape
+        dtype : dtype
+            What the values are.  Of 16-bit floats, each side has either words or float32 values.
+        """
+
+    @abstractmethod
+    def download(self, words: Array, into: Array) -> None:
+        """Copy words to page-locked memory: a NumPy array of the same dtype and size."""
+
+    @abstractmethod
+    def upload(self, values: Array, into: Array) -> None:
+        """Copy page-locked memory to words of the same dtype and size."""
+
+    @abstractmethod
+    def combine(self, op: str, left: Array, right: Array, out: Array) -> None:
+        """Reduce two words each to one.
+
+        Parameters
+        ----------
+        op : {"sum", "prod", "min", "max", "and", "or"}
+        left, right, out : words of the same dtype and size
+            ``out`` may be one of the others.
+        """
+
+    @abstractmethod
+    def divide(self, words: Array, divisor: int) -> None:
+        """Divide float or complex words in place."""

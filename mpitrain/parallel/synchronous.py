@@ -1,0 +1,198 @@
+"""What the synchronous methods share: the walk over steps, the gradient of a rank's share, evaluation, and the state.
+
+A method is left to say where parameters, gradients and optimizer state lie (`Synchronous._allocate`), and how the
+gradients of all ranks become an update (`Synchronous._train_step`).
+"""
+
+from __future__ import annotations
+
+import reprlib
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mpitrain._errors import InputError
+from mpitrain._typing import Array
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Layout
+from mpitrain.comm import Communicator
+from mpitrain.method.method import Feed, Method, Plan, Progress, Share
+from mpitrain.method.state import Kind, Piece, Read, State, fill, pieces_of
+from mpitrain.method.steps import Part, add_sums, check_finite
+from mpitrain.nn.model import Model, Reduce
+from mpitrain.optim import Optimizer, finite
+
+DEFAULT_BUCKET_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the ranks sum at each step besides the gradients; it also carries what they must agree on."""
+
+    loss: float = 0.0  # sum of the samples' losses
+    count: float = 0.0  # what it is to be divided by
+    samples: float = 0.0
+    stops: float = 0.0  # ranks that were asked to stop
+    bad: float = 0.0  # ranks whose own loss or gradient is not finite
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+class Synchronous(Method):
+    """All ranks take every step together, each on its share of the batch.
+
+    Parameters
+    ----------
+    comm : Communicator
+        The ranks that share each batch.
+    microbatches, bucket_bytes : int
+        At least 1.
+    allocator : Allocator
+        Where memory of this rank's comes from.
+    """
+
+    kind: ClassVar[Kind] = "replicated"
+    """What the parts of a rank are to the others."""
+
+    grads: Gradients
+    parts: tuple[Part, ...]
+
+    def __init__(self, comm: Communicator, microbatches: int, bucket_bytes: int, allocator: Allocator) -> None:
+        for name, value in (("microbatches", microbatches), ("bucket_bytes", bucket_bytes)):
+            if value < 1:
+                raise InputError(
+                    f"{name} is too small", operation=type(self).__name__, got=value, expected="at least 1"
+                )
+        self.comm = comm
+        self.microbatches = microbatches
+        self.bucket_bytes = bucket_bytes
+        self._allocator = allocator
+        self._stop = False
+
+    def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:
+        """See `Method.setup`."""
+        self.model, self.optimizer, self.plan = model, optimizer, plan
+        self.step = 0
+        self._feed: Feed | None = None
+        self._allocate(model.layout)
+        self._initialise()
+
+    @abstractmethod
+    def _allocate(self, layout: Layout) -> None:
+        """Set ``params``, ``grads`` and ``parts``."""
+
+    @abstractmethod
+    def _initialise(self) -> None:
+        """Fill ``params`` with the model's initial values, verified between ranks."""
+
+    @abstractmethod
+    def _train_step(self, microbatches: list[Batch]) -> Tally:
+        """Take one step; return its sums over all ranks."""
+
+    def request_stop(self) -> None:
+        """See `Method.request_stop`."""
+        self._stop = True
+
+    def advance(self, feed: Feed, until: int) -> Progress:
+        """See `Method.advance`."""
+        mine = self._share(feed)
+        total = Tally()
+        while self.step < self.plan.steps and not (self._at_commit() and (self.step >= until or total.stops)):
+            with self.comm.phase("data"):
+                microbatches = list(mine.batch(self.step))
+            with self.comm.phase("step"):
+                total += self._train_step(microbatches)
+        lr = self.plan.schedule(max(self.step, 1))
+        loss = total.loss / total.count if total.count else float("nan")
+        return Progress(self.step, loss, int(total.samples), lr, bool(total.stops))
+
+    def _share(self, feed: Feed) -> Share:
+        """Return this rank's share of a feed, which is cut once."""
+        if self._feed is not feed:
+            self._feed, self._own = feed, feed.share(self.comm.rank, self.comm.size, self.microbatches)
+        return self._own
+
+    def _at_commit(self) -> bool:
+        """Tell whether parameters and optimizer state are now the same on all ranks."""
+        return True
+
+    def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
+        """Sum the gradients of this rank's samples into ``grads``."""
+        grads.zero()
+        rng = self.plan.key.child("train").at(self.step)
+        loss_sum = count = 0.0
+        for number, batch in enumerate(microbatches):
+            key = rng.child(f"microbatch{number}")
+            found = self.model.loss_and_gradients(self.params, batch, grads, key, reduce)
+            loss, weight = _two_numbers(found)
+            loss_sum, count = loss_sum + loss, count + weight
+            grads.end_pass()
+        samples = sum(len(batch) for batch in microbatches)
+        return Tally(loss_sum, count, samples, float(self._stop), float(not np.isfinite(loss_sum)))
+
+    def _sum(self, own: Tally) -> Tally:
+        return Tally(*self.comm.allreduce(np.array(astuple(own), np.float64)).tolist())
+
+    def _reduce(self, array: Array) -> Array:
+        self.comm.allreduce(array, out=array)
+        return array
+
+    def _check_finite(self, good: bool, microbatches: list[Batch]) -> None:
+        """End the run unless all is well; else compute this rank's part again by itself, to see who is at fault."""
+
+        def own_part_finite() -> bool:
+            grads = FlatBuffer(self.params.layout, self._allocator)
+            alone = self._gradients(microbatches, grads, None)  # BatchNorm spread one rank's trouble to all
+            return not alone.bad and finite(grads.flat)
+
+        check_finite(self.comm, good, self.parts, self.step + 1, own_part_finite)
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """See `Method.evaluate`."""
+        sums = None
+        for batch in batches:
+            sums = add_sums(sums, self.model.sums(self.params, batch))
+        if sums is None:
+            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
+        return self.model.metrics(self.comm.allreduce(sums))
+
+    def predict(self, inputs: Array) -> Array:
+        """See `Method.predict`."""
+        return self.model.predict(self.params, inputs)
+
+    def state(self) -> State:
+        """See `Method.state`."""
+        pieces: list[Piece] = []
+        for part in self.parts:
+            pieces += pieces_of("params", part.params, part.shard, self.kind)
+            for slot, array in part.state.items():
+                pieces += pieces_of(f"optimizer.{slot}", array, part.shard, self.kind)
+        return State(tuple(pieces), {"step": self.step})
+
+    def load(self, scalars: Mapping[str, Any], read: Read) -> None:
+        """See `Method.load`."""
+        for part in self.parts:
+            for slot, array in part.state.items():
+                fill(f"optimizer.{slot}", array, part.shard, read)
+        self.load_parameters(read)
+        self.step = int(scalars["step"])
+
+    def load_parameters(self, read: Read) -> None:
+        """See `Method.load_parameters`."""
+        for part in self.parts:
+            fill("params", part.params, part.shard, read)
+
+
+def _two_numbers(found: Any) -> tuple[float, float]:
+    """Return what a model, perhaps a user's, gave as loss and count."""
+    try:
+        loss_sum, count = map(float, found)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            "the model's loss_and_gradients gave no loss", got=reprlib.repr(found),
+            expected="(loss_sum, count), two numbers",
+        ) from error  # fmt: skip
+    return loss_sum, count

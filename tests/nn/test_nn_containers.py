@@ -1,0 +1,97 @@
+"""What containers tell and spare: which gradients are complete, in which order, and what no parameter needs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpitrain import nn
+from mpitrain.arrays import Batch, FlatBuffer, GradientBuffer, Key
+from mpitrain.nn import Network
+
+
+class Refuses(nn.Flatten):
+    """Its input's gradient is nobody's business."""
+
+    def backward_input(self, *_: object) -> np.ndarray:
+        raise AssertionError("this gradient is not needed")
+
+
+class Spy(nn.Linear):
+    """Notes whether its input's gradient was asked for."""
+
+    asked = False
+
+    def backward_input(self, *arguments: object) -> np.ndarray:
+        self.asked = True
+        return super().backward_input(*arguments)
+
+
+def rows(n: int = 5) -> Batch:
+    rng = np.random.default_rng(0)
+    return Batch(rng.standard_normal((n, 2, 3)), np.arange(n) % 2, np.arange(n))
+
+
+def gradients(network: Network, grads: FlatBuffer | GradientBuffer) -> None:
+    params = FlatBuffer(network.layout)
+    network.initialise(params, Key(1))
+    network.loss_and_gradients(params, rows(), grads, Key(0))
+
+
+def test_nothing_is_computed_for_layers_in_front_that_have_no_parameters():
+    first, second = Spy(6, 4), Spy(4, 2)
+    network = Network(nn.Sequential(Refuses(), Refuses(), first, nn.ReLU(), second), nn.CrossEntropy(), np.float64)
+    gradients(network, FlatBuffer(network.layout))
+    assert (first.asked, second.asked) == (False, True)
+
+
+def test_layers_are_complete_from_the_last_to_the_first_those_inside_others_too():
+    inner = nn.Residual(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
+    network = Network(
+        nn.Sequential(nn.Flatten(), nn.Linear(6, 4), inner, nn.Linear(4, 2)), nn.CrossEntropy(), np.float64
+    )
+    grads, told = FlatBuffer(network.layout), []
+    grads.complete = told.append
+    gradients(network, grads)
+    names = [segment.name for segment in network.layout]
+    trained = [prefix for prefix in told if any(name.startswith(prefix) for name in names)]
+    assert trained == ["3.", "2.inner.2.", "2.inner.0.", "1."]
+    alone, told = FlatBuffer(Network(nn.Linear(6, 2), nn.CrossEntropy()).layout.astype("f8")), []
+    alone.complete = told.append
+    layer = nn.Linear(6, 2)
+    y, context = layer.forward(alone.tree, np.ones((3, 6)), call := nn.Call(complete=alone.complete))
+    layer.backward(alone.tree, alone.tree, context, y, call)
+    assert told == [""]
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_overwriting_gives_what_adding_to_zeros_gives(model):
+    """Twice, so that the second pass adds to the first."""
+    layer = {
+        "mlp": lambda: nn.MODELS["mlp"](6, 2, hidden=[5], batch_norm=True),
+        "cnn": lambda: nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Flatten(), nn.Linear(16, 2)),
+    }[model]()
+    network = Network(layer, nn.CrossEntropy(), np.float64)
+    added, fresh = FlatBuffer(network.layout), GradientBuffer(network.layout)
+    fresh.flat[...] = np.nan
+    fresh.zero()
+    for _ in range(2):
+        gradients(network, added)
+        gradients(network, fresh)
+    assert np.linalg.norm(added.flat) > 0
+    np.testing.assert_array_equal(fresh.flat, added.flat)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_what_is_overwritten_first_is_added_to_by_whoever_shares_it(tied):
+    network = Network(nn.GPT(5, context=4, layers=1, width=4, heads=2, tied=tied), nn.CrossEntropy(), np.float64)
+    params, added, fresh = FlatBuffer(network.layout), FlatBuffer(network.layout), GradientBuffer(network.layout)
+    network.initialise(params, Key(1))
+    tokens = np.random.default_rng(0).integers(0, 5, (3, 5))
+    fresh.flat[...] = np.nan
+    fresh.zero()
+    for _ in range(2):
+        for grads in (added, fresh):
+            network.loss_and_gradients(params, Batch(tokens[:, :-1], tokens[:, 1:], np.arange(3)), grads, Key(0))
+    assert np.linalg.norm(added.views["head.weight"]) > 0
+    np.testing.assert_array_equal(fresh.flat, added.flat)

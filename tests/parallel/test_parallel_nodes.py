@@ -1,0 +1,109 @@
+"""Gradient-parallel training on a node that shares its memory, on several nodes, and in ordinary memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from parallel_cases import METHODS, Make, RowsFeed, by_label, cnn, plan, random_values, same_on_all
+from parallel_reference import assert_close
+
+from mpitrain import nn
+from mpitrain.comm import Communicator
+from mpitrain.data import Dataset
+from mpitrain.nn import Network
+from mpitrain.optim import Adam, make_optimizer
+from mpitrain.parallel import DataParallel
+
+pytestmark = pytest.mark.mpi
+
+GRADIENT = {name: make for name, make in METHODS.items() if name != "data"}
+gradient_methods = pytest.mark.parametrize("make", GRADIENT.values(), ids=GRADIENT.keys())
+
+MODES = {"one node": {}, "nodes of two": {"MPITRAIN_RANKS_PER_NODE": "2"}, "ordinary": {"MPITRAIN_TRANSPORT": "host"}}
+
+
+@pytest.fixture(params=MODES)
+def comm(
+    request: pytest.FixtureRequest, world: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Communicator]:
+    for name, value in MODES[request.param].items():
+        monkeypatch.setenv(name, value)
+    with world.split(0, axis="world") as part:
+        yield part
+
+
+@pytest.mark.parametrize("kernel", ["on", "off"])
+@gradient_methods
+def test_steps_are_those_of_data_parallel_wherever_memory_lies(
+    comm: Communicator, make: Make, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPITRAIN_KERNEL", kernel)
+    found = []
+    for each in (make, DataParallel):
+        method = each(comm, microbatches=2)
+        method.setup(cnn(), make_optimizer("lamb"), plan(8, clip_norm=0.2))
+        loss = method.advance(RowsFeed(owner=by_label), until=8).loss
+        same_on_all(comm, method.params.sha256())
+        found.append((method.params, loss))
+    assert_close(found[0][0], found[1][0], 1e-10)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
+
+
+@gradient_methods
+def test_parameters_are_one_array_for_all_ranks_of_a_node(comm: Communicator, make: Make) -> None:
+    method = make(comm)
+    method.setup(cnn(), make_optimizer("adam"), plan(1))
+    node = comm.node
+    comm.barrier()
+    if node.rank == 0:
+        method.params.flat[0] = 7
+    node.barrier()
+    assert (method.params.flat[0] == 7) == (node.rank == 0 or comm.transport == "shared")
+
+
+WIDTH, LAYERS = 1000, 2
+
+
+def resident_bytes() -> int:
+    """This process's proportional share of the memory that it uses."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def grown_bytes(comm: Communicator, make: Make) -> tuple[int, int]:
+    """How much more memory all ranks together use after some steps, and the size of the parameters."""
+    network = Network(
+        nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))), nn.MeanSquaredError()
+    )
+    rows = random_values(8, WIDTH).astype(np.float32)
+    feed = RowsFeed(Dataset(rows, rows, "regression", "rows"), 8, dtype=np.float32)
+    gc.collect()
+    comm.barrier()
+    before = resident_bytes()
+    method = make(comm)
+    method.setup(network, Adam(), plan(3))
+    method.advance(feed, until=3)
+    gc.collect()
+    comm.barrier()
+    grown = int(comm.allreduce(resident_bytes() - before))
+    comm.barrier()
+    return grown, network.layout.nbytes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_node_has_parameters_and_optimizer_state_once(world: Communicator, name: str) -> None:
+    """In multiples of the parameters' size: parameters, two of Adam's, and gradients."""
+    make: Make = METHODS[name]
+    grown_bytes(world, make)  # libraries, pools and the transport are there now
+    grown, nbytes = grown_bytes(world, make)
+    ranks = world.size
+    expected = {
+        "data": ranks * (1 + 2 + 1),
+        "gradient 1": 1 + 2 + ranks,
+        "gradient 2": 1 + 2 + 1 + ranks / LAYERS,  # the shards' gradients, and in turn each layer's
+    }[name]
+    assert grown / nbytes == pytest.approx(expected, abs=0.1 * ranks)

@@ -1,0 +1,312 @@
+"""Stands for CuPy and a GPU where there is none: as much of CuPy's interface as mpitrain uses, over NumPy arrays.
+
+Work is queued on streams and takes effect as late as the program allows: when its stream, or an event behind it, is
+waited for, or when work that is ordered behind it needs its place.  From the moment that something is queued, what it
+will write is poison (all bits set: NaN, or −1), on the device and in page-locked memory alike; and what it will read is
+read only when it takes effect.  So a missing wait shows: the host reads poison, a stream reads what another one has not
+written yet, or the host writes over what a copy still needs.  Streams never wait for each other by themselves.
+
+Memory that nobody has any more is handed out again on the stream that it was made on, while work anywhere may
+still use it.  It has addresses that MPI can use, through ``__cuda_array_interface__`` as with CuPy's arrays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+_LOCK = threading.RLock()
+_HERE = threading.local()
+_NUMBERS = itertools.count(1000)
+_STREAMS: dict[int, Stream] = {}
+_KEPT: list[np.ndarray] = []
+_POOLS: dict[tuple[Stream, int], list[np.ndarray]] = {}
+_PINNED: list[np.ndarray] = []
+
+
+class Work:
+    """A kernel or copy that waits in a stream."""
+
+    def __init__(self, kernel: Callable[..., None], out: np.ndarray, reads: Sequence[np.ndarray]) -> None:
+        self.kernel, self.out, self.reads = kernel, out, reads
+
+    def run(self) -> None:
+        with np.errstate(all="ignore"):
+            self.kernel(self.out, *self.reads)
+
+    def touches(self, memory: np.ndarray) -> bool:
+        return any(np.may_share_memory(memory, each) for each in (self.out, *self.reads))
+
+
+class Event:
+    """A place in a stream."""
+
+    def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
+        self.stream: Stream | None = None
+        self.position = 0
+
+    def synchronize(self) -> None:
+        assert self.stream is not None, "the event was never recorded"
+        self.stream._run_to(self.position)
+
+    run = synchronize  # as an item of another stream, which waits
+
+
+class Stream:
+    """A queue of work."""
+
+    def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False) -> None:
+        self.ptr = next(_NUMBERS)
+        self._items: list[Any] = []
+        self._done = 0
+        self._outer: list[Stream] = []
+        _STREAMS[self.ptr] = self
+
+    def record(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.stream, event.position = self, len(self._items)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        self._items.append(event)
+
+    def synchronize(self) -> None:
+        self._run_to(len(self._items))
+
+    def __enter__(self) -> Stream:
+        self._outer.append(get_current_stream())
+        _HERE.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _HERE.current = self._outer.pop()
+
+    def put(self, kernel: Callable[..., None], out: np.ndarray, *reads: np.ndarray) -> None:
+        """Queue work, and poison what it will write."""
+        with _LOCK:
+            if any(work.touches(out) for work in self._pending()):
+                self.synchronize()
+            own = [each.copy() if np.may_share_memory(each, out) else each for each in reads]
+            _poison(out)
+            self._items.append(Work(kernel, out, own))
+
+    def _pending(self, stop: int | None = None) -> Iterator[Work]:
+        """Yield all that comes before what is queued next."""
+        for item in self._items[self._done : stop]:
+            if isinstance(item, Event):
+                assert item.stream is not None
+                yield from item.stream._pending(item.position)
+            else:
+                yield item
+
+    def _run_to(self, position: int) -> None:
+        with _LOCK:
+            while self._done < position:
+                item, self._items[self._done] = self._items[self._done], None
+                self._done += 1
+                item.run()
+
+
+def external_stream(pointer: int, device: int = -1) -> Stream:
+    return _STREAMS[pointer] if pointer else get_default_stream()
+
+
+def get_default_stream() -> Stream:
+    """Each thread is a rank, as if it were a process of its own."""
+    if not hasattr(_HERE, "default"):
+        _HERE.default = Stream()
+        _HERE.default.ptr = 0
+    return _HERE.default
+
+
+def get_current_stream(device_id: int = -1) -> Stream:
+    return getattr(_HERE, "current", None) or get_default_stream()
+
+
+class Device:
+    def __init__(self, number: int = 0) -> None:
+        assert number == 0, "there is one"
+        self.id = number
+
+    def use(self) -> None:
+        return
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+
+class ndarray:  # noqa: N801  # as CuPy calls it
+    """Memory of the device, as NumPy sees what MPI would see there."""
+
+    __array_ufunc__ = None  # NumPy must not look inside
+
+    def __init__(self, memory: np.ndarray, owner: object = None) -> None:
+        self.memory, self._owner = memory, owner
+        self.dtype, self.shape, self.size, self.ndim = memory.dtype, memory.shape, memory.size, memory.ndim
+        self.nbytes, self.itemsize, self.strides, self.flags = (
+            memory.nbytes, memory.itemsize, memory.strides, memory.flags,
+        )  # fmt: skip
+        self.device = Device()
+        self.data = SimpleNamespace(ptr=memory.__array_interface__["data"][0])
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        kind = self.dtype.str if self.dtype.kind in "biufc" else f"<V{self.itemsize}"
+        return {
+            "shape": self.shape, "typestr": kind, "data": (self.data.ptr, False), "version": 3,
+            "strides": None if self.flags.c_contiguous else self.strides, "stream": get_current_stream().ptr or 1,
+        }  # fmt: skip
+
+    def view(self, dtype: Any) -> ndarray:
+        return ndarray(self.memory.view(dtype), self._owner)
+
+    def reshape(self, *shape: Any) -> ndarray:
+        found = self.memory.reshape(*shape)
+        assert np.may_share_memory(found, self.memory) or not self.size, "a copy, which would be a kernel"
+        return ndarray(found, self._owner)
+
+    @property
+    def T(self) -> ndarray:  # noqa: N802
+        return ndarray(self.memory.T, self._owner)
+
+    def __getitem__(self, where: Any) -> ndarray:
+        return ndarray(np.asarray(self.memory[where]), self._owner)
+
+    def __setitem__(self, where: Any, values: ndarray) -> None:
+        get_current_stream().put(_assign, self.memory[where], values.memory)
+
+
+def _assign(out: np.ndarray, values: np.ndarray) -> None:
+    np.copyto(out, values, casting="unsafe")
+
+
+def _poison(memory: np.ndarray) -> None:
+    memory[...] = np.frombuffer(b"\xff" * memory.itemsize, memory.dtype)[0]
+
+
+def _new(shape: Any, dtype: Any) -> np.ndarray:
+    memory = np.empty(shape, dtype)
+    _poison(memory)
+    _KEPT.append(memory)  # what is queued knows only its address
+    return memory
+
+
+class Block:
+    """Memory of the device that goes back to where it came from."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._pool = _POOLS.setdefault((get_current_stream(), nbytes), [])
+        self.memory = self._pool.pop() if self._pool else _new(nbytes, np.uint8)
+
+    def __del__(self) -> None:
+        self._pool.append(self.memory)
+
+
+def empty(shape: Any, dtype: Any = float) -> ndarray:
+    dtype = np.dtype(dtype)
+    block = Block(int(np.prod(shape)) * dtype.itemsize)
+    return ndarray(block.memory.view(dtype).reshape(shape), block)
+
+
+def asarray(x: Any) -> ndarray:
+    """Copy from the host; or look at the memory that an object shows, once its stream has come there."""
+    if isinstance(x, ndarray):
+        return x
+    interface = getattr(x, "__cuda_array_interface__", None)
+    if interface is not None:
+        if interface.get("stream"):
+            _STREAMS[interface["stream"]].synchronize()
+        return ndarray(np.asarray(SimpleNamespace(__array_interface__={**interface, "version": 3})))
+    values = np.array(x)
+    found = empty(values.shape, values.dtype)
+    get_current_stream().put(_assign, found.memory, values)
+    return found
+
+
+def asnumpy(x: ndarray) -> np.ndarray:
+    """Copy to the host, and wait for that."""
+    host = np.empty(x.shape, x.dtype)
+    get_current_stream().put(_assign, host, x.memory)
+    get_current_stream().synchronize()
+    return host
+
+
+def _ufunc(name: str) -> Callable[..., ndarray]:
+    function = getattr(np, name)
+
+    def call(left: ndarray, right: Any, out: ndarray | None = None) -> ndarray:
+        out = empty(left.shape, left.dtype) if out is None else out
+        arrays = [left.memory, *([right.memory] if isinstance(right, ndarray) else [])]
+        rest = [] if isinstance(right, ndarray) else [right]
+        get_current_stream().put(lambda into, *ins: function(*ins, *rest, out=into), out.memory, *arrays)
+        return out
+
+    return call
+
+
+def elementwise_kernel(ins: str, outs: str, code: str, name: str) -> Callable[[ndarray, ndarray], None]:
+    kernels = {
+        "mpitrain_widen": lambda out, x: _assign(out, x.view(ml_dtypes.bfloat16)),
+        "mpitrain_narrow": lambda out, x: _assign(out, x.astype(ml_dtypes.bfloat16).view(np.uint16)),
+    }
+    return lambda x, out: get_current_stream().put(kernels[name], out.memory, x.memory)
+
+
+def alloc_pinned_memory(nbytes: int) -> np.ndarray:
+    memory = _new(nbytes, np.uint8)
+    _PINNED.append(memory)
+    return memory
+
+
+def memcpy_async(to: int, of: int, nbytes: int, kind: int, stream: int) -> None:
+    out, values = (_at(pointer, nbytes) for pointer in (to, of))
+    host = values if kind == 1 else out
+    assert any(np.may_share_memory(host, each) for each in _PINNED), "the host's side is not page-locked"
+    external_stream(stream).put(_assign, out, values)
+
+
+def _at(pointer: int, nbytes: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
+
+
+class CUDARuntimeError(RuntimeError):
+    """As CUDA says that something failed."""
+
+
+def module() -> ModuleType:
+    """Return what stands for CuPy."""
+    found: Any = ModuleType("cupy")
+    found.__version__ = "14.0.0"
+    found.ndarray, found.empty, found.asarray, found.asnumpy = ndarray, empty, asarray, asnumpy
+    found.from_dlpack = lambda x: ndarray(x.memory)
+    found.ElementwiseKernel = elementwise_kernel
+    for name in ("add", "multiply", "minimum", "maximum", "bitwise_and", "bitwise_or", "divide"):
+        setattr(found, name, _ufunc(name))
+    runtime = SimpleNamespace(
+        memcpyAsync=memcpy_async, memcpyHostToDevice=1, memcpyDeviceToHost=2, CUDARuntimeError=CUDARuntimeError,
+        getDeviceCount=lambda: 1, getDeviceProperties=lambda index: {"name": b"stand-in"},
+        runtimeGetVersion=lambda: 13000, driverGetVersion=lambda: 13000,
+    )  # fmt: skip
+    found.cuda = SimpleNamespace(
+        Stream=Stream, ExternalStream=external_stream, Event=Event, Device=Device, runtime=runtime,
+        get_current_stream=get_current_stream, alloc_pinned_memory=alloc_pinned_memory,
+    )  # fmt: skip
+    return found
+
+
+def forget() -> None:
+    """Release all memory; nothing may be queued any more."""
+    _KEPT.clear()
+    _POOLS.clear()
+    _PINNED.clear()
+    _STREAMS.clear()
