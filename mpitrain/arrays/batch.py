@@ -31,3 +31,8 @@ class Batch:
 
     def __len__(self) -> int:
         return int(self.inputs.shape[0])
+
+    def part(self, rows: slice) -> Batch:
+        """Return the batch of some of the samples, as views."""
+        weights = None if self.weights is None else self.weights[rows]
+        return Batch(self.inputs[rows], self.targets[rows], self.index[rows], weights)

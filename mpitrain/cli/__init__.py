@@ -14,6 +14,7 @@ from mpitrain._errors import LaunchError, MpitrainError
 _COMMANDS = {
     "bench": "Measure the collectives beside those of others, and tune them.",
     "doctor": "Check this machine: Python, MPI, launcher, threads, shared memory, GPU.",
+    "generate": "Let a trained model of text go on with a prompt.",
     "init": "Copy a job file and its sbatch file into this folder.",
     "predict": "Apply a trained model to new inputs.",
     "report": "Write the report of a run again.",

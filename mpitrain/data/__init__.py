@@ -8,8 +8,9 @@ from mpitrain.data.rows import Selection
 from mpitrain.data.sampling import SAMPLINGS
 from mpitrain.data.sources import DATASETS, load
 from mpitrain.data.sources.inputs import read_inputs
-from mpitrain.data.split import folds, split
+from mpitrain.data.split import folds, split, split_end
 from mpitrain.data.standardise import Scaling, Standardise
+from mpitrain.data.tokenizer import Tokenizer, Unit
 
 __all__ = [
     "DATASETS",
@@ -22,6 +23,8 @@ __all__ = [
     "Selection",
     "Standardise",
     "Task",
+    "Tokenizer",
+    "Unit",
     "evaluation_batches",
     "folds",
     "load",
@@ -29,4 +32,5 @@ __all__ = [
     "partition",
     "read_inputs",
     "split",
+    "split_end",
 ]

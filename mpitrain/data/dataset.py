@@ -13,7 +13,7 @@ import numpy as np
 from mpitrain._errors import DataError, InputError
 from mpitrain._typing import Array, Shape
 from mpitrain.data.checks import check_values
-from mpitrain.data.rows import Rows, gather, select
+from mpitrain.data.rows import Rows, gather, part, select
 
 Task = Literal["classification", "regression", "sequence"]
 """``sequence``: the targets are the tokens that follow the inputs."""
@@ -42,6 +42,8 @@ class Dataset:
         targets; empty where there are none.
     tokens : bool
         The inputs are numbers of tokens, for an embedding: they stay integers.  True of every sequence.
+    overlap : int
+        How many of the rows after it share values with a row, as overlapping windows of a text do.
 
     Raises
     ------
@@ -57,6 +59,7 @@ class Dataset:
     feature_names: tuple[str, ...] = ()
     target_names: tuple[str, ...] = ()
     tokens: bool = False
+    overlap: int = 0
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
@@ -98,7 +101,7 @@ class Dataset:
         """
         if self.task == "regression":
             raise InputError(f"{self.name}: a regression has no classes")
-        largest = (int(targets.max(initial=-1)) for _, _, targets in self.blocks())
+        largest = (int(targets.max(initial=-1)) for _, _, targets in self.cover().blocks())
         return len(self.class_names) or max(largest, default=-1) + 1
 
     @property
@@ -119,7 +122,18 @@ class Dataset:
     def take(self, indices: Array, name: str | None = None) -> Dataset:
         """Return the data set of some rows; memory-mapped rows stay on disk."""
         inputs, targets = select(self.inputs, indices), select(self.targets, indices)
-        return replace(self, inputs=inputs, targets=targets, name=name or self.name)
+        return replace(self, inputs=inputs, targets=targets, name=name or self.name, overlap=0)
+
+    def part(self, rows: slice) -> Dataset:
+        """Return the data set of some rows that are evenly spaced, as views."""
+        spaced = -(-(self.overlap + 1) // abs(rows.step or 1)) - 1
+        return replace(self, inputs=part(self.inputs, rows), targets=part(self.targets, rows), overlap=spaced)
+
+    def cover(self) -> Dataset:
+        """Return rows that hold every value of the data set: all of them, or of overlapping rows a few."""
+        if not self.overlap:
+            return self
+        return self.take(np.append(np.arange(0, len(self) - 1, self.overlap), len(self) - 1))
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Array, Array]]:
         """Walk over rows ``[start, stop)`` in blocks of about 8 MiB: first row, inputs and targets of each."""

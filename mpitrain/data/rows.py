@@ -66,12 +66,17 @@ def gather(array: Rows, indices: Array) -> Array:
     """
     if isinstance(array, Selection):
         return gather(array.base, array.indices[indices])
-    if not isinstance(array, np.memmap):
-        return array.take(indices, axis=0)
+    if not isinstance(array, np.memmap):  # of an array that is not contiguous, such as windows, `take` makes a copy
+        return array.take(indices, axis=0) if array.flags.c_contiguous else array[indices]
     order = np.argsort(indices, kind="stable")
     found = np.empty((len(indices), *array.shape[1:]), array.dtype)
     found[order] = array[indices[order]]
     return found
+
+
+def part(array: Rows, rows: slice) -> Rows:
+    """Return a view of some rows that are evenly spaced."""
+    return Selection(array.base, array.indices[rows]) if isinstance(array, Selection) else array[rows]
 
 
 def select(array: Rows, indices: Array) -> Rows:

@@ -39,6 +39,7 @@ def split(dataset: Dataset, test: float = 0.2, *, seed: int, stratified: bool | 
     DataError
         A class has a single row.
     """
+    _check_apart(dataset)
     rows = len(dataset)
     held_out = round(test * rows) if 0 < test < 1 else 0
     if not 0 < held_out < rows:
@@ -53,6 +54,37 @@ def split(dataset: Dataset, test: float = 0.2, *, seed: int, stratified: bool | 
     return dataset.take(np.flatnonzero(~is_test)), dataset.take(np.flatnonzero(is_test))
 
 
+def split_end(dataset: Dataset, test: float = 0.2) -> tuple[Dataset, Dataset]:
+    """Split off the last rows to test on: of a text or a time series, what comes after all that is trained on.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        What to split; memory-mapped rows stay on disk.
+    test : float
+        Fraction of the rows to test on, rounded to a whole number of rows.
+
+    Returns
+    -------
+    train, test : Dataset
+        Rows in their order in ``dataset``.  Of rows that overlap, those are left out that share values with both
+        sides, and on the test side all that share values with one that is taken: each token is predicted once.
+
+    Raises
+    ------
+    InputError
+        One side would be empty.
+    """
+    rows = len(dataset)
+    first = rows - (round(test * rows) if 0 < test < 1 else 0)
+    if not dataset.overlap < first < rows:
+        raise InputError(
+            "split: one side would be empty", got=f"test = {test} of {rows} rows",
+            expected="a fraction between 0 and 1 that leaves a row on each side",
+        )  # fmt: skip
+    return dataset.part(slice(first - dataset.overlap)), dataset.part(slice(first, None, dataset.overlap + 1))
+
+
 def folds(
     dataset: Dataset, k: int = 5, *, seed: int, stratified: bool | None = None
 ) -> Iterator[tuple[Dataset, Dataset]]:
@@ -65,6 +97,7 @@ def folds(
     k : int
         Number of folds.  Their sizes, and each class's rows in them if stratified, differ by at most one.
     """
+    _check_apart(dataset)
     rows = len(dataset)
     if not 2 <= k <= rows:
         raise InputError("folds: number of folds out of range", got=k, expected=f"2 to the number of rows, {rows}")
@@ -74,6 +107,14 @@ def folds(
     fold = np.empty(rows, np.int64)
     fold[order] = np.arange(rows) % k  # dealt out class by class, as cards are
     return ((dataset.take(np.flatnonzero(fold != i)), dataset.take(np.flatnonzero(fold == i))) for i in range(k))
+
+
+def _check_apart(dataset: Dataset) -> None:
+    if dataset.overlap:
+        raise InputError(
+            f"{dataset.name}: the rows overlap, so that random ones share values with the others",
+            operation="split", remedy="hold out rows at the end, or let windows lie side by side",
+        )  # fmt: skip
 
 
 def _stratify(dataset: Dataset, stratified: bool | None) -> bool:

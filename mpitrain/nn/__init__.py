@@ -1,12 +1,14 @@
 """Layers, losses, and the models made of them; over NumPy or CuPy, and without communication of their own."""
 
 from mpitrain.nn.activations import ACTIVATIONS, GELU, Activation, ReLU, Sigmoid, Tanh
+from mpitrain.nn.attention import CausalAttention
 from mpitrain.nn.batchnorm import BatchNorm
 from mpitrain.nn.containers import Residual, Sequential
 from mpitrain.nn.conv import Conv2d
 from mpitrain.nn.dropout import Dropout
 from mpitrain.nn.embedding import Embedding
 from mpitrain.nn.flatten import Flatten
+from mpitrain.nn.gpt import GPT
 from mpitrain.nn.gradcheck import check_layer, check_loss
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
 from mpitrain.nn.layernorm import LayerNorm
@@ -17,11 +19,14 @@ from mpitrain.nn.model import Model, Reduce
 from mpitrain.nn.network import Network
 from mpitrain.nn.pool import Pool
 from mpitrain.nn.pooling import AvgPool2d, MaxPool2d
+from mpitrain.nn.positions import PositionEmbedding
 from mpitrain.nn.presets import LOSSES, MODELS
+from mpitrain.nn.unembedding import Unembedding
 
 __all__ = [
     "ACTIVATIONS",
     "GELU",
+    "GPT",
     "LOSSES",
     "MODELS",
     "Activation",
@@ -29,6 +34,7 @@ __all__ = [
     "BatchNorm",
     "BinaryCrossEntropy",
     "Call",
+    "CausalAttention",
     "Context",
     "Conv2d",
     "CrossEntropy",
@@ -45,12 +51,14 @@ __all__ = [
     "Network",
     "Parameter",
     "Pool",
+    "PositionEmbedding",
     "ReLU",
     "Reduce",
     "Residual",
     "Sequential",
     "Sigmoid",
     "Tanh",
+    "Unembedding",
     "check_layer",
     "check_loss",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mpitrain._typing import Array, Tree
 from mpitrain.nn import checks
@@ -20,6 +20,14 @@ class _Container(Layer):
         """Return the children's parameters."""
         return [p.under(name) for name, layer in self.children for p in layer.parameters()]
 
+    def ties(self) -> Mapping[str, str]:
+        """Return the children's ties."""
+        return {
+            f"{name}.{alias}": f"{name}.{tensor}"
+            for name, layer in self.children
+            for alias, tensor in layer.ties().items()
+        }
+
     def _passes(self, context: Context) -> Iterator[tuple[str, Layer, Context]]:
         """Yield name, layer and context of each child, the last one first."""
         for (name, layer), child in zip(reversed(self.children), reversed(context.children), strict=True):
@@ -27,18 +35,19 @@ class _Container(Layer):
 
 
 class Sequential(_Container):
-    """One layer after another; the children are named ``"0"``, ``"1"`` and so on.
+    """One layer after another; the children are named ``"0"``, ``"1"`` and so on, or as they are given.
 
     Parameters
     ----------
-    *layers : Layer
-        The layers; with none, the output is the input.
+    *layers, **named : Layer
+        The layers, in order; with none, the output is the input.
     """
 
-    def __init__(self, *layers: Layer) -> None:
-        super().__init__(*((str(number), layer) for number, layer in enumerate(layers)))
-        trained = [number for number, layer in enumerate(layers) if layer.parameters()]
-        self._untrained = trained[0] if trained else len(layers)  # how many layers at the front have no parameters
+    def __init__(self, *layers: Layer, **named: Layer) -> None:
+        super().__init__(*((str(number), layer) for number, layer in enumerate(layers)), *named.items())
+        every = (*layers, *named.values())
+        trained = [number for number, layer in enumerate(every) if layer.parameters()]
+        self._untrained = trained[0] if trained else len(every)  # how many layers at the front have no parameters
 
     @property
     def layers(self) -> tuple[Layer, ...]:

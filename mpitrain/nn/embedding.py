@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mpitrain._errors import DataError
 from mpitrain._typing import Array, Tree
-from mpitrain.arrays import is_cupy
+from mpitrain.arrays import Group, is_cupy
 from mpitrain.nn import checks
 from mpitrain.nn.initial import normal
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
@@ -23,18 +23,22 @@ class Embedding(Layer):
         Length of a vector.  ``weight`` has shape (count, features).
     std : float
         Standard deviation of the initial vectors, drawn from N(0, std²).
+    decay : bool
+        Whether weight decay shrinks the vectors.
     """
 
     takes_indices = True
 
-    def __init__(self, count: int, features: int, std: float = 1.0) -> None:
+    def __init__(self, count: int, features: int, std: float = 1.0, decay: bool = True) -> None:
         self.count = checks.positive("Embedding: count", count)
         self.features = checks.positive("Embedding: features", features)
         self.std = checks.epsilon("Embedding: std", std)
+        self.decay = decay
 
     def parameters(self) -> Sequence[Parameter]:
         """Return the table."""
-        return (Parameter("weight", (self.count, self.features), normal(self.std)),)
+        group: Group = "decay" if self.decay else "no_decay"
+        return (Parameter("weight", (self.count, self.features), normal(self.std), group),)
 
     def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
         """Look the vectors up.

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpitrain._typing import Array
-from mpitrain.arrays import Batch, FlatBuffer, Key, Layout
+from mpitrain.arrays import Batch, FlatBuffer, Key
 from mpitrain.nn.layer import Call, Context, Layer
+from mpitrain.nn.layout import layout_of
 from mpitrain.nn.loss import Loss
 from mpitrain.nn.pool import Pool
 
@@ -124,9 +125,8 @@ class _Trial:
 
     @classmethod
     def of(cls, layer: Layer, x: Array, training: bool, seed: int) -> _Trial:
-        wanted, random = layer.parameters(), np.random.default_rng(seed)
-        params = FlatBuffer(Layout.build([parameter.segment() for parameter in wanted], np.float64))
-        for parameter in wanted:  # off zero and one, or a forgotten bias or scale would not show
+        random, params = np.random.default_rng(seed), FlatBuffer(layout_of(layer, np.float64))
+        for parameter in layer.parameters():  # off zero and one, or a forgotten bias or scale would not show
             values = parameter.initialiser(Key(seed).child(parameter.name), params.layout[parameter.name])
             params.views[parameter.name][...] = values + 0.3 * random.random(parameter.shape)
         call = Call(np, Pool(), training, Key(seed), np.arange(len(x)), float(len(x)))

@@ -11,7 +11,7 @@ Arrays are channels-last: features lie on the last axis, images are (n, height, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -176,6 +176,13 @@ class Layer(ABC):
     def parameters(self) -> Sequence[Parameter]:
         """Return the tensors that the layer wants; none unless overridden."""
         return ()
+
+    def ties(self) -> Mapping[str, str]:
+        """Return which of its tensors are others of its tensors under a further name; none unless overridden.
+
+        Both names are handed in, in parameters and gradients; the memory behind them is one.
+        """
+        return {}
 
     @abstractmethod
     def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:

@@ -8,7 +8,7 @@ from mpitrain._typing import Array, Tree
 from mpitrain.nn import checks
 from mpitrain.nn.initial import ones, zeros
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
-from mpitrain.nn.reductions import column_sums
+from mpitrain.nn.reductions import column_sums, row_sums
 
 
 class LayerNorm(Layer):
@@ -41,10 +41,10 @@ class LayerNorm(Layer):
         xp, context = call.xp, call.context()
         inverse = context.take((*x.shape[:-1], 1), x.dtype)
         normal, y = context.take(x.shape, x.dtype), context.take(x.shape, x.dtype)
-        x.mean(axis=-1, keepdims=True, out=inverse)
+        row_sums(x, inverse, call, 1.0 / self.features)
         xp.subtract(x, inverse, out=normal)
         xp.multiply(normal, normal, out=y)
-        y.mean(axis=-1, keepdims=True, out=inverse)
+        row_sums(y, inverse, call, 1.0 / self.features)
         inverse += self.eps
         xp.sqrt(inverse, out=inverse)
         xp.divide(1, inverse, out=inverse)
@@ -61,9 +61,9 @@ class LayerNorm(Layer):
         product, mean = call.take(dy.shape, dy.dtype), call.take(inverse.shape, dy.dtype)
         xp.multiply(dy, params["gamma"], out=dx)
         xp.multiply(dx, normal, out=product)
-        product.mean(axis=-1, keepdims=True, out=mean)
+        row_sums(product, mean, call, 1.0 / self.features)
         xp.multiply(normal, mean, out=product)
-        dx.mean(axis=-1, keepdims=True, out=mean)
+        row_sums(dx, mean, call, 1.0 / self.features)
         dx -= mean
         dx -= product
         dx *= inverse

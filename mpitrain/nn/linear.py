@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from mpitrain._typing import Array, Tree
 from mpitrain.arrays import unwritten
 from mpitrain.nn import checks
-from mpitrain.nn.initial import he_uniform, zeros
+from mpitrain.nn.initial import he_uniform, normal, zeros
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
-from mpitrain.nn.reductions import column_sums
+from mpitrain.nn.reductions import column_sums, rows
 
 
 class Linear(Layer):
@@ -18,19 +18,23 @@ class Linear(Layer):
     Parameters
     ----------
     inputs, outputs : int
-        Sizes of the last axis.  ``weight`` has shape (inputs, outputs), drawn by `he_uniform`.
+        Sizes of the last axis.  ``weight`` has shape (inputs, outputs).
     bias : bool
         Whether to add ``bias``, shape (outputs,), initially zero.
+    std : float, optional
+        Standard deviation of the initial weights, drawn from N(0, std²); None: drawn by `he_uniform`.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, std: float | None = None) -> None:
         self.inputs = checks.positive("Linear: inputs", inputs)
         self.outputs = checks.positive("Linear: outputs", outputs)
         self.bias = bias
+        self.std = None if std is None else checks.epsilon("Linear: std", std)
 
     def parameters(self) -> Sequence[Parameter]:
         """Return the weight, and the bias if there is one."""
-        weight = Parameter("weight", (self.inputs, self.outputs), he_uniform(self.inputs))
+        draw = he_uniform(self.inputs) if self.std is None else normal(self.std)
+        weight = Parameter("weight", (self.inputs, self.outputs), draw)
         bias = Parameter("bias", (self.outputs,), zeros, "no_decay")
         return (weight, bias) if self.bias else (weight,)
 
@@ -39,7 +43,7 @@ class Linear(Layer):
         checks.last_axis("Linear", x, self.inputs)
         context = call.context()
         y = context.take((*x.shape[:-1], self.outputs), x.dtype)
-        call.xp.matmul(_rows(x), params["weight"], out=_rows(y))
+        call.xp.matmul(rows(x), params["weight"], out=rows(y))
         if self.bias:
             y += params["bias"]
         context["x"] = x
@@ -48,12 +52,12 @@ class Linear(Layer):
     def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
         """Return ``dy Wᵀ``."""
         dx = context.take(context["x"].shape, dy.dtype)
-        call.xp.matmul(_rows(dy), params["weight"].T, out=_rows(dx))
+        call.xp.matmul(rows(dy), params["weight"].T, out=rows(dx))
         return dx
 
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add ``xᵀ dy``, and the sums of ``dy`` for the bias."""
-        x, dy_rows = _rows(context["x"]), _rows(dy)
+        x, dy_rows = rows(context["x"]), rows(dy)
         weight = unwritten(grads, "weight")
         if weight is not None:
             call.xp.matmul(x.T, dy_rows, out=weight)
@@ -64,8 +68,3 @@ class Linear(Layer):
             call.give(product)
         if self.bias:
             grads["bias"][...] += column_sums(dy, call)
-
-
-def _rows(x: Array) -> Array:
-    """Return ``x`` as a matrix of its last axis; BLAS gets one product instead of one per sample."""
-    return x.reshape(x.size // x.shape[-1], x.shape[-1])

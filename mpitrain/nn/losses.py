@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod, sqrt
+from math import log, prod, sqrt
 from typing import Any
 
 import numpy as np
 
-from mpitrain._errors import DataError
+from mpitrain._errors import DataError, InputError
 from mpitrain._typing import Array, Shape
 from mpitrain.arrays import Batch, namespace
 from mpitrain.nn import checks
@@ -28,15 +28,24 @@ class CrossEntropy(Loss):
     ----------
     label_smoothing : float
         ε in [0, 1): the target is (1 − ε) of the right class and ε / k of every class.
+    unit : str
+        What a label is one of, if it is part of a text: ``"character"``, ``"byte"``, ``"token"``.
 
     Notes
     -----
     Smoothing: Szegedy and others, "Rethinking the Inception architecture", CVPR 2016, section 7.  Metrics: ``loss``,
-    ``accuracy``, and for up to 1000 classes ``confusion`` (k, k), rows are true classes and columns predicted ones.
+    ``accuracy``, for up to 1000 classes ``confusion`` (k, k), rows are true classes and columns predicted ones, and
+    with a unit ``bits_per_character`` (or byte, token): the loss over log 2.
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0, unit: str = "") -> None:
         self.label_smoothing = checks.fraction("CrossEntropy: label_smoothing", label_smoothing)
+        self.unit = unit
+        if unit and label_smoothing:
+            raise InputError(
+                "CrossEntropy: with smoothing, the loss is not the length of a code", got=f"unit {unit!r}",
+                expected="label_smoothing 0, or no unit",
+            )  # fmt: skip
 
     def check(self, outputs_shape: Shape, targets: Array) -> None:
         """Require integer labels in range, one for each row of logits."""
@@ -90,8 +99,10 @@ class CrossEntropy(Loss):
         return found
 
     def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
-        """Return ``loss``, ``accuracy`` and ``confusion``."""
+        """Return ``loss``, ``accuracy``, ``confusion`` and bits per unit."""
         found: dict[str, Any] = {"loss": mean(sums, "loss"), "accuracy": mean(sums, "correct")}
+        if self.unit:
+            found[f"bits_per_{self.unit}"] = found["loss"] / log(2.0)
         if "confusion" in sums:
             found["confusion"] = sums["confusion"].astype(np.int64)
         return found

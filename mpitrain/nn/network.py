@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,16 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, namespace
 from mpitrain.arrays.dtypes import floating
 from mpitrain.nn.layer import Call, Layer
+from mpitrain.nn.layout import layout_of
 from mpitrain.nn.loss import Loss
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.nn.pool import Pool
 
 _PREDICT_ROWS = 256
 """Samples that `Network.predict` takes at a time, so that its memory does not grow with the data set."""
+
+_PREDICT_TOKENS = 2048
+"""Tokens that it takes at a time, each of which becomes a sample's worth of features."""
 
 
 class Network(Model):
@@ -43,8 +48,7 @@ class Network(Model):
         self.loss = loss
         self.pool = Pool()
         self._parameters = {parameter.name: parameter for parameter in layer.parameters()}
-        segments = [parameter.segment() for parameter in layer.parameters()]
-        self._layout = Layout.build(segments, floating(dtype, "network"))
+        self._layout = layout_of(layer, floating(dtype, "network"))
 
     @property
     def layout(self) -> Layout:
@@ -79,8 +83,8 @@ class Network(Model):
         xp = namespace(params.flat)
         call = Call(xp, self.pool)
         parts = []
-        for start in range(0, max(len(inputs), 1), _PREDICT_ROWS):
-            part = self._inputs(inputs[start : start + _PREDICT_ROWS], params)
+        for rows in self._slices(inputs):
+            part = self._inputs(inputs[rows], params)
             outputs, context = self.layer.forward(params.tree, part, call)
             parts.append(outputs.copy())
             context.release()
@@ -89,12 +93,22 @@ class Network(Model):
 
     def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
         """Return the sums over the batch from which `metrics` follow."""
-        batch = self._prepared(batch, params)
-        return self.loss.sums(self.predict(params, batch.inputs), batch)
+        batch, total = self._prepared(batch, params), dict[str, Array]()
+        for rows in self._slices(batch.inputs):
+            part = batch.part(rows)
+            sums = self.loss.sums(self.predict(params, part.inputs), part)
+            total = {name: total[name] + sums[name] for name in sums} if total else sums
+        return total
 
     def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
         """Turn added `sums` into the loss's metrics."""
         return self.loss.metrics(sums)
+
+    def _slices(self, inputs: Array) -> Iterator[slice]:
+        """Yield the samples that are predicted at a time: one part of them at least, be it empty."""
+        tokens = prod(inputs.shape[1:]) if self.layer.takes_indices else 1
+        rows = max(1, min(_PREDICT_ROWS, _PREDICT_TOKENS // max(1, tokens)))
+        return (slice(start, start + rows) for start in range(0, max(len(inputs), 1), rows))
 
     def _prepared(self, batch: Batch, params: FlatBuffer) -> Batch:
         """Return the batch in the parameters' library, its inputs as the layer takes them."""

@@ -13,6 +13,7 @@ from mpitrain.nn.conv import Conv2d
 from mpitrain.nn.dropout import Dropout
 from mpitrain.nn.embedding import Embedding
 from mpitrain.nn.flatten import Flatten
+from mpitrain.nn.gpt import GPT
 from mpitrain.nn.layer import Layer
 from mpitrain.nn.linear import Linear
 from mpitrain.nn.loss import Loss
@@ -136,7 +137,7 @@ def _image(shape: Sequence[int]) -> tuple[int, int, int]:
     return height, width, depth
 
 
-MODELS: dict[str, Callable[..., Layer]] = {"bigram": bigram, "cnn": cnn, "linear": linear, "mlp": mlp}
+MODELS: dict[str, Callable[..., Layer]] = {"bigram": bigram, "cnn": cnn, "gpt": GPT, "linear": linear, "mlp": mlp}
 """Builders of models by name.  One more: a function above, a row here, a row in its test, a line in the docs."""
 
 LOSSES: dict[str, type[Loss]] = {"bce": BinaryCrossEntropy, "cross_entropy": CrossEntropy, "mse": MeanSquaredError}

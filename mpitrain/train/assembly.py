@@ -148,16 +148,22 @@ def load_samples(job: Job) -> Samples:
     if section.folds:
         train, test = list(data.folds(whole, section.folds, seed=job.seed, stratified=section.stratified))[section.fold]
     else:
-        train, test = data.split(whole, section.test, seed=job.seed, stratified=section.stratified)
+        train, test = _cut(whole, section.test, job)
     held_out = {"test": test}
     if section.valid:
-        fraction = section.valid / (1 - section.held_out)
-        train, valid = data.split(train, fraction, seed=job.seed, stratified=section.stratified)
+        train, valid = _cut(train, section.valid / (1 - section.held_out), job)
         held_out = {"valid": valid, "test": test}
     if not section.standardise:
         return Samples(train, held_out, None)
     standardise = Standardise.fit(train)
     return Samples(standardise(train), {kind: standardise(part) for kind, part in held_out.items()}, standardise)
+
+
+def _cut(dataset: Dataset, fraction: float, job: Job) -> tuple[Dataset, Dataset]:
+    """Hold out a fraction of the rows."""
+    if job.data.hold_out == "end":
+        return data.split_end(dataset, fraction)
+    return data.split(dataset, fraction, seed=job.seed, stratified=job.data.stratified)
 
 
 def _dataset(job: Job) -> Dataset:
@@ -223,9 +229,21 @@ def _preset(job: Job, facts: Facts) -> Layer | None:
             return None
         case "bigram":
             return nn.MODELS[kind](outputs)
+        case "gpt":
+            return nn.MODELS[kind](outputs, _context(facts), **options)
         case "cnn":
             return nn.MODELS[kind](facts.sample_shape, outputs, **options)
     return nn.MODELS[kind](prod(facts.sample_shape), outputs, **options)
+
+
+def _context(facts: Facts) -> int:
+    """Return the length of the windows of a text."""
+    if facts.task != "sequence" or len(facts.sample_shape) != 1:
+        raise JobError(
+            "needs windows of tokens", operation='model.kind = "gpt"',
+            got=f"{facts.task}, samples of shape {facts.sample_shape}", expected="sequence, shape (context,)",
+        )  # fmt: skip
+    return facts.sample_shape[0]
 
 
 def _built(spec: str, options: Mapping[str, Any]) -> Any:
@@ -241,6 +259,8 @@ def _built(spec: str, options: Mapping[str, Any]) -> Any:
 
 def _loss(job: Job, facts: Facts) -> Loss:
     name = job.model.loss or LOSS_OF_TASK[facts.task]
+    if name == "cross_entropy" and facts.task == "sequence":
+        return nn.CrossEntropy(unit=job.data.unit)
     if ":" not in name:
         return nn.LOSSES[name]()
     built = _built(name, {})

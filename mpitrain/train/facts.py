@@ -108,7 +108,7 @@ class Facts:
 def _fingerprint(dataset: Dataset) -> str:
     """Hash the values of a data set, a block at a time."""
     digest = hashlib.sha256()
-    for _, inputs, targets in dataset.blocks():
+    for _, inputs, targets in dataset.cover().blocks():
         for block in (inputs, targets):
             digest.update(f"{block.dtype} {block.shape}".encode())
             digest.update(np.ascontiguousarray(block).view(np.uint8).data)

@@ -36,29 +36,42 @@ class Predictor:
         The directory holds no run.
     CheckpointError
         It holds no checkpoint, or a damaged one.
+
+    Attributes
+    ----------
+    checkpoint : str
+        Name of the checkpoint.
+    job : Job
+        What was run.
+    facts : Facts
+        What the model knows of its data.
+    model : Model
+        The model.
+    params : FlatBuffer
+        Its parameters.
     """
 
     def __init__(self, run: Path, latest: bool = False) -> None:
         directory = RunDirectory(run)
         if not directory.job.is_file():
-            raise InputError(f"{run}: holds no run", operation="predict", expected="the directory with its job.toml")
-        job = Job.load(directory.job)
+            raise InputError(f"{run}: holds no run", expected="the directory with its job.toml")
+        self.job = Job.load(directory.job)
         found = None if latest else checkpoint.best(directory.checkpoints)
         found = found or checkpoint.latest(directory.checkpoints)
         if found is None:
-            raise CheckpointError(f"{run}: holds no checkpoint", operation="predict", remedy="train the job first")
+            raise CheckpointError(f"{run}: holds no checkpoint", remedy="train the job first")
         self.checkpoint = found.name
-        self._facts = Facts.read(run)
-        self._model = build_model(job, self._facts)
-        self._params = FlatBuffer(self._model.layout)
-        saved = checkpoint.load(found, None, self._model.layout)
-        fill("params", self._params.flat, self._model.layout.whole(), saved.read)
+        self.facts = Facts.read(run)
+        self.model = build_model(self.job, self.facts)
+        self.params = FlatBuffer(self.model.layout)
+        saved = checkpoint.load(found, None, self.model.layout)
+        fill("params", self.params.flat, self.model.layout.whole(), saved.read)
 
     def read(self, path: Path) -> Array:
         """Return the inputs in a file (.npy, .npz, .csv), shape (n, …); a flat sample gets the model's shape."""
-        raw = data.read_inputs(path, feature_names=self._facts.feature_names)
-        if raw.shape[1:] != self._facts.sample_shape and raw.shape[1:] == (prod(self._facts.sample_shape),):
-            raw = np.asarray(raw).reshape(-1, *self._facts.sample_shape)
+        raw = data.read_inputs(path, feature_names=self.facts.feature_names)
+        if raw.shape[1:] != self.facts.sample_shape and raw.shape[1:] == (prod(self.facts.sample_shape),):
+            raw = np.asarray(raw).reshape(-1, *self.facts.sample_shape)
         return raw
 
     def outputs(self, inputs: Array) -> Array:
@@ -69,17 +82,17 @@ class Predictor:
         DataError
             The inputs are not finite.
         """
-        prepared = self._facts.prepare(inputs)
+        prepared = self.facts.prepare(inputs)
         if prepared.dtype.kind == "f" and not np.isfinite(prepared).all():
             row = int(np.argwhere(~np.isfinite(prepared))[0][0])
             raise DataError("predict: the inputs are not finite", got=f"row {row}", remedy="mend or leave out that row")
-        return self._model.predict(self._params, prepared)
+        return self.model.predict(self.params, prepared)
 
     def answers(self, outputs: Array) -> list[Any]:
         """Return the name of the likeliest class of each sample, or its predicted numbers."""
-        if self._facts.task == "regression":
+        if self.facts.task == "regression":
             values: list[Any] = outputs.tolist()
             return values
         labels = outputs.argmax(-1) if outputs.shape[-1] > 1 else (outputs[..., 0] > 0).astype(int)
-        names = self._facts.class_names
+        names = self.facts.class_names
         return [names[label] if names else int(label) for label in labels.reshape(-1)]

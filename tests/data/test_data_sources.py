@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tracemalloc
 from contextlib import suppress
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mpitrain._errors import DataError, InputError, MissingExtraError
-from mpitrain.data import DATASETS, load, read_inputs
+from mpitrain.data import DATASETS, Tokenizer, load, read_inputs
 
 INPUTS = np.arange(24, dtype=np.float32).reshape(8, 3)
 LABELS = np.arange(8) % 2
@@ -323,6 +324,92 @@ def test_malformed_text(write, content, options, message):
     path = write("bad.txt", content)
     with pytest.raises(InputError, match="bad.txt: " + message):
         load("text", {"path": path, **options})
+
+
+def test_the_texts_behind_help():
+    found = load("pydoc", {"context": 128, "stride": 1})
+    assert found.inputs.shape[1:] == (128,)
+    assert found.overlap == 127
+    assert 400_000 < len(found) < 800_000
+    names = found.class_names
+    assert "".join(names[token] for token in found.inputs[0]).startswith('The "assert" statement\n***')
+    assert names == tuple(sorted(names))
+
+
+def test_no_texts_behind_help(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(DataError, match="pydoc: this Python has no module pydoc_data; take a text of your own"):
+        load("pydoc")
+
+
+def test_batches_of_windows_do_not_copy_them_all(write):
+    found = load("text", {"path": write("a.txt", "abcdefgh" * 50_000), "context": 256, "stride": 1})
+    tracemalloc.start()
+    inputs, _ = found.rows(np.array([399_743, 0, 5]))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    np.testing.assert_array_equal(inputs[:, :3], [[7, 0, 1], [0, 1, 2], [5, 6, 7]])
+
+
+# --- Tokens ---
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("t.npy", "int64"), ("t.bin", "uint16"), ("t.u32", "uint32")])
+def test_tokens_stay_on_disk(tmp_path, name, dtype):
+    numbers = np.array([3, 0, 4, 4, 1, 0, 2], dtype)
+    numbers.tofile(tmp_path / name) if name != "t.npy" else np.save(tmp_path / name, numbers)
+    options = {"path": str(tmp_path / name), "vocabulary_size": 6, "context": 3, "dtype": dtype}
+    found = load("tokens", options)
+    np.testing.assert_array_equal(found.inputs, [[3, 0, 4], [4, 1, 0]])
+    np.testing.assert_array_equal(found.targets, [[0, 4, 4], [1, 0, 2]])
+    assert (found.task, found.outputs, found.inputs.dtype) == ("sequence", 6, dtype)
+    base = found.inputs
+    while base.base is not None and not isinstance(base, np.memmap):
+        base = base.base
+    assert isinstance(base, np.memmap)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "options", "message"),
+    [
+        (np.array([0, 5, 6, 1]), {}, "token 2 .* is out of range; got 6; expected 0 to 5, as vocabulary_size = 6"),
+        (np.array([0, 5, -1, 1]), {}, "token 2 .* is out of range; got -1"),
+        (np.array([0.0, 1.0]), {}, r"does not hold tokens; got float64 of shape \(2,\); expected integers of shape"),
+        (np.zeros((2, 2), int), {}, r"does not hold tokens; got int64 of shape \(2, 2\)"),
+        (np.array([0]), {}, "the text is too short; got 1 tokens"),
+    ],
+)
+def test_malformed_tokens(tmp_path, numbers, options, message):
+    np.save(tmp_path / "t.npy", numbers)
+    with pytest.raises(DataError, match="t.npy: " + message):
+        load("tokens", {"path": str(tmp_path / "t.npy"), "vocabulary_size": 6, **options})
+
+
+def test_tokens_of_a_broken_length(write):
+    with pytest.raises(DataError, match=r"t.bin: cannot be read; got .*; expected numbers of type uint16"):
+        load("tokens", {"path": write("t.bin", b"\x00\x01\x02"), "vocabulary_size": 6})
+
+
+# --- Tokenizers ---
+
+
+@pytest.mark.parametrize(("unit", "size"), [("character", 6), ("byte", 7)])
+def test_text_comes_back_from_its_tokens(unit, size):
+    content = "banáná\n\x00"
+    tokenizer = Tokenizer.of(content.encode(), unit)
+    tokens = tokenizer.encode(content.encode())
+    assert tokenizer.vocabulary == tuple(sorted(tokenizer.vocabulary))
+    assert len(tokenizer.vocabulary) == size
+    assert tokenizer.decode(tokens.tolist()) == content
+    assert Tokenizer.of(content.encode()[:4], "byte").decode([3]) == "\ufffd"  # half of an á
+
+
+def test_tokens_of_ones_own_are_written_as_numbers():
+    tokenizer = Tokenizer("token", ("0", "1", "2"))
+    assert tokenizer.encode(b" 2 0\n2").tolist() == [2, 0, 2]
+    assert tokenizer.decode([2, 0, 2]) == "2 0 2"
+    with pytest.raises(DataError, match="prompt: the text has tokens that are not in the vocabulary; got '3'"):
+        tokenizer.encode(b"1 3", "prompt")
 
 
 # --- Inputs to predict from ---

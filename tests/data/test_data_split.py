@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mpitrain._errors import DataError, InputError
-from mpitrain.data import Dataset, Standardise, folds, split
+from mpitrain.data import Dataset, Standardise, folds, split, split_end
 from mpitrain.data import dataset as dataset_module
+from mpitrain.data.windows import windows
 
 
 def labelled(counts: tuple[int, ...], seed: int = 0) -> Dataset:
@@ -139,3 +140,48 @@ def test_what_cannot_be_standardised():
         Standardise.fit(labelled((3, 3)), targets=True)
     with pytest.raises(InputError, match="set: no rows to standardise by"):
         Standardise.fit(measured(0))
+
+
+def test_the_end_is_held_out():
+    train, test = split_end(labelled((7, 3)), 0.2)
+    assert (numbers(train), numbers(test)) == ([*range(8)], [8, 9])
+
+
+@pytest.mark.parametrize(("context", "stride"), [(4, 1), (4, 2), (4, 3), (4, 4), (4, 9), (1, 1), (1, 2)])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_windows_held_out_at_the_end_share_no_prediction(tmp_path, context, stride, mapped):
+    tokens = np.arange(100)
+    if mapped:
+        np.save(tmp_path / "tokens.npy", tokens)
+        tokens = np.load(tmp_path / "tokens.npy", mmap_mode="r")
+    whole = windows(tokens, "text", context, stride, [str(i) for i in range(100)])
+    train, test = split_end(whole, 0.3)
+    trained, predicted = np.unique(train.rows(np.arange(len(train)))[1]), test.rows(np.arange(len(test)))[1].ravel()
+    assert len(np.unique(predicted)) == len(predicted)
+    assert trained.max() < predicted.min()
+    assert predicted.min() - trained.max() <= context + stride  # nothing is left out but what both sides would share
+    assert 70 - context <= predicted.min() <= 70 + context + stride
+    again, valid = split_end(train, 0.3)
+    assert again.rows(np.arange(len(again)))[1].max() < valid.rows(np.arange(len(valid)))[1].min()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_few_rows_cover_overlapping_windows(stride):
+    whole = windows(np.arange(98), "text", 4, stride, [str(i) for i in range(98)])
+    few = whole.cover()
+    np.testing.assert_array_equal(np.unique(few.inputs), np.unique(whole.inputs))
+    assert len(few) <= 98 / min(3, stride * max(1, whole.overlap)) + 2
+    assert few.overlap == 0
+
+
+def test_random_rows_of_overlapping_windows_are_not_held_out():
+    whole = windows(np.arange(98), "text", 4, 2, [str(i) for i in range(98)])
+    for cut in (split, folds):
+        with pytest.raises(InputError, match=r"text: the rows overlap.* hold out rows at the end"):
+            cut(whole, seed=0)
+
+
+@pytest.mark.parametrize(("test", "context"), [(0.0, 1), (1.0, 1), (0.001, 1), (0.5, 60)])
+def test_an_end_that_is_everything_or_nothing(test, context):
+    with pytest.raises(InputError, match="one side would be empty; got test = "):
+        split_end(windows(np.arange(98), "text", context, 1, [str(i) for i in range(98)]), test)

@@ -5,6 +5,7 @@ import pytest
 
 from mpitrain import nn
 from mpitrain.arrays import Batch
+from mpitrain.nn.gpt import block
 
 
 def _numbers(*shape):
@@ -36,6 +37,12 @@ LAYERS = {
     "batchnorm": (lambda: nn.BatchNorm(3), (7, 3)),
     "batchnorm-images": (lambda: nn.BatchNorm(2), (3, 2, 3, 2)),
     "layernorm": (lambda: nn.LayerNorm(5), (3, 2, 5)),
+    "attention": (lambda: nn.CausalAttention(2), (2, 5, 12)),
+    "attention-of-one": (lambda: nn.CausalAttention(1), (3, 1, 6)),
+    "attention-in-blocks": (lambda: nn.CausalAttention(1), (1, 67, 3)),
+    "positions": (lambda: nn.PositionEmbedding(4, 3), (2, 3, 3)),
+    "unembedding": (lambda: nn.Unembedding(4, 3), (2, 3, 3)),
+    "transformer-block": (lambda: block(4, 2, hidden=3, dropout=0.3), (2, 3, 4)),
     "sequential": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm(6), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2)),
         (5, 2, 2),
@@ -72,6 +79,13 @@ def test_embedding_passes(dtype):
     numbers = np.array([[3, 0, 3], [1, 3, 1]], dtype)
     nn.check_layer(nn.Embedding(5, 2), numbers)
     nn.check_layer(nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 2)), numbers)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gpt_passes(tied, training):
+    layer = nn.GPT(5, context=4, layers=2, width=4, heads=2, hidden=3, dropout=0.2, tied=tied)
+    nn.check_layer(layer, np.array([[3, 0, 3], [1, 3, 4]]), training=training)
 
 
 LOSSES = {

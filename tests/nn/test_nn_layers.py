@@ -7,6 +7,7 @@ from mpitrain import nn
 from mpitrain._errors import DataError, InputError
 from mpitrain.arrays import FlatBuffer, Key, Layout, Segment
 from mpitrain.nn.initial import he_uniform, normal
+from mpitrain.nn.layout import layout_of
 
 
 def _forward(layer, x, params=None):
@@ -79,6 +80,29 @@ def test_embedding_adds_up_repeated_numbers():
     np.testing.assert_array_equal(grads["weight"], [[5, 9], [1, 1], [82, 163], [1, 1]])
 
 
+@pytest.mark.parametrize("length", [1, 5, 64, 65, 130])
+def test_attention_that_prefers_nothing_gives_the_mean_of_the_past(length):
+    values = np.random.default_rng(0).integers(-8, 9, (3, length, 2, 1, 4)).astype(float)  # n, t, heads, 1, size
+    x = np.concatenate([np.zeros_like(values), values, values], axis=3).reshape(3, length, 24)
+    means = values.cumsum(axis=1) / np.arange(1, length + 1)[:, None, None, None]
+    np.testing.assert_allclose(_forward(nn.CausalAttention(2), x), means.reshape(3, length, 8), rtol=1e-14)
+
+
+def test_attention_of_large_scores_takes_the_best_of_the_past_and_overflows_nowhere():
+    keys = np.array([300.0, 100.0, 900.0, 500.0])
+    x = np.stack([np.full(4, 1e3), keys, np.arange(4.0)], axis=-1)[None]
+    np.testing.assert_array_equal(_forward(nn.CausalAttention(1), x)[0, :, 0], [0, 0, 2, 2])
+
+
+def test_attention_sees_nothing_of_the_future():
+    layer, x = nn.CausalAttention(2), np.random.default_rng(0).standard_normal((2, 90, 12))
+    before = _forward(layer, x)
+    x[:, 70:] *= 1000
+    after = _forward(layer, x)
+    np.testing.assert_array_equal(after[:, :70], before[:, :70])
+    assert (after[:, 70:] != before[:, 70:]).all()
+
+
 def test_he_uniform_bounds_and_spread():
     segment = Segment("weight", (300, 200))
     values = he_uniform(300)(Key(0), segment)
@@ -110,6 +134,45 @@ def test_names_groups_and_shapes():
         "1.inner.0.beta": ((3,), "no_decay"),
         "1.shortcut.weight": ((3, 3), "decay"),
     }
+
+
+def test_gpt_names_groups_and_ties():
+    gpt = nn.GPT(7, context=5, layers=1, width=4, heads=2, dropout=0.1)
+    assert [name for name, _ in gpt.children] == ["tokens", "positions", "dropout", "block0", "norm", "head"]
+    layout = layout_of(nn.Sequential(nn.Sequential(gpt)), np.float32)
+    assert layout.ties == {"0.0.head.weight": "0.0.tokens.weight"}
+    decaying = {s.name.removeprefix("0.0."): s.shape for s in layout if s.group == "decay"}
+    assert decaying == {
+        "block0.attention.inner.qkv.weight": (4, 12),
+        "block0.attention.inner.out.weight": (4, 4),
+        "block0.mlp.inner.up.weight": (4, 16),
+        "block0.mlp.inner.down.weight": (16, 4),
+    }
+    params = FlatBuffer(layout)
+    assert params.views["0.0.head.weight"] is params.views["0.0.tokens.weight"]
+    untied = layout_of(nn.GPT(7, context=5, layers=1, width=4, heads=2, tied=False), np.float32)
+    assert untied["head.weight"].group == "decay"
+    assert (untied.ties, untied.parameter_count - layout.parameter_count) == ({}, 7 * 4)
+
+
+def test_gpt_starts_near_the_uniform_distribution():
+    net = nn.Network(nn.GPT(50, context=16, layers=3, width=32, heads=4), nn.CrossEntropy(), "float64")
+    params = FlatBuffer(net.layout)
+    net.initialise(params, Key(0))
+    spread = {name: params.views[f"block1.{name}.weight"].std() for name in ("mlp.inner.up", "mlp.inner.down")}
+    assert spread == pytest.approx({"mlp.inner.up": 0.02, "mlp.inner.down": 0.02 / np.sqrt(6)}, rel=0.05)
+    scores = net.predict(params, np.random.default_rng(0).integers(0, 50, (4, 16)))
+    assert np.abs(scores).max() < 1.0
+
+
+class _Mistied(nn.Sequential):
+    def ties(self):
+        return {"0.weight": "1.weight"}
+
+
+def test_a_tie_of_two_shapes_is_refused():
+    with pytest.raises(InputError, match=r"'0.weight' cannot be tied to '1.weight'; got .*\(2, 3\), \(3, 2\)"):
+        layout_of(_Mistied(nn.Linear(2, 3), nn.Linear(3, 2)), np.float32)
 
 
 def test_context_release_may_be_repeated():
@@ -145,6 +208,11 @@ def test_pool_keeps_shapes_and_dtypes_apart():
         (lambda: nn.LayerNorm(2, eps=-1), "LayerNorm: eps is wrong; got -1; expected a number above 0"),
         (lambda: nn.Embedding(3, 0), "Embedding: features is wrong"),
         (lambda: nn.CrossEntropy(label_smoothing=1), "CrossEntropy: label_smoothing is wrong; got 1"),
+        (lambda: nn.CrossEntropy(0.1, "byte"), "with smoothing, the loss is not the length of a code; got unit 'byte'"),
+        (lambda: nn.Linear(2, 3, std=0), "Linear: std is wrong; got 0"),
+        (lambda: nn.CausalAttention(0), "CausalAttention: heads is wrong; got 0"),
+        (lambda: nn.GPT(5, 4, width=6, heads=4), "GPT: width is not a multiple of heads; got 6 and 4"),
+        (lambda: nn.GPT(5, 4, layers=0), "GPT: layers is wrong; got 0"),
     ],
 )
 def test_wrong_options_are_named(build, message):
@@ -178,6 +246,10 @@ def _params(layer):
             DataError,
             r"position \(1, 0\) has no vector; got 3; expected 0 to 2",
         ),
+        (nn.CausalAttention(2), np.zeros((5, 4, 10)), InputError, r"got shape \(5, 4, 10\); expected .* multiple of 6"),
+        (nn.CausalAttention(2), np.zeros((5, 12)), InputError, r"CausalAttention: .* got shape \(5, 12\)"),
+        (nn.PositionEmbedding(3, 2), np.zeros((5, 4, 2)), InputError, r"got shape \(5, 4, 2\); .* at most 3, 2\)"),
+        (nn.Unembedding(3, 2), np.zeros((5, 3)), InputError, "Unembedding: the input does not fit"),
         (nn.Residual(nn.Linear(3, 2)), np.zeros((4, 3)), InputError, r"Residual: .* got \(4, 2\); expected \(4, 3\)"),
     ],
 )

@@ -80,6 +80,13 @@ def test_classification_metrics():
     assert found["confusion"].dtype == np.int64
 
 
+@pytest.mark.parametrize("unit", ["character", "byte"])
+def test_bits_are_the_loss_to_the_base_of_two(unit):
+    found = _in_parts(nn.CrossEntropy(unit=unit), np.zeros((9, 5, 8)), np.zeros((9, 5), int))
+    assert found[f"bits_per_{unit}"] == pytest.approx(3.0, rel=1e-12)
+    assert set(found) == {"loss", "accuracy", "confusion", f"bits_per_{unit}"}
+
+
 def test_large_vocabulary_has_no_confusion_matrix():
     found = _in_parts(nn.CrossEntropy(), np.eye(10, 2000), np.arange(10))
     assert set(found) == {"loss", "accuracy"}

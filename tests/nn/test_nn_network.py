@@ -90,6 +90,34 @@ def test_predict_gives_new_arrays_of_any_length():
     assert net.predict(params, batch.inputs[:0]).shape == (0, 10)
 
 
+class _Watched(nn.GPT):
+    """Keeps how many tokens each pass was given."""
+
+    def forward(self, params, x, call):
+        self.seen.append(x.size)
+        return super().forward(params, x, call)
+
+
+@pytest.mark.parametrize("n", [0, 1, 23])
+def test_texts_are_evaluated_a_few_tokens_at_a_time(monkeypatch, n):
+    layer = _Watched(5, context=6, layers=1, width=4, heads=2)
+    layer.seen = []
+    net = nn.Network(layer, nn.CrossEntropy(unit="token"), "float64")
+    params, _ = _ready(net)
+    tokens = np.random.default_rng(0).integers(0, 5, (n, 7))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.arange(n), np.linspace(0.5, 2.0, n))
+    outputs = net.predict(params, batch.inputs)
+    whole = net.loss.sums(outputs, batch)
+    monkeypatch.setattr("mpitrain.nn.network._PREDICT_TOKENS", 25)
+    layer.seen.clear()
+    found = net.sums(params, batch)
+    assert layer.seen == ([24] * (n // 4) + [6 * (n % 4)] if n else [0])
+    assert found.keys() == whole.keys() >= {"loss", "count", "correct", "confusion"}
+    for name, value in whole.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-14, err_msg=name)
+    np.testing.assert_allclose(net.predict(params, batch.inputs), outputs, rtol=1e-14)
+
+
 def test_evaluation_needs_no_positions_and_ignores_dropout():
     net, batch = _cnn(dropout=0.9), _digits_like()
     params, _ = _ready(net)
@@ -157,7 +185,7 @@ def test_inputs_that_are_not_numbers_are_refused():
 
 
 def test_presets_and_losses_by_name():
-    assert set(nn.MODELS) == {"bigram", "cnn", "linear", "mlp"}
+    assert set(nn.MODELS) == {"bigram", "cnn", "gpt", "linear", "mlp"}
     assert {"bce": nn.BinaryCrossEntropy, "cross_entropy": nn.CrossEntropy, "mse": nn.MeanSquaredError} == nn.LOSSES
     mlp = nn.MODELS["mlp"](64, 10, hidden=[32, 16], activation="gelu", dropout=0.1, batch_norm=True)
     kinds = [type(layer).__name__ for layer in mlp.layers]

@@ -18,6 +18,7 @@ from mpitrain import nn
 from mpitrain.arrays import Batch, FlatBuffer, Key
 from mpitrain.comm import Communicator
 from mpitrain.data import Dataset, Loader, partition
+from mpitrain.data.windows import windows
 from mpitrain.method import Plan
 from mpitrain.nn import Network
 from mpitrain.optim import SGD, Optimizer
@@ -40,6 +41,7 @@ def random_values(*shape: int, seed: int = 0) -> np.ndarray:
 
 LABELS = np.array([0, 1, 0, 0, 2, 1, 0, 2, 0, 1])
 IMAGES = Dataset(random_values(ROWS, *SHAPE), LABELS, "classification", "images")
+TEXT = windows(np.random.default_rng(5).integers(0, 4, ROWS * 6 + 1), "text", 6, None, "abcd")
 IMPORTANCE = 0.5 + np.arange(ROWS) % 4
 
 
@@ -122,6 +124,12 @@ def mlp(dtype: Any = np.float64) -> KeptKeys:
 def cnn(dtype: Any = np.float64, dropout: float = 0.3) -> KeptKeys:
     """Convolutions, two BatchNorms, Dropout."""
     layer = nn.MODELS["cnn"](SHAPE, CLASSES, channels=[3, 4], hidden=6, dropout=dropout)
+    return KeptKeys(layer, nn.CrossEntropy(), dtype)
+
+
+def gpt(dtype: Any = np.float64) -> KeptKeys:
+    """Two blocks of attention and perceptron, Dropout, a tied head; for `TEXT`."""
+    layer = nn.MODELS["gpt"](4, 6, layers=2, width=8, heads=2, hidden=12, dropout=0.2)
     return KeptKeys(layer, nn.CrossEntropy(), dtype)
 
 

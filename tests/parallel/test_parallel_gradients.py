@@ -17,6 +17,7 @@ from parallel_cases import (
     METHODS,
     ROWS,
     STEPS_PER_EPOCH,
+    TEXT,
     KeptKeys,
     Make,
     Recorder,
@@ -24,6 +25,7 @@ from parallel_cases import (
     by_label,
     cnn,
     every_method_and,
+    gpt,
     last_rank,
     mlp,
     plan,
@@ -93,9 +95,17 @@ def check_mlp(comm: Communicator, make: Make, case: Case, dtype: str) -> None:
 
 
 def check_cnn(comm: Communicator, make: Make, case: Case, dtype: str) -> None:
-    network = cnn(dtype)
+    check_network(comm, make, case, cnn, dtype)
+
+
+def check_gpt(comm: Communicator, make: Make, case: Case, dtype: str) -> None:
+    check_network(comm, make, replace(case, feed=replace(case.feed, dataset=TEXT)), gpt, dtype)
+
+
+def check_network(comm: Communicator, make: Make, case: Case, build: Callable[..., KeptKeys], dtype: str) -> None:
+    network = build(dtype)
     found = train(comm, make, case, network, bucket_bytes=256)
-    exact, m = cnn(), case.microbatches
+    exact, m = build(), case.microbatches
 
     def expected(params: FlatBuffer, step: int) -> tuple[float, FlatBuffer]:
         whole = case.feed.whole(step, m)
@@ -113,6 +123,15 @@ def test_mlp_equals_the_closed_form(on_ranks, make, case):
 @every_method_and_case
 def test_cnn_with_batchnorm_and_dropout_equals_the_serial_run(on_ranks, make, case):
     on_ranks(check_cnn, make, *case)
+
+
+@every_method_and(
+    "name",
+    {name: name for name in ("even", "by label, microbatches", "all on the last rank", "importance")},
+    {"by label, microbatches"},
+)
+def test_gpt_with_dropout_equals_the_serial_run(on_ranks, make, name):
+    on_ranks(check_gpt, make, CASES[name], "float64")
 
 
 @settings(max_examples=25, deadline=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from parallel_cases import (
     ROWS,
+    TEXT,
     KeptKeys,
     Make,
     Recorder,
@@ -17,6 +20,7 @@ from parallel_cases import (
     cnn,
     every_method,
     every_method_and,
+    gpt,
     last_rank,
     mlp,
     plan,
@@ -45,13 +49,18 @@ FEED = RowsFeed(owner=by_label)
 
 
 def trained(
-    comm: Communicator, make: Make, network: Network, optimizer: Optimizer, settings: Plan
+    comm: Communicator,
+    make: Make,
+    network: Network,
+    optimizer: Optimizer,
+    settings: Plan,
+    feed: RowsFeed = FEED,
 ) -> tuple[Any, FlatBuffer]:
     """Train to the end of the plan; return the method, and where it began."""
     method = make(comm)
     method.setup(network, optimizer, settings)
     start = buffer(network.layout, method.params.flat)
-    assert method.advance(FEED, until=settings.steps).step == settings.steps
+    assert method.advance(feed, until=settings.steps).step == settings.steps
     same_on_all(comm, method.params.sha256())
     return method, start
 
@@ -66,11 +75,26 @@ def check_mlp(comm: Communicator, make: Make, optimizer: Optimizer, limits: dict
 
 
 def check_cnn(comm: Communicator, make: Make, optimizer: Optimizer, limits: dict[str, float]) -> None:
-    network, exact = cnn(), cnn()
-    method, start = trained(comm, make, network, optimizer, plan(STEPS, **limits))
+    check_network(comm, make, cnn, FEED, optimizer, limits)
+
+
+def check_gpt(comm: Communicator, make: Make, optimizer: Optimizer, limits: dict[str, float]) -> None:
+    check_network(comm, make, gpt, replace(FEED, dataset=TEXT), optimizer, limits)
+
+
+def check_network(
+    comm: Communicator,
+    make: Make,
+    build: Callable[[], KeptKeys],
+    feed: RowsFeed,
+    optimizer: Optimizer,
+    limits: dict[str, float],
+) -> None:
+    network, exact = build(), build()
+    method, start = trained(comm, make, network, optimizer, plan(STEPS, **limits), feed)
 
     def mean_gradient(params: FlatBuffer, step: int) -> FlatBuffer:
-        return network_mean_gradient(exact, params, FEED.whole(step), [network.keys[step]])[1]
+        return network_mean_gradient(exact, params, feed.whole(step), [network.keys[step]])[1]
 
     assert_close(method.params, descend(start, optimizer, mean_gradient, STEPS, schedule, **limits), BOUND)
 
@@ -89,6 +113,11 @@ def test_clipping_takes_the_norm_of_the_whole_gradient(on_ranks, make, name, lim
 @every_method_and("name", {name: name for name in ("momentum", "adam", "lamb")}, {"lamb"})
 def test_batchnorm_and_dropout_go_where_the_serial_run_goes(on_ranks, make, name):
     on_ranks(check_cnn, make, make_optimizer(name), CLIPPING["by both"])
+
+
+@every_method
+def test_gpt_goes_where_the_serial_run_goes(on_ranks, make):
+    on_ranks(check_gpt, make, make_optimizer("adamw", weight_decay=0.1), CLIPPING["by both"])
 
 
 def check_clipping_bites(comm: Communicator) -> None:

@@ -90,14 +90,6 @@ def test_paths_among_the_options_start_at_the_job_file_too(tmp_path: Path):
     assert job.data.arguments() == {"inputs": str(tmp_path / "x.npy"), "targets": "/y.npy"}
 
 
-def test_pythons_own_manual_is_a_corpus():
-    tables = {**MINIMAL, "data": {"source": "text", "options": {"corpus": "pydoc"}}, "model": {"kind": "bigram"}}
-    job = Job.from_dict(tables)
-    path = Path(job.data.arguments()["path"])
-    assert 'The "assert" statement' in path.read_text().replace('\\"', '"')
-    assert "corpus" not in job.data.arguments()
-
-
 def test_overrides_are_toml_values_or_else_strings(write: Write):
     overrides = ["optimizer.lr=0.5", "optimizer.kind=nesterov", "model.channels=[4, 5]", "data.options={flat=false}"]
     job = Job.load(write(TOML), [*overrides, "train.stop.patience = 7", "name=run 7"])
@@ -146,7 +138,6 @@ def test_all_problems_are_listed_a_line_each():
         ("name=", "name: has characters"),
         ("name=1\nseed=2", 'name: has characters that are not allowed; got "1\\nseed=2"'),
         ("data.options.flat=nan", "data.options.flat: is not finite"),
-        ("data={source='text', options={corpus=[1]}}", "data.options.corpus: is not one of the choices; got [1]"),
         ("data.path=x", 'data.path: is of no use with source = "digits"'),
         ("data.source=csv", 'data.path: is missing; expected a file, as source = "csv"'),
         ("data.source=text", "data.path: is missing"),
@@ -170,6 +161,13 @@ def test_all_problems_are_listed_a_line_each():
             "optimizer.betas=[0.9, 1]",
             "optimizer.betas[1]: is too large; got 1; expected array of 2 (number ≥ 0",
         ),
+        ("data={source='digits', hold_out='end', folds=3}", "data.hold_out: cannot go together with folds or strat"),
+        ("data={source='digits', hold_out='end', stratified=true}", "data.hold_out: cannot go together with folds"),
+        ("data={source='tokens', path='a'}", "data.options.vocabulary_size: is missing"),
+        ("data={source='pydoc', path='a'}", 'data.path: is of no use with source = "pydoc"'),
+        ("model={kind='gpt', width=6}", "model.width: is not a multiple of heads; got 6; expected a multiple of 4"),
+        ("model={kind='gpt', layer=2}", 'did you mean "layers"?'),
+        ("model={kind='gpt', tied='no'}", 'model.tied: is neither true nor false; got "no"'),
         ("data.valid=0.8", "data.valid: leaves nothing to train on; got 0.8; expected less than 0.8"),
         ("reproducible=true", "reproducible: unknown key"),
     ],
@@ -190,6 +188,12 @@ def test_one_problem_is_named_with_its_key_and_what_is_allowed(override: str, ex
         (["data.source=wine"], 'model.kind: needs images, which data.source = "wine" does not give; got "cnn"'),
         (["data.options.flat=true"], "model.kind: needs images"),
         (["model={kind='bigram'}"], 'model.kind: does not fit data.source = "digits"; got "bigram"'),
+        (["model={kind='gpt'}"], 'model.kind: does not fit data.source = "digits"; got "gpt"'),
+        (
+            ["data={source='pydoc'}"],
+            'model.kind: does not fit data.source = "pydoc"; got "cnn"; expected "bigram", "gpt"',
+        ),
+        (["data={source='pydoc'}", "model={kind='gpt'}"], "data.options.context: is too small for model.kind"),
         (["train.steps=5", "optimizer.schedule.warmup_steps=5"], "warmup_steps: leaves no step after the warm-up"),
         (["method.microbatches=33"], "method.microbatches: is more than the samples of a batch; got 33"),
     ],
@@ -269,13 +273,9 @@ def test_a_target_is_reached_from_its_own_side():
     assert not target(metric="loss", at_most=0.1).reached({"loss": 0.11})
 
 
-def test_losses_and_errors_are_better_when_lower():
-    assert [lower_is_better(name) for name in ("loss", "absolute_error", "accuracy", "r2")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+def test_losses_errors_and_bits_are_better_when_lower():
+    assert all(lower_is_better(name) for name in ("loss", "absolute_error", "bits_per_byte"))
+    assert not any(lower_is_better(name) for name in ("accuracy", "r2"))
 
 
 def test_the_reference_describes_every_key():

@@ -14,7 +14,7 @@ FILES = sorted(JOBS.glob("*.toml"))
 
 
 def test_the_jobs_are_there():
-    expected = {"breast_cancer", "diabetes", "digits_cnn", "digits_mlp", "text_bigram", "wine_by_feature"}
+    expected = {"breast_cancer", "diabetes", "digits_cnn", "digits_mlp", "gpt_pydoc", "text_bigram", "wine_by_feature"}
     assert expected <= {file.stem for file in FILES}
 
 

@@ -59,7 +59,7 @@ def test_an_optimizer_has_the_options_and_defaults_of_its_section(name: str):
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_a_model_has_the_options_and_defaults_of_its_section(name: str):
     section = MODEL_SECTIONS[name]
-    given_by_the_data = {"inputs", "outputs", "input_shape", "vocabulary"}
+    given_by_the_data = {"inputs", "outputs", "input_shape", "vocabulary", "context"}
     parameters = inspect.signature(MODELS[name]).parameters.values()
     declared = {each.name: each.default for each in parameters if each.name not in given_by_the_data}
     assert {option: section.model_fields[option].default for option in options(section)} == declared

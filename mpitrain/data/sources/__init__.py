@@ -13,7 +13,8 @@ from mpitrain.data.registry import call, choose
 from mpitrain.data.sources.numpy_files import npy, npz
 from mpitrain.data.sources.scikit import breast_cancer, diabetes, digits, wine
 from mpitrain.data.sources.table import csv
-from mpitrain.data.sources.text import text
+from mpitrain.data.sources.text import pydoc, text
+from mpitrain.data.sources.token_file import tokens
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "breast_cancer": breast_cancer,
@@ -22,7 +23,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": digits,
     "npy": npy,
     "npz": npz,
+    "pydoc": pydoc,
     "text": text,
+    "tokens": tokens,
     "wine": wine,
 }
 """Each source by name: a function of keyword options that returns a `Dataset`."""
@@ -51,5 +54,5 @@ def load(name: str, options: Mapping[str, Any] | None = None, *, check: bool = T
     source = choose(DATASETS, "data set", name)
     dataset = call(source, f"data set {name!r}", options=options or {})
     if check:
-        dataset.check()
+        dataset.cover().check()
     return dataset

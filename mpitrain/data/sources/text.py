@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-
-from mpitrain._errors import DataError, InputError
-from mpitrain._typing import Array
+from mpitrain._errors import DataError
 from mpitrain.data.dataset import Dataset
 from mpitrain.data.sources.files import PathLike, reading
+from mpitrain.data.tokenizer import Tokenizer, check_unit
+from mpitrain.data.windows import windows
 
-_NAMES: dict[str, Callable[[int], str]] = {"byte": "{:02x}".format, "character": chr}
-"""How a unit's code is named in the vocabulary."""
+TextUnit = Literal["character", "byte"]
 
 
 def text(
     *,
     path: PathLike,
-    unit: Literal["character", "byte"] = "character",
+    unit: TextUnit = "character",
     context: int = 1,
     stride: int | None = None,
     vocabulary: Sequence[str] = (),
@@ -47,39 +44,32 @@ def text(
     Dataset
         A ``sequence``; its ``class_names`` are the vocabulary.
     """
-    step = context if stride is None else stride
-    if unit not in _NAMES:
-        raise InputError(f"{path}: unknown unit of text", got=repr(unit), expected=" or ".join(_NAMES))
-    if context < 1 or step < 1:
-        raise InputError(f"{path}: context and stride are too small", got=(context, step), expected="1 or more")
+    check_unit(str(path), unit, ("character", "byte"))
     with reading(path, "text in UTF-8" if unit == "character" else "bytes") as file:
-        codes = _codes(file.read_bytes(), unit)
-    if len(codes) <= context:
-        expected = f"more than the context of {context}"
-        raise DataError(f"{path}: the text is too short", got=f"{len(codes)} tokens", expected=expected)
-    distinct, inverse = np.unique(codes, return_inverse=True)
-    names = tuple(_NAMES[unit](code) for code in distinct)
-    positions = _positions(names, vocabulary, str(path)) if vocabulary else np.arange(len(names))
-    tokens = positions.astype(np.int32)[inverse]
-    inputs, targets = (_windows(part, context, step) for part in (tokens[:-1], tokens[1:]))
-    return Dataset(inputs, targets, "sequence", str(path), class_names=tuple(vocabulary) or names)
+        content = file.read_bytes()
+        tokenizer = Tokenizer(unit, tuple(vocabulary)) if vocabulary else Tokenizer.of(content, unit)
+        tokens = tokenizer.encode(content, str(path))
+    return windows(tokens, str(path), context, stride, tokenizer.vocabulary)
 
 
-def _codes(content: bytes, unit: str) -> Array:
-    if unit == "byte":
-        return np.frombuffer(content, np.uint8)
-    return np.frombuffer(content.decode("utf-8-sig").encode("utf-32-le"), np.uint32)
+def pydoc(*, unit: TextUnit = "character", context: int = 1, stride: int | None = None) -> Dataset:
+    """Return the next-token pairs of the texts behind Python's ``help()``: 460 kB of English, in every Python.
 
+    Parameters
+    ----------
+    unit, context, stride
+        As for `text`.
 
-def _positions(names: Sequence[str], vocabulary: Sequence[str], path: str) -> Array:
-    """Return where each name stands in a given vocabulary."""
-    position = {name: number for number, name in enumerate(vocabulary)}
-    strange = [name for name in names if name not in position]
-    if strange:
-        got = " ".join(map(repr, strange[:10]))
-        raise DataError(f"{path}: the text has tokens that are not in the vocabulary", got=got)
-    return np.array([position[name] for name in names])
-
-
-def _windows(tokens: Array, context: int, step: int) -> Array:
-    return tokens[::step] if context == 1 else sliding_window_view(tokens, context)[::step]
+    Raises
+    ------
+    DataError
+        This Python was installed without them.
+    """
+    check_unit("pydoc", unit, ("character", "byte"))
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError("pydoc: this Python has no module pydoc_data", remedy="take a text of your own") from error
+    content = "\n".join(topics[name] for name in sorted(topics)).encode()
+    tokenizer = Tokenizer.of(content, unit)
+    return windows(tokenizer.encode(content), "pydoc", context, stride, tokenizer.vocabulary)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator
 
-from mpitrain._errors import JobError
 from mpitrain._names import did_you_mean
-from mpitrain.data import DATASETS, Task
+from mpitrain.data import DATASETS, Task, Unit
 from mpitrain.train.job.section import (
     BuildText,
     Count,
@@ -39,22 +36,12 @@ KNOWN = {
     "breast_cancer": Known("classification", 2),
     "wine": Known("classification", 3),
     "diabetes": Known("regression"),
+    "pydoc": Known("sequence"),
     "text": Known("sequence"),
+    "tokens": Known("sequence"),
 }
-CORPORA = {"pydoc": "pydoc_data.topics"}
-"""Texts that need no download, each in the source of a module: every Python has its own language reference."""
 
 _FILE_OPTIONS = {"npy": ("inputs", "targets")}
-
-
-def _corpus_file(name: str) -> str:
-    found = find_spec(CORPORA[name])
-    if found is None or found.origin is None:
-        raise JobError(
-            f"this Python has no module {CORPORA[name]}", operation="data.options.corpus", got=name,
-            remedy="name a text file in data.path instead",
-        )  # fmt: skip
-    return found.origin
 
 
 def _source_of_build(value: Any) -> Any:
@@ -89,8 +76,11 @@ class PartitionOptions(Section):
 class Data(Section):
     """The samples, what is held out for testing, and how the rest is dealt out to the ranks."""
 
-    source: Literal["digits", "breast_cancer", "wine", "diabetes", "npy", "npz", "csv", "text", "build"] = Field(
-        description="Which data set: one that comes with scikit-learn, a kind of file, or your own (`build`)."
+    source: Literal[
+        "digits", "breast_cancer", "wine", "diabetes", "pydoc", "npy", "npz", "csv", "text", "tokens", "build"
+    ] = Field(
+        description="Which data set: one that comes with scikit-learn, the texts of Python's `help()` (`pydoc`), a "
+        "kind of file, or your own (`build`)."
     )
     build: BuildText | None = Field(
         None, description='Your own data: `"my_data.py:build"`, a function that is called with `options`.'
@@ -98,6 +88,9 @@ class Data(Section):
     path: PathText | None = Field(None, description="The file; a relative path starts at the job file's folder.")
     options: dict[str, Any] = Field({}, description="Further arguments of the source, e.g. the column of the labels.")
     test: float = Field(0.2, gt=0, lt=1, description="Fraction of the samples that is held out for testing.")
+    hold_out: Literal["random", "end"] = Field(
+        "random", description="Which samples are held out: random ones, or the last ones, as of a text."
+    )
     folds: Count | None = Field(
         None, description="Cross-validation: cut the samples into so many folds and test on one of them, not on `test`."
     )
@@ -138,17 +131,15 @@ class Data(Section):
         return 1 / self.folds if self.folds else self.test
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments for the source's function.
+        """Return the keyword arguments for the source's function."""
+        return {"path": self.path, **self.options} if self.path else dict(self.options)
 
-        Raises
-        ------
-        JobError
-            The corpus is not on this machine.
-        """
-        arguments = {"path": self.path, **self.options} if self.path else dict(self.options)
-        if self.source == "text" and "corpus" in arguments:
-            arguments["path"] = _corpus_file(arguments.pop("corpus"))
-        return arguments
+    @property
+    def unit(self) -> Unit:
+        """What a token of a text is; of no meaning for other data."""
+        if self.source not in ("pydoc", "text"):
+            return "token"
+        return "byte" if self.options.get("unit") == "byte" else "character"
 
     @field_validator("options")
     @classmethod
@@ -164,6 +155,8 @@ class Data(Section):
         yield from self._problems_of_source()
         yield from self._problems_of_options()
         yield from self._problems_of_partition()
+        if self.hold_out == "end" and (self.folds is not None or self.stratified):
+            yield Problem("hold_out", "cannot go together with folds or stratified", "end", '"random"')
         if self.folds is not None and not self.fold < self.folds >= 2:
             yield Problem(
                 "fold", "is not one of the folds", self.fold, f"less than data.folds = {self.folds}, at least 2"
@@ -182,11 +175,8 @@ class Data(Section):
         if self.source != "build" and self.build is not None:
             yield Problem("source", "cannot go together with data.build", self.source, "one of the two")
         takes_path = "path" in self._parameters()
-        has_corpus = "corpus" in self.options and self.source == "text"
-        if takes_path and self.path is None and not has_corpus:
+        if takes_path and self.path is None:
             yield Problem("path", "is missing", expected=f'a file, as source = "{self.source}"')
-        if self.path is not None and has_corpus:
-            yield Problem("path", "cannot go together with options.corpus", self.path, "one of the two")
         if self.path is not None and not takes_path:
             yield Problem("path", f'is of no use with source = "{self.source}"', self.path, remedy="leave it out")
 
@@ -201,7 +191,7 @@ class Data(Section):
         if self.source == "build":
             return
         parameters = self._parameters()
-        allowed = [name for name in parameters if name != "path"] + ["corpus"] * (self.source == "text")
+        allowed = [name for name in parameters if name != "path"]
         for name in self.options:
             if name not in allowed:
                 what, expected = f'unknown option of source = "{self.source}"', ", ".join(allowed) or "none"
@@ -209,9 +199,6 @@ class Data(Section):
         for name in allowed:
             if parameters.get(name) and name not in self.options:
                 yield Problem(f"options.{name}", "is missing", expected=f'a value, as source = "{self.source}"')
-        corpus = self.options.get("corpus")
-        if self.source == "text" and corpus is not None and corpus not in list(CORPORA):
-            yield Problem("options.corpus", "is not one of the choices", corpus, " or ".join(map(json.dumps, CORPORA)))
 
     def _problems_of_partition(self) -> Iterator[Problem]:
         used = {"by_feature": "feature", "weighted": "capacities"}.get(self.partition)

@@ -10,6 +10,8 @@ from mpitrain.train.job.section import Problem
 if TYPE_CHECKING:
     from mpitrain.train.job.job import Job
 
+_OF_SEQUENCES = ("bigram", "gpt")
+
 _TASKS_OF_LOSS = {
     "bce": ("classification",),
     "cross_entropy": ("classification", "sequence"),
@@ -30,8 +32,10 @@ def _model_and_data(job: Job) -> Iterator[Problem]:
         return
     if kind == "cnn" and (not known.images or job.data.options.get("flat")):
         yield Problem("model.kind", f'needs images, which data.source = "{source}" does not give', kind)
-    if (kind == "bigram") != (known.task == "sequence") and kind != "build":
-        expected = '"bigram" or "build"' if known.task == "sequence" else '"linear" or "mlp"'
+    if kind == "gpt" and known.task == "sequence" and job.data.options.get("context", 1) == 1:
+        yield Problem("data.options.context", 'is too small for model.kind = "gpt"', 1, "windows of 2 tokens or more")
+    if (kind in _OF_SEQUENCES) != (known.task == "sequence") and kind != "build":
+        expected = '"bigram", "gpt" or "build"' if known.task == "sequence" else '"linear" or "mlp"'
         yield Problem("model.kind", f'does not fit data.source = "{source}"', kind, expected)
 
 

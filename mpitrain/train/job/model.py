@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
@@ -91,6 +92,25 @@ class Bigram(Model):
     kind: Literal["bigram"]
 
 
+class Gpt(Model):
+    """A GPT-style decoder: each token from those before it, in windows as long as the data's `context`."""
+
+    kind: Literal["gpt"]
+    layers: Count = Field(4, description="Blocks of attention and perceptron.")
+    width: Count = Field(128, description="Features of each token between the blocks.")
+    heads: Count = Field(4, description="Attention heads of each block; `width` is a multiple of it.")
+    hidden: Count | None = Field(None, description="Units of each block's perceptron; by default 4 · `width`.")
+    dropout: Fraction = Field(
+        0.0, description="Fraction of the embeddings, and of what each branch adds, that is dropped in training."
+    )
+    tied: bool = Field(True, description="Whether the last layer's table of tokens is the first one's.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what does not fit together."""
+        if self.width % self.heads:
+            yield Problem("width", "is not a multiple of heads", self.width, f"a multiple of {self.heads}")
+
+
 class BuiltModel(Model):
     """Your own model: a function in a Python file that returns a `Model` or a layer."""
 
@@ -104,5 +124,5 @@ class BuiltModel(Model):
 
 
 ModelSection = Annotated[
-    Mlp | Cnn | Linear | Bigram | BuiltModel, Field(discriminator="kind"), BeforeValidator(build_by_default)
+    Mlp | Cnn | Linear | Bigram | Gpt | BuiltModel, Field(discriminator="kind"), BeforeValidator(build_by_default)
 ]

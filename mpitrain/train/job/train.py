@@ -14,8 +14,8 @@ _BATCH_WORDS = 'integer ≥ 1 or "full"'
 
 
 def lower_is_better(metric: str) -> bool:
-    """Return whether a smaller value is an improvement: of losses and errors, by the name's ending."""
-    return metric.endswith(("loss", "error"))
+    """Return whether a smaller value is an improvement: of losses, errors and lengths of codes, by the name."""
+    return metric.endswith(("loss", "error")) or metric.startswith("bits_per_")
 
 
 def _batch_size(value: Any) -> int | Literal["full"]:
