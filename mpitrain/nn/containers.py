@@ -45,8 +45,9 @@ class Sequential(_Container):
 
     def __init__(self, *layers: Layer, **named: Layer) -> None:
         super().__init__(*((str(number), layer) for number, layer in enumerate(layers)), *named.items())
-        trained = [number for number, layer in enumerate(self.layers) if layer.parameters()]
-        self._untrained = trained[0] if trained else len(self.layers)  # at the front, without parameters
+        every = (*layers, *named.values())
+        trained = [number for number, layer in enumerate(every) if layer.parameters()]
+        self._untrained = trained[0] if trained else len(every)  # how many layers at the front have no parameters
 
     @property
     def layers(self) -> tuple[Layer, ...]:

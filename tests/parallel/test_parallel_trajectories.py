@@ -49,7 +49,12 @@ FEED = RowsFeed(owner=by_label)
 
 
 def trained(
-    comm: Communicator, make: Make, network: Network, optimizer: Optimizer, settings: Plan, feed: RowsFeed = FEED
+    comm: Communicator,
+    make: Make,
+    network: Network,
+    optimizer: Optimizer,
+    settings: Plan,
+    feed: RowsFeed = FEED,
 ) -> tuple[Any, FlatBuffer]:
     """Train to the end of the plan; return the method, and where it began."""
     method = make(comm)

@@ -389,7 +389,7 @@ int mpitrain_stream(stream *s) {
   team *t = s->ranks;
   const int64_t chunks = (s->nbytes + t->place_bytes - 1) / t->place_bytes;
   while (s->taken < chunks) {
-    while (s->handed_in < chunks && s->handed_in <= s->reduced + 1) hand_in(s);
+    while (s->handed_in < chunks && s->handed_in < s->reduced + 2 && s->handed_in < s->taken + PLACES) hand_in(s);
     if (s->reduced < chunks && s->reduced < s->taken + 2) {
       if (late(t, COPIED, t->chunks + s->reduced + 1)) return 1;
       reduce_own(s);

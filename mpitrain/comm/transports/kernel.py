@@ -18,7 +18,7 @@ import numpy as np
 
 from mpitrain import _env
 from mpitrain._typing import Array, DType
-from mpitrain.comm.transports.fence import POSTED, Fence
+from mpitrain.comm.transports.fence import LINE_BYTES, POSTED, Fence
 from mpitrain.comm.transports.program import Combine
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
@@ -150,7 +150,7 @@ class Kernel:
         self, memory: Array, rank: int, header_bytes: int, spins: int, progress: Callable[[], object]
     ) -> None:  # fmt: skip
         ranks, row_bytes = memory.shape
-        place_bytes = (row_bytes - header_bytes) // PLACES
+        place_bytes = (row_bytes - header_bytes) // PLACES // LINE_BYTES * LINE_BYTES
         found = library()
         assert found is not None
         self._memory, self.ranks, self._library = memory, ranks, found
