@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +95,15 @@ def test_the_domain_of_a_process_is_read_from_sysfs(tmp_path: Path) -> None:
     assert domain({9}, tmp_path) == (0, 0)  # a machine that tells of no caches
 
 
-@pytest.mark.parametrize("loops", ["compiled", "numpy"])
-@pytest.mark.parametrize("sizes", [(2, 2), (3, 2, 2), (16, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("loops", "sizes"),
+    [
+        *product(("compiled", "numpy"), ((2, 2), (3, 2, 2))),
+        ("compiled", (16, 4, 2)),
+        pytest.param("numpy", (16, 4, 2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_simulated_nodes(loops: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     shared_checks.use_loops(loops, monkeypatch)
     shared_checks.cut_small(monkeypatch, streamed_from_bytes=1)

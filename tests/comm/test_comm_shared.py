@@ -62,7 +62,14 @@ def test_ordinary_threads_pass_the_same_checks(check: Check, size: int) -> None:
 
 @pytest.mark.usefixtures("over_shared_memory")
 @pytest.mark.parametrize("check", [*shared_checks.CHECKS, *CHECKS], ids=lambda check: check.__name__)
-@pytest.mark.parametrize(("size", "ranks_per_node"), [(2, 2), (3, 3), (4, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("over_shared_memory", "size", "ranks_per_node"),
+    [
+        *(("compiled", 2, 2), ("compiled", 3, 3)),  # of several nodes the loops serve none
+        *(("numpy", 2, 2), ("numpy", 3, 3), ("numpy", 4, 2), ("numpy", 3, 1)),
+    ],
+    indirect=["over_shared_memory"],
+)
 def test_threads_over_shared_memory_and_a_network(check: Check, size: int, ranks_per_node: int) -> None:
     def body(comm: Communicator) -> None:
         assert comm.transport == (
