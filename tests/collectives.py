@@ -43,14 +43,14 @@ CAMPAIGNS = {
     "rewritten": Campaign(
         "Two ranks, buffers that each rank writes anew before each turn",
         (
-            "-n", "2", "--peers", "--rounds=2", "--time-s=0.1", "--operations=allreduce", "--buffers=rewritten",
+            "-n", "2", "--peers", "--time-s=0.1", "--operations=allreduce", "--buffers=rewritten",
             f"--sizes={LARGE}", CALLS,
         ),
     ),
     "rotating": Campaign(
         "Two ranks, buffers that are never in the cache",
         (
-            "-n", "2", "--peers", "--rounds=2", "--time-s=0.1", "--operations=allreduce", "--buffers=rotating",
+            "-n", "2", "--peers", "--time-s=0.1", "--operations=allreduce", "--buffers=rotating",
             f"--sizes={LARGE}", CALLS,
         ),
     ),
