@@ -74,7 +74,7 @@ class MpiCommunicator(Communicator):
         self, comm: MPI.Intracomm, ledger: Ledger, channel: Channel, name: str = "", timeout_s: float | None = None
     ) -> None:  # fmt: skip
         super().__init__(comm.Get_rank(), comm.Get_size(), ledger, Watch(ledger.axis, channel, timeout_s))
-        self._channel, self._name, self._splits = channel, name, 0
+        self._channel, self._name, self._splits, self._checkers = channel, name, 0, 0
         self._windows: list[MPI.Win] = []
         self._comm = comm
         self.library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")
@@ -223,7 +223,8 @@ class MpiCommunicator(Communicator):
         group = self._comm.Get_group()
         members = group.Translate_ranks(None, self._channel.group)
         group.Free()
-        return Checker(self._channel, self._name, members, self.rank, self._watch)
+        self._checkers += 1  # a note of one that was switched off must not be taken for one of the next
+        return Checker(self._channel, f"{self._name}@{self._checkers}", members, self.rank, self._watch)
 
     def abort(self, code: int = 1) -> NoReturn:
         """End all ranks of the job at once, with this exit code."""

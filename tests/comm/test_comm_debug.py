@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conformance import CHECKS
 
-from mpitrain._errors import InputError
+from mpitrain._errors import InputError, MismatchError
 from mpitrain.comm import Communicator, LocalWorld, Request
 from mpitrain.comm.calls import Call, Prepared
 from mpitrain.comm.callsite import call_site
@@ -141,6 +141,16 @@ def test_right_programs_pass_in_debug_mode(world: Communicator, check: Callable[
     with part:
         part.debug = True
         check(part)
+
+
+@pytest.mark.mpi
+def test_it_may_be_switched_off_and_on_again_after_an_error(world: Communicator) -> None:
+    with world.split(0) as part:
+        for _ in range(20 if world.size > 1 else 0):
+            part.debug = True
+            with pytest.raises(MismatchError, match=r"#1 allreduce"):
+                part.allreduce(np.zeros(5 + (part.rank == 0)))
+            part.debug = False
 
 
 @pytest.mark.mpi
