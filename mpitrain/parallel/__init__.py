@@ -3,6 +3,15 @@
 from mpitrain.parallel.averaging import ModelAveraging
 from mpitrain.parallel.data import DataParallel
 from mpitrain.parallel.gradient import GradientParallel
+from mpitrain.parallel.reproducible import ReproducibleDataParallel, ReproducibleGradientParallel
 from mpitrain.parallel.synchronous import Synchronous, Tally
 
-__all__ = ["DataParallel", "GradientParallel", "ModelAveraging", "Synchronous", "Tally"]
+__all__ = [
+    "DataParallel",
+    "GradientParallel",
+    "ModelAveraging",
+    "ReproducibleDataParallel",
+    "ReproducibleGradientParallel",
+    "Synchronous",
+    "Tally",
+]
