@@ -98,8 +98,13 @@ class Assembly:
         return "valid" if "valid" in self.held_out else "test"
 
 
-def assemble(job: Job, comm: Communicator) -> Assembly:
+def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = None) -> Assembly:
     """Build and set up the parts of a job.
+
+    Parameters
+    ----------
+    optimizer : Optimizer, optional
+        Taken instead of the job's own (`job_optimizer`), e.g. one that looks on.
 
     Raises
     ------
@@ -117,7 +122,7 @@ def assemble(job: Job, comm: Communicator) -> Assembly:
     steps_per_epoch = feed.share(*method.shares[0], job.method.microbatches).steps_per_epoch
     steps = job.train.steps or (job.train.epochs or 1) * steps_per_epoch
     model = build_model(job, samples.facts)
-    method.setup(model, _optimizer(job), _plan(job, feed.batch_size, steps))
+    method.setup(model, optimizer or job_optimizer(job), _plan(job, feed.batch_size, steps))
     held_out = {
         kind: partial(_evaluation_batches, part, job.dtype, method.shares) for kind, part in samples.held_out.items()
     }
@@ -294,7 +299,8 @@ def _loss(job: Job, facts: Facts) -> Loss:
     return built
 
 
-def _optimizer(job: Job) -> optim.Optimizer:
+def job_optimizer(job: Job) -> optim.Optimizer:
+    """Return the optimizer of a job."""
     section = job.optimizer
     options = section.model_dump(exclude={"kind", "lr", "schedule", "clip_norm", "clip_value"})
     return optim.make_optimizer(section.kind, **options)
@@ -344,4 +350,4 @@ def _cadence(job: Job, steps: int, steps_per_epoch: int) -> Cadence:
     )
 
 
-__all__ = ["Assembly", "Samples", "assemble", "build_model", "load_samples", "single_numbers"]
+__all__ = ["Assembly", "Samples", "assemble", "build_model", "job_optimizer", "load_samples", "single_numbers"]

@@ -102,8 +102,7 @@ def train_job(
         if resume is not None and comm.rank == 0:
             _check_same_job(job, resume)
     parts = assemble(job, comm)
-    set_blas_threads(comm, 1 if job.reproducible else None)  # of libraries, too, that came with the data set
-    bits = agreed_fingerprint(comm, fingerprint()) if job.reproducible else None
+    bits = settle_arithmetic(job, comm)
     directory = RunDirectory.create(comm, job.name, resume=resume) if resume is not None else None
     if directory:
         _check_same_data(parts, directory, comm)
@@ -119,6 +118,18 @@ def train_job(
         _keep_what_runs(job, comm, trainer, directory, bits)
         stopped = trainer.run()
         return _finish(job, comm, trainer, directory, stopped)
+
+
+def settle_arithmetic(job: Job, comm: Communicator) -> Fingerprint | None:
+    """Set the threads of BLAS, also of what came with the data set; return the fingerprint of a reproducible job.
+
+    Notes
+    -----
+    Collective.  A reproducible job has one thread a rank, unless the user set a thread variable: with a share of the
+    CPUs, the bits would depend on the number of ranks.
+    """
+    set_blas_threads(comm, 1 if job.reproducible else None)
+    return agreed_fingerprint(comm, fingerprint()) if job.reproducible else None
 
 
 def _recording(comm: Communicator, trainer: Trainer, directory: RunDirectory) -> AbstractContextManager[None]:
