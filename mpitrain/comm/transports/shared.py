@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,9 +29,9 @@ from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import is_half
 from mpitrain.comm.direct import Doing
 from mpitrain.comm.dtypes import UFUNCS
-from mpitrain.comm.transports import entry, topology
+from mpitrain.comm.transports import topology
 from mpitrain.comm.transports.blocks import NOWHERE, PAGE_BYTES, Arena, Place
-from mpitrain.comm.transports.entry import Entry
+from mpitrain.comm.transports.entry import Entry, Loops
 from mpitrain.comm.transports.far import Far, FarStream, FarWorkspace
 from mpitrain.comm.transports.fence import Fence, kind_of
 from mpitrain.comm.transports.kernel import AGAIN, PAST_CACHE_FROM_BYTES, PLACES, CompiledFence, Kernel
@@ -121,6 +121,7 @@ class SharedTransport(Transport):
         self._fence = CompiledFence(lines, self._node.rank, self._kernel) if self._kernel else fence(lines)
         self._stream = self._streams(memory[:, PAGE_BYTES:], chunk_bytes)
         self.least_bytes = 0 if kernel else STREAMED_FROM_BYTES
+        self.always_left_bytes = min(self.least_bytes, SMALLEST_BYTES)
         self._levels = Levels.of(self._node.allgather_object(topology.domain(os.sched_getaffinity(0))))
         self._entry: Entry | None = None
         self._laid_out: dict[tuple[int, ...], Callable[[], object]] = {}
@@ -143,8 +144,8 @@ class SharedTransport(Transport):
             return True
         return send.nbytes >= max(self.least_bytes, SMALLEST_BYTES) and self._by_numpy(send, recv, op)
 
-    def entry(self, watch: Watch, tally: array[int]) -> Callable[[Any, Any, Any], Array | None] | None:
-        """Return what performs plain calls without Python."""
+    def loops(self, watch: Watch) -> Loops | None:
+        """Return what reduces plain arrays without Python."""
         kernel = self._kernel
         if kernel is None:
             return None
@@ -157,9 +158,12 @@ class SharedTransport(Transport):
                 np.divide(into, kernel.ranks, out=into)
             return into
 
-        self._entry = entry.make(kernel, LOCATED_FROM_BYTES, complete, tally)
+        return Loops(kernel, LOCATED_FROM_BYTES, complete)
+
+    def follow(self, entry: Entry) -> None:
+        """Take note of the way from a call to the loops."""
+        self._entry = entry
         self._hold()
-        return None if self._entry is None else self._entry.allreduce
 
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out a reduction."""
