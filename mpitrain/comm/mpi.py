@@ -24,9 +24,9 @@ from mpitrain.comm.debug import Checker
 from mpitrain.comm.ledger import Ledger
 from mpitrain.comm.pieces import Pieces
 from mpitrain.comm.transports import device_choice, entry
-from mpitrain.comm.transports.blocks import PAGE_BYTES
 from mpitrain.comm.transports.choice import choose, ranks_per_node
 from mpitrain.comm.transports.entry import Entry, Library, Ranks
+from mpitrain.comm.transports.pages import PAGE_BYTES
 from mpitrain.comm.transports.transport import Transport
 from mpitrain.comm.watchdog import Watch
 

@@ -27,15 +27,17 @@ import numpy as np
 from mpitrain._errors import MismatchError
 from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import is_half
+from mpitrain.arrays.flatbuffer import plain
 from mpitrain.comm.direct import Doing
 from mpitrain.comm.dtypes import UFUNCS
 from mpitrain.comm.transports import topology
-from mpitrain.comm.transports.blocks import NOWHERE, PAGE_BYTES, Arena, Place
+from mpitrain.comm.transports.blocks import NOWHERE, Arena, Place
 from mpitrain.comm.transports.entry import Entry, Loops
 from mpitrain.comm.transports.far import Far, FarStream, FarWorkspace
 from mpitrain.comm.transports.fence import Fence, kind_of
 from mpitrain.comm.transports.kernel import AGAIN, PAST_CACHE_FROM_BYTES, PLACES, CompiledFence, Kernel
 from mpitrain.comm.transports.levels import Levels
+from mpitrain.comm.transports.pages import PAGE_BYTES
 from mpitrain.comm.transports.program import Combine, perform
 from mpitrain.comm.transports.sharding import CommonMemory, PlannedShard, far_allgather, far_reduce_scatter
 from mpitrain.comm.transports.transport import Planned, Transport
@@ -222,7 +224,7 @@ class SharedTransport(Transport):
         """Lay out the reduction of ordinary arrays, which compiled loops do faster than the library at any size."""
         if self._kernel is None or not self._kernel.streams(buffer.dtype, op):
             return None
-        own = buffer if in_place else np.empty_like(buffer)
+        own = buffer if in_place else plain(buffer.size, buffer.dtype).reshape(buffer.shape)
         run = self._kernel.plan(op, buffer, own, self._node.size if op == "mean" else 0)
         return Planned(run, own if in_place else _read_only(own.view()))
 
