@@ -64,7 +64,7 @@ def test_a_method_is_the_serial_run(job, changes):
     done = mpitrain("verify", job, "-n", "3", "--steps", "8", *settings(**changes))
     assert (done.code, done.err) == (0, "")
     title, loss, *_, verdict = done.out.splitlines()
-    assert title == f"{job}, data=3 against serial: 8 steps in float64, equal if within 1e-10 of the norm"
+    assert title == f"{job}, 3 ranks against serial: 8 steps in float64, equal if within 1e-10 of the norm"
     assert loss.startswith("loss: largest difference ")
     assert verdict == "equal"
     assert "✗" not in done.out
