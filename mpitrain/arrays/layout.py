@@ -81,6 +81,11 @@ class Segment:
         return tuple(stop - start for start, stop in self.box)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all of the tensor is held here."""
+        return self.shape == self.global_shape
+
+    @property
     def size(self) -> int:
         """Number of elements held here."""
         return prod(self.shape)
