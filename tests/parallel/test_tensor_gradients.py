@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-from parallel_reference import assert_close
-from tensor_cases import MODELS, Model, batch_for, boxes, initial, sum_terms, text
+from tensor_cases import MODELS, Model, batch_for, boxes, initial, sum_terms
 
 from mpitrain import nn
 from mpitrain.arrays import FlatBuffer, Key
