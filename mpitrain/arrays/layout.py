@@ -177,6 +177,11 @@ class Layout:
         """Number of trained elements held here."""
         return sum(segment.size for segment in self.segments if segment.group != "statistics")
 
+    @property
+    def global_parameter_count(self) -> int:
+        """Number of trained elements of the whole tensors, wherever they are."""
+        return sum(prod(segment.global_shape) for segment in self.segments if segment.group != "statistics")
+
     def astype(self, dtype: Any) -> Layout:
         """Return the layout of the same tensors, at the same offsets, in another dtype."""
         return replace(self, dtype=np.dtype(dtype))

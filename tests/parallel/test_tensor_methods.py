@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,13 @@ from parallel_cases import (
     plan,
     same_on_all,
 )
-from parallel_reference import assert_close, buffer, clip, descend, network_mean_gradient
+from parallel_reference import buffer, network_mean_gradient
 from tensor_cases import CONTEXT, MODELS, VOCABULARY, Model, boxes, initial
 
-from mpitrain import nn
-from mpitrain._errors import InputError, NonFiniteError
-from mpitrain.arrays import FlatBuffer, Key
-from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
+from mpitrain.arrays import Key
+from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.data.windows import windows
-from mpitrain.optim import Optimizer, make_optimizer
-from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
+from mpitrain.optim import Optimizer
 
 BOUND = 1e-10
 LONG = windows(

@@ -13,7 +13,7 @@ from mpitrain.parallel.tensor.linear import ColumnLinear, RowLinear
 from mpitrain.parallel.tensor.loss import VocabularyCrossEntropy
 from mpitrain.parallel.tensor.network import TensorNetwork
 from mpitrain.parallel.tensor.portion import Portion
-from mpitrain.parallel.tensor.split import TensorGPT, split_mlp
+from mpitrain.parallel.tensor.split import TensorGPT, divided_network, split_mlp
 from mpitrain.parallel.tensor.vocabulary import VocabularyEmbedding, VocabularyUnembedding
 
 __all__ = [
@@ -34,5 +34,6 @@ __all__ = [
     "VocabularyCrossEntropy",
     "VocabularyEmbedding",
     "VocabularyUnembedding",
+    "divided_network",
     "split_mlp",
 ]

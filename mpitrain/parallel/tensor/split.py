@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+
+from mpitrain._errors import InputError
+from mpitrain.comm import Communicator
 from mpitrain.nn import (
     GPT,
+    Activation,
     BatchNorm,
     CausalAttention,
+    CrossEntropy,
     Dropout,
     Embedding,
     Layer,
     LayerNorm,
     Linear,
+    Loss,
     PositionEmbedding,
     Residual,
     Sequential,
@@ -26,6 +34,8 @@ from mpitrain.parallel.tensor.divided import (
     SequencePositions,
 )
 from mpitrain.parallel.tensor.linear import ColumnLinear, RowLinear
+from mpitrain.parallel.tensor.loss import VocabularyCrossEntropy
+from mpitrain.parallel.tensor.network import TensorNetwork
 from mpitrain.parallel.tensor.portion import Portion, Span
 from mpitrain.parallel.tensor.vocabulary import VocabularyEmbedding, VocabularyUnembedding
 
@@ -61,6 +71,43 @@ class TensorGPT(Sequential):
         return self.whole.ties()
 
 
+def divided_network(
+    whole: Layer, loss: Loss, peers: Communicator, dtype: Any = np.float32, sequence: bool = False
+) -> TensorNetwork:
+    """Return this rank's part of a ready-made model, as the `TensorNetwork` that methods train.
+
+    Parameters
+    ----------
+    whole : GPT, or Sequential as for `split_mlp`
+        The model.
+    loss : Loss
+        Of the whole model; a GPT's is `CrossEntropy`.
+    peers : Communicator
+        The ranks that divide it.
+    dtype : dtype
+        As for `Network`.
+    sequence : bool
+        As for `TensorGPT`.
+
+    Raises
+    ------
+    InputError
+        The model, or its loss, cannot be divided, or not among so many ranks.
+    """
+    portion = Portion(peers.rank, peers.size)
+    if isinstance(whole, GPT) and isinstance(loss, CrossEntropy):
+        classes = whole.vocabulary
+        divided = VocabularyCrossEntropy(classes, peers, loss.label_smoothing, loss.unit)
+        return TensorNetwork(TensorGPT(whole, portion, sequence), divided, peers, dtype, classes)
+    if isinstance(whole, Sequential) and not isinstance(whole, GPT) and not sequence:
+        return TensorNetwork(split_mlp(whole, portion), loss, peers, dtype)
+    raise InputError(
+        "tensor-parallel: this model cannot be divided", got=f"{type(whole).__name__} under {type(loss).__name__}",
+        expected="a GPT under CrossEntropy, or linear layers one after the other",
+        remedy="make a layer of ColumnLinear, RowLinear and the like, and a TensorNetwork of it",
+    )  # fmt: skip
+
+
 def split_mlp(whole: Sequential, portion: Portion) -> Sequential:
     """Return a rank's part of a multilayer perceptron, with the same names: by columns, then by rows, and so on.
 
@@ -82,8 +129,8 @@ def split_mlp(whole: Sequential, portion: Portion) -> Sequential:
     layers, here = dict[str, Layer](), None
     left = sum(isinstance(layer, Linear) for layer in whole.layers)
     for name, layer in whole.children:
-        layers[name] = layer if here is None else _of_features(layer, here)
         if not isinstance(layer, Linear):
+            layers[name] = layer if here is None else _of_features(layer, here)
             continue
         left -= 1
         if here is not None or not left:
@@ -96,11 +143,16 @@ def split_mlp(whole: Sequential, portion: Portion) -> Sequential:
 
 def _of_features(layer: Layer, span: Span) -> Layer:
     match layer:
+        case Activation():
+            return layer
         case BatchNorm():
             return FeatureBatchNorm(layer, span)
         case Dropout():
             return FeatureDropout(layer, span)
-    return layer
+    raise InputError(
+        "tensor-parallel: a layer needs all features, which are divided there", got=type(layer).__name__,
+        expected="an activation, BatchNorm or Dropout between two linear layers",
+    )  # fmt: skip
 
 
 def _divided(children: Sequence[tuple[str, Layer]], portion: Portion, sequence: bool) -> dict[str, Layer]:
