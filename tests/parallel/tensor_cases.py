@@ -47,6 +47,7 @@ MODELS = {
     "mlp": Model("mlp", {"hidden": [7], "activation": "tanh"}),
     "mlp of three": Model("mlp", {"hidden": [7, 6], "activation": "gelu", "dropout": 0.3}),
     "mlp of four": Model("mlp", {"hidden": [7, 6, 5], "batch_norm": True, "dropout": 0.2}),
+    "mlp of four, plain": Model("mlp", {"hidden": [7, 6, 5]}),
     "linear": Model("mlp", {"hidden": []}),
     "gpt": Model("gpt", {"dropout": 0.2}),
     "gpt, untied, smoothed": Model("gpt", {"tied": False}, loss=nn.CrossEntropy(0.1)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +23,20 @@ from parallel_cases import (
     last_rank,
     plan,
     same_on_all,
+    schedule,
 )
-from parallel_reference import buffer, network_mean_gradient
+from parallel_reference import buffer, descend, network_mean_gradient
 from tensor_cases import CONTEXT, MODELS, VOCABULARY, Model, boxes, initial
 
-from mpitrain.arrays import Key
-from mpitrain.comm import Communicator, ProcessMesh
+from mpitrain._errors import InputError, MismatchError, NonFiniteError
+from mpitrain.arrays import FlatBuffer, Gradients, Key
+from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
+from mpitrain.data import evaluation_batches
 from mpitrain.data.windows import windows
-from mpitrain.optim import Optimizer
+from mpitrain.optim import Optimizer, make_optimizer
+from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
+from mpitrain.parallel.tensor import TensorNetwork
+from mpitrain.train import checkpoint
 
 BOUND = 1e-10
 LONG = windows(
@@ -90,14 +98,223 @@ CASES = {
     "by label": ({"owner": by_label}, 2),
     "all on the last rank": ({"owner": last_rank}, 1),
 }
-FEW = ("data", "gradient 1")
+FEW = {
+    ("data", "mlp of four", "by label"),
+    ("data", "gpt", "by label"),
+    ("data", "gpt, sequence", "microbatches"),
+    ("gradient 1", "gpt, sequence", "by label"),
+    ("gradient 2", "gpt", "microbatches"),
+}
+"""What runs by default; the others are slow together."""
+
+EVERY = [
+    pytest.param(*each, marks=() if each in FEW else pytest.mark.slow)
+    for each in ((method, name, case) for method in METHODS for name in MODELS for case in CASES)
+    if not (each[0] == "gradient 2" and MODELS[each[1]].sequence)  # which is refused
+]
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_are_the_serial_ones(on_ranks, name, method, case):
-    if method == "gradient 2" and MODELS[name].sequence:
-        pytest.skip("refused")
+@pytest.mark.parametrize(("method", "name", "case"), EVERY)
+def test_gradients_are_the_serial_ones(on_ranks, method, name, case):
     options, microbatches = CASES[case]
     on_ranks(check_gradients, MODELS[name], METHODS[method], feed_for(MODELS[name], **options), microbatches)
+
+
+def check_trajectory(comm: Communicator, name: str, method: str, optimizer: str, bounds: dict[str, float]) -> None:
+    """Parameters after some steps, which is where wrong norms show: of clipping, and of LAMB's ratios."""
+    model, steps = MODELS[name], 4
+    feed, serial = feed_for(model, owner=by_label), model.serial()
+
+    def mean_gradient(params: FlatBuffer, step: int) -> FlatBuffer:
+        return network_mean_gradient(serial, params, feed.whole(step), keys(step, 1))[1]
+
+    start = initial(serial, SEED)
+    expected = descend(start, make_optimizer(optimizer), mean_gradient, steps, schedule, **bounds)
+    batches = list(evaluation_batches(feed.dataset, 4, dtype=np.float64))
+    metrics = serial.metrics(_added([serial.sums(expected, batch) for batch in batches]))
+    with meshes(comm) as made:
+        for mesh in made:
+            trained = ready(mesh, model, METHODS[method], make_optimizer(optimizer), steps, **bounds)
+            trained.advance(feed, until=steps)
+            for tensor, values in boxes(trained.params.layout, expected.views).items():
+                size = np.linalg.norm(values - boxes(trained.params.layout, start.views)[tensor])
+                assert np.linalg.norm(trained.params.views[tensor] - values) <= 1e-9 * max(size, 1e-3), tensor
+            group = mesh["data"]
+            own = list(evaluation_batches(feed.dataset, 4, group.rank, group.size, np.float64))
+            found = trained.evaluate(own)
+            assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-9)
+            np.testing.assert_array_equal(found["confusion"], metrics["confusion"])
+            same_on_all(comm, (trained.weights_sha256(), found["loss"]))
+
+
+def _added(sums: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: np.sum([each[name] for each in sums], axis=0) for name in sums[0]}
+
+
+NORM = {"clip_norm": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "optimizer", "bounds"),
+    [
+        ("gpt, sequence", "data", "lamb", NORM),
+        ("gpt", "gradient 1", "lamb", NORM),
+        ("mlp of three", "gradient 2", "adam", NORM),
+        pytest.param("mlp of three", "data", "adam", NORM | {"clip_value": 0.01}, marks=pytest.mark.slow),
+        pytest.param("gpt, untied, smoothed", "gradient 2", "lamb", NORM, marks=pytest.mark.slow),
+    ],
+)
+def test_steps_are_the_serial_ones(on_ranks, name, method, optimizer, bounds):
+    on_ranks(check_trajectory, name, method, optimizer, bounds)
+
+
+def check_hash(comm: Communicator) -> None:
+    """The hash of weights does not tell how they are divided."""
+    model = MODELS["gpt, sequence"]
+    whole = initial(model.serial(), SEED)
+    with meshes(comm) as made:
+        for mesh in made:
+            for make in (DataParallel, GradientParallel):
+                method = ready(mesh, model, make, make_optimizer("sgd"), 1)
+                assert method.weights_sha256() == whole.sha256()
+
+
+def test_the_hash_of_the_weights_is_that_of_the_whole_model(on_ranks):
+    on_ranks(check_hash)
+
+
+EXCHANGES = [("data", 4, "data", 1), ("data", 1, "gradient 2", 4), ("gradient 1", 4, "data", 3), ("data", 3, "data", 4)]
+
+
+@pytest.mark.parametrize(("writer", "writers", "reader", "readers"), EXCHANGES)
+def test_checkpoints_pass_between_meshes(tmp_path: Path, writer: str, writers: int, reader: str, readers: int):
+    """What a mesh has written goes on on any other, and on one rank, where it would have gone."""
+    model = MODELS["gpt"]
+    feed, layout = feed_for(model), model.serial().layout
+
+    def method_on(comm: Communicator, name: str) -> Any:
+        data, tensor = SHAPES[comm.size][0]
+        return ready(ProcessMesh(comm, data=data, tensor=tensor), model, METHODS[name], make_optimizer("adam"), 4)
+
+    def outcome(method: Any) -> tuple[str, float]:
+        digest = method.weights_sha256()
+        method.advance(feed, until=4)
+        share = feed.share(method.comm.rank, method.comm.size, 1).batch(0)
+        return digest, method.evaluate(share)["loss"]
+
+    def write(comm: Communicator) -> tuple[str, float]:
+        method = method_on(comm, writer)
+        method.advance(feed, until=2)
+        checkpoint.save(tmp_path, 2, method.state(), comm, layout)
+        return outcome(method)
+
+    def read(comm: Communicator) -> tuple[str, float]:
+        found = checkpoint.load(tmp_path / "step-00000002", comm, layout)
+        method = method_on(comm, reader)
+        method.load(found.scalars, found.read)
+        return outcome(method)
+
+    digest, loss = LocalWorld(writers).run(write)[0]
+    for found in LocalWorld(readers).run(read):
+        assert found == (digest, pytest.approx(loss, rel=1e-9))
+
+
+class Spoiled(TensorNetwork):
+    """A model one rank of which computes a gradient that is not a number, and tells nobody."""
+
+    at = -1
+
+    def loss_and_gradients(self, params: Any, batch: Any, grads: Gradients, *others: Any) -> tuple[float, float]:
+        found = super().loss_and_gradients(params, batch, grads, *others)
+        if self.at >= 0:
+            grads.tree["head"]["weight"][0, 0] = np.nan
+        return found
+
+
+def check_not_finite(comm: Communicator, make: Make) -> None:
+    with meshes(comm) as made:
+        for mesh in made:
+            model = MODELS["gpt, untied, smoothed"]
+            divided = model.divided(mesh["tensor"])
+            divided.__class__ = Spoiled
+            divided.at = 0 if comm.rank == comm.size - 1 else -1
+            method = make(mesh["data"], across=mesh["tensor"])
+            method.setup(divided, make_optimizer("sgd"), plan(2))
+            with pytest.raises(NonFiniteError) as caught:
+                method.advance(feed_for(model), until=1)
+            culprit = mesh.shape["data"] - 1
+            assert f"ranks whose own samples gave it: [{culprit}]; tensors: head.weight" in str(caught.value)
+            same_on_all(comm, str(caught.value).partition("rank")[0])
+
+
+@pytest.mark.parametrize("method", ["data", "gradient 1"])
+def test_what_only_one_rank_sees_ends_the_step_on_all(on_ranks, method):
+    on_ranks(check_not_finite, METHODS[method])
+
+
+def check_stop(comm: Communicator) -> None:
+    model = MODELS["mlp of three"]
+    with meshes(comm) as made:
+        for mesh in made:
+            method = ready(mesh, model, DataParallel, make_optimizer("sgd"), 9)
+            method.advance(feed_for(model), until=2)
+            if comm.rank == comm.size - 1:
+                method.request_stop()
+            progress = method.advance(feed_for(model), until=9)
+            assert (progress.step, progress.stop_requested) == (3, True)
+
+
+def test_a_stop_that_one_rank_asks_for_stops_all(on_ranks):
+    on_ranks(check_stop)
+
+
+class Differing(TensorNetwork):
+    """A model whose initial values depend on the rank."""
+
+    def initialise(self, params: FlatBuffer, key: Key) -> None:
+        super().initialise(params, key)
+        params.views["norm.gamma"][0] += self.peers.rank
+
+
+def test_tensors_that_all_ranks_hold_are_compared_at_the_start():
+    def check(comm: Communicator) -> None:
+        divided = MODELS["gpt"].divided(comm)
+        divided.__class__ = Differing
+        DataParallel(comm.split(comm.rank), across=comm).setup(divided, make_optimizer("sgd"), plan(1))
+
+    with pytest.raises(MismatchError, match=r"initial parameters differ between ranks; got .* on ranks \[1, 2\]"):
+        LocalWorld(3).run(check)
+
+
+def test_what_does_not_go_with_a_divided_model_is_refused():
+    def refused(comm: Communicator, make: Any, sequence: bool = False) -> None:
+        method = make(comm.split(comm.rank), across=comm)
+        method.setup(MODELS["gpt, sequence" if sequence else "gpt"].divided(comm), make_optimizer("sgd"), plan(1))
+
+    cases = [
+        (partial(DataParallel, codec="fp16"), False, "a codec keeps what it leaves out for whole tensors"),
+        (partial(ModelAveraging, average_every=2), False, "ranks that divide a model take every step together"),
+        (partial(GradientParallel, stage=2), True, "stage 2 reduces gradients while ranks have only terms of some"),
+    ]
+    for make, sequence, message in cases:
+        with pytest.raises(InputError, match=message):
+            LocalWorld(2).run(refused, make, sequence)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["gpt", "gpt, sequence"])
+def test_memory_is_that_of_the_formula(size: int, name: str):
+    """Parameters, gradients and Adam's state of the largest part, but for the padding of each tensor."""
+
+    def held(comm: Communicator) -> tuple[int, int]:
+        method = DataParallel(comm.split(comm.rank), across=comm)
+        method.setup(MODELS[name].divided(comm, np.float32), make_optimizer("adam"), plan(1))
+        arrays = [method.params.flat, method.grads.flat, *method.optimizer_state.values()]
+        return sum(array.nbytes for array in arrays), len(method.params.layout)
+
+    w, h, layers, heads = 20, 9, 2, 5
+    most = {"heads": -(-heads // size) * w // heads, "units": -(-h // size), "tokens": -(-VOCABULARY // size)}
+    divided = most["tokens"] * w + layers * (4 * w * most["heads"] + 3 * most["heads"] + (2 * w + 1) * most["units"])
+    repeated = (CONTEXT + 2) * w + layers * 6 * w
+    for nbytes, tensors in LocalWorld(size).run(held)[:1]:
+        assert 0 <= nbytes - 4 * 4 * (divided + repeated) < 4 * 64 * tensors
