@@ -125,9 +125,9 @@ def test_what_does_not_fit_is_said_in_one_line(file: Path, settings: list[str], 
 
 @pytest.mark.parametrize("model", ['kind = "cnn"', 'build = "my.py:build"'])
 def test_a_model_that_cannot_be_divided_is_told_what_can_be_done(model: str):
-    text = f'[data]\nsource = "digits"\n[model]\n{model}\n[optimizer]\nkind = "sgd"\n[train]\nsteps = 1\n[mesh]\ntensor = 2'
+    text = f'[data]\nsource = "digits"\n[model]\n{model}\n[optimizer]\nkind = "sgd"\n[train]\nsteps = 1\n'
     with pytest.raises(JobError) as caught:
-        Job.from_toml(text, "a.toml")
+        Job.from_toml(f"{text}[mesh]\ntensor = 2", "a.toml")
     kind = "build" if "build" in model else "cnn"
     assert (
         f'mesh.tensor: does not divide model.kind = "{kind}"; got 2; expected 1, or model.kind = "gpt" or "mlp"; '
@@ -162,20 +162,17 @@ def test_a_run_is_the_same_on_every_mesh_and_goes_on_on_another(tmp_path: Path, 
     assert generate(other, "the ", 9) == generate(one, "the ", 9)
 
 
+@pytest.mark.slow
 def test_a_perceptron_is_divided_by_a_job_too(tmp_path: Path):
     pytest.importorskip("sklearn")
     text = (
         'dtype = "float64"\n[data]\nsource = "wine"\n[model]\nkind = "mlp"\nhidden = [7, 5]\nbatch_norm = true\n'
         'dropout = 0.2\n[optimizer]\nkind = "adam"\n[train]\nsteps = 3\n'
     )
-    made = [
-        LocalWorld(size).run(
-            lambda comm, settings: train_job(
-                Job.from_toml(text, "a.toml", settings), comm, run_dir=tmp_path / str(comm.size)
-            ),
-            settings,
-        )[0]
-        for size, settings in ((1, []), (4, ["mesh.tensor=2"]))
-    ]
+
+    def trained(comm: Communicator, *settings: str) -> dict[str, Any]:
+        return train_job(Job.from_toml(text, "a.toml", settings), comm, run_dir=tmp_path / str(comm.size))
+
+    made = [LocalWorld(1).run(trained)[0], LocalWorld(4).run(trained, "mesh.tensor=2")[0]]
     assert made[1]["metrics"] == pytest.approx(made[0]["metrics"], rel=1e-9)
     assert made[1]["confusion"] == made[0]["confusion"]
