@@ -37,10 +37,11 @@ def moved(network: nn.Network) -> FlatBuffer:
     return params
 
 
-def check_pass(comm: Communicator, model: Model, rows: int) -> None:
-    """Loss, count and every gradient, per tensor, and their norm."""
+def check_pass(comm: Communicator, model: Model, rows: int, batch: Batch | None = None) -> None:
+    """Loss, count and every gradient, per tensor."""
     serial, divided = model.serial(), model.divided(comm)
-    batch, whole, part = batch_for(model, rows), moved(serial), FlatBuffer(divided.layout)
+    batch = batch or batch_for(model, rows)
+    whole, part = moved(serial), FlatBuffer(divided.layout)
     for name, values in boxes(divided.layout, whole.views).items():
         part.views[name][...] = values
     expected, found = FlatBuffer(serial.layout), FlatBuffer(divided.layout)
@@ -63,6 +64,11 @@ def check_pass(comm: Communicator, model: Model, rows: int) -> None:
 @pytest.mark.parametrize("rows", [5, 0])
 def test_gradients_are_those_of_the_whole_model(on_ranks, name, rows):
     on_ranks(check_pass, MODELS[name], rows)
+
+
+@pytest.mark.parametrize("name", ["gpt", "gpt, sequence"])
+def test_a_sequence_may_be_shorter_than_the_ranks_are_many(on_ranks, name):
+    on_ranks(check_pass, MODELS[name], 4, text(4, 2))
 
 
 class Integers(nn.MeanSquaredError):
