@@ -5,7 +5,7 @@
 Every contestant takes the same step: ``--batch`` windows in all, Adam, float32, one BLAS thread a rank.  "alone" is
 rank 0 with the whole batch while the others wait.  Figures are medians over rounds of the slowest rank, ratios medians
 of each round's ratio.  Memory is what parameters, gradients and optimizer state take, against the formula of
-``docs/model-parallel.md``.
+``docs/tensor-parallel.md``.
 """
 
 from __future__ import annotations

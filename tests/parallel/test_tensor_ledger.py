@@ -1,4 +1,4 @@
-"""What a step of a divided model sends is what the formulas of ``docs/model-parallel.md`` say, and nothing else."""
+"""What a step of a divided model sends is what the formulas of ``docs/tensor-parallel.md`` say, and nothing else."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def job(file: Path, *settings: str) -> Job:
         ([], 3, 3, None),
         (["mesh.tensor=2"], 4, 2, 2),
         (["mesh.tensor=2", "mesh.data=2", 'method.kind="gradient"', "method.stage=2"], 4, 2, 2),
-        (["mesh.tensor=3", "mesh.sequence_parallel=true"], 3, 1, 3),
+        (["mesh.tensor=3", "mesh.sequence_parallel=true", "train.batch_size=2"], 3, 1, 3),
     ],
 )
 def test_a_line_puts_the_ranks_on_a_mesh(file: Path, settings: list[str], size: int, data: int, tensor: int | None):
