@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Plan
 from mpitrain.optim import Optimizer, State, clip_value, finite, scale, squared_norm
+
+if TYPE_CHECKING:
+    from mpitrain.method.tiles import Tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +42,16 @@ class Part:
     params: Array
     grads: Array
     state: State
+
+    def cut(self, start: int, stop: int) -> Part:
+        """Return the part of it that lies at ``[start, stop)`` of the flat range, as views."""
+        where = slice(start - self.shard.start, stop - self.shard.start)
+        state = {slot: array[where] for slot, array in self.state.items()}
+        return Part(self.shard.layout.shard(start, stop), self.params[where], self.grads[where], state)
+
+    def partials(self, optimizer: Optimizer, step: int) -> Array | None:
+        """Return what an optimizer needs of whole tensors, as sums over this part; see `Optimizer.partials`."""
+        return optimizer.partials(self.params, self.grads, self.state, step, self.shard)
 
 
 @dataclass(frozen=True)
@@ -151,39 +165,54 @@ def divide(parts: Sequence[Part], count: float) -> None:
         namespace(part.grads).divide(part.grads, part.grads.dtype.type(count), out=part.grads)
 
 
-def clip(parts: Sequence[Part], plan: Plan, reach: Reach = _ALL_HERE) -> None:
+def clip(parts: Sequence[Part], plan: Plan, reach: Reach = _ALL_HERE, tiles: Tiles | None = None) -> None:
     """Clip mean gradients in place, by value and then by global norm.
 
     Parameters
     ----------
     reach : Reach
         Over which ranks the squared norms of parts are summed (collective); by default these parts are everything.
+    tiles : Tiles, optional
+        Sums them instead, with the same bits on every layout.
     """
     if plan.clip_value is not None:
         for part in parts:
             clip_value(part.grads, part.shard, plan.clip_value)
     if plan.clip_norm is not None:
-        partial = sum(squared_norm(part.grads, part.shard, reach.elsewhere) for part in parts)
-        norm = float(np.sqrt(reach.sum(np.array(partial, np.float64))))
+        norm = float(np.sqrt(tiles.squared_norm() if tiles else _squared_norm(parts, reach)))
         if norm > plan.clip_norm:
             for part in parts:
                 scale(part.grads, part.shard, plan.clip_norm / norm)
 
 
+def _squared_norm(parts: Sequence[Part], reach: Reach) -> float:
+    partial = sum(squared_norm(part.grads, part.shard, reach.elsewhere) for part in parts)
+    return float(reach.sum(np.array(partial, np.float64)))
+
+
 def update(
-    optimizer: Optimizer, parts: Sequence[Part], plan: Plan, step: int, reach: Reach = _ALL_HERE
-) -> None:  # fmt: skip
-    """Run the optimizer on every part; ``reach`` sums what it needs of whole tensors, as in `clip`."""
-    partials = [optimizer.partials(each.params, each.grads, each.state, step, each.shard) for each in parts]
-    needed = [partial for partial in partials if partial is not None]
-    totals: Array | None = sum(needed[1:], start=needed[0]) if needed else None
-    if totals is not None:
-        if reach.elsewhere:
-            totals[sorted(reach.elsewhere)] = 0
-        totals = reach.sum(totals)
+    optimizer: Optimizer,
+    parts: Sequence[Part],
+    plan: Plan,
+    step: int,
+    reach: Reach = _ALL_HERE,
+    tiles: Tiles | None = None,
+) -> None:
+    """Run the optimizer on every part; ``reach`` or ``tiles`` sum what it needs of whole tensors, as in `clip`."""
+    totals = tiles.totals(optimizer, step) if tiles else _totals(optimizer, parts, step, reach)
     lr = plan.schedule(step)
     for each in parts:
         optimizer.update(each.params, each.grads, each.state, lr, step, each.shard, totals)
+
+
+def _totals(optimizer: Optimizer, parts: Sequence[Part], step: int, reach: Reach) -> Array | None:
+    needed = [partial for each in parts if (partial := each.partials(optimizer, step)) is not None]
+    if not needed:
+        return None
+    totals: Array = sum(needed[1:], start=needed[0])
+    if reach.elsewhere:
+        totals[sorted(reach.elsewhere)] = 0
+    return reach.sum(totals)
 
 
 def add_sums(total: dict[str, Array] | None, sums: Mapping[str, Array]) -> dict[str, Array]:

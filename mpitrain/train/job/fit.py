@@ -27,6 +27,7 @@ def misfits(job: Job) -> Iterator[Problem]:
     yield from _optimizer_and_batches(job)
     yield from _mesh_and_model(job)
     yield from _mesh_and_method(job)
+    yield from _reproducible(job)
 
 
 def _model_and_data(job: Job) -> Iterator[Problem]:
@@ -96,3 +97,23 @@ def _mesh_and_method(job: Job) -> Iterator[Problem]:
         yield Problem("method.average_every", "does not go with mesh.tensor > 1", method.average_every, "0")
     if mesh.sequence_parallel and method.kind == "gradient" and method.stage == 2:
         yield Problem("mesh.sequence_parallel", "does not go with method.stage = 2", True, "false, or method.stage = 1")
+    if job.reproducible:
+        yield Problem("reproducible", "does not go with mesh.tensor > 1", True, "false")
+
+
+def _reproducible(job: Job) -> Iterator[Problem]:
+    lanes, method, batch_size = job.lanes, job.method, job.train.batch_size
+    if not job.reproducible:
+        if lanes is not None:
+            yield Problem("lanes", "is for jobs that are reproducible", lanes, "reproducible = true beside it")
+        return
+    if lanes is not None and batch_size != "full" and lanes > batch_size:
+        yield Problem("lanes", "is more than the samples of a batch", lanes, f"at most train.batch_size = {batch_size}")
+    if method.codec:
+        what = "rounds by what each rank has, so that no run of reproducible = true may use it"
+        yield Problem("method.codec.kind", what, method.codec.kind, "no codec")
+    if method.average_every:
+        what = "gives another model on every number of ranks, so that no run of reproducible = true may use it"
+        yield Problem("method.average_every", what, method.average_every, "0")
+    if job.device == "gpu":
+        yield Problem("device", "is not shown to be reproducible yet", job.device, '"cpu"')
