@@ -52,11 +52,13 @@ def steps(method: DataParallel, feed: Windows) -> Steps:
 
 
 def predicted_bytes(options: Any, ranks: int) -> float:
-    """Parameters, gradients and Adam's two moments in float32, as the documentation has it."""
-    w, h, layers = options.width, 4 * options.width, options.layers
-    divided = VOCABULARY * w + layers * (4 * w * w + 2 * w * h + 3 * w + h)
+    """Parameters, gradients and Adam's two moments in float32 of rank 0, whose parts are the largest."""
+    w, layers = options.width, options.layers
+    tokens, heads, units = (-(-size // ranks) for size in (VOCABULARY, options.heads, 4 * w))
+    columns = heads * w // options.heads
+    divided = tokens * w + layers * (4 * w * columns + 3 * columns + (2 * w + 1) * units)
     repeated = (options.context + 2) * w + layers * 6 * w
-    return 4 * 4 * (divided / ranks + repeated)
+    return 4.0 * 4 * (divided + repeated)
 
 
 def held_bytes(method: DataParallel) -> int:

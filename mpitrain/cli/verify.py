@@ -68,6 +68,10 @@ class Side:
     overrides: tuple[str, ...] = ()
 
 
+_ONE_RANK = ("mesh.data=1", "mesh.tensor=1", "mesh.sequence_parallel=false")
+"""Whatever the mesh of the job is."""
+
+
 def side(layout: str) -> Side:
     """Return the side of a layout: ``serial``, or the sizes of axes, as ``data=2``.
 
@@ -77,7 +81,7 @@ def side(layout: str) -> Side:
         It is neither.
     """
     if layout == "serial":
-        return Side(layout, 1)
+        return Side(layout, 1, _ONE_RANK)
     sizes: dict[str, int] = {}
     for part in layout.split(","):
         axis, _, size = part.strip().partition("=")

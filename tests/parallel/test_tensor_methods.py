@@ -33,7 +33,7 @@ from mpitrain.arrays import FlatBuffer, Gradients, Key
 from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
 from mpitrain.data import evaluation_batches
 from mpitrain.data.windows import windows
-from mpitrain.optim import Optimizer, make_optimizer
+from mpitrain.optim import SGD, Optimizer, make_optimizer
 from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
 from mpitrain.parallel.tensor import TensorNetwork
 from mpitrain.train import checkpoint
@@ -129,7 +129,7 @@ def check_trajectory(comm: Communicator, name: str, method: str, optimizer: str,
         return network_mean_gradient(serial, params, feed.whole(step), keys(step, 1))[1]
 
     start = initial(serial, SEED)
-    options = {"adapt": "trained"} if optimizer == "lamb" else {}  # norms of what all ranks hold matter too
+    options = {"adapt": "trained"} if optimizer == "lamb" else {}
     chosen = make_optimizer(optimizer, **options)
     expected = descend(start, chosen, mean_gradient, steps, schedule, **bounds)
     batches = list(evaluation_batches(feed.dataset, 4, dtype=np.float64))
@@ -168,6 +168,38 @@ NORM = {"clip_norm": 0.05}
 )
 def test_steps_are_the_serial_ones(on_ranks, name, method, optimizer, bounds):
     on_ranks(check_trajectory, name, method, optimizer, bounds)
+
+
+class Norms(SGD):
+    """Asks for the squared norm of each tensor, and keeps what it is told."""
+
+    slots = ()
+
+    def partials(self, params: Any, grads: Any, state: Any, step: Any, shard: Any) -> np.ndarray:
+        found = np.zeros((len(shard.layout), 1))
+        for number, piece in shard.pieces:
+            found[number] = params[piece] @ params[piece]
+        return found
+
+    def update(self, *arguments: Any) -> None:
+        object.__setattr__(self, "told", arguments[-1])
+
+
+def check_totals(comm: Communicator, make: Make) -> None:
+    model = MODELS["gpt, sequence"]
+    whole = initial(model.serial(), SEED)
+    with meshes(comm) as made:
+        for mesh in made:
+            norms = Norms()
+            method = ready(mesh, model, make, norms, 1)
+            method.advance(feed_for(model), until=1)
+            expected = [np.sum(whole.views[segment.name] ** 2) for segment in method.params.layout]
+            np.testing.assert_allclose(norms.told[:, 0], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["data", "gradient 1"])
+def test_what_optimizers_need_of_whole_tensors_counts_each_element_once(on_ranks, method):
+    on_ranks(check_totals, METHODS[method])
 
 
 def check_hash(comm: Communicator) -> None:

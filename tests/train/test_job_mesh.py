@@ -109,6 +109,7 @@ def test_another_number_of_ranks_than_the_mesh_needs_is_said(file: Path, setting
         ),
         (["mesh.sequence_parallel=true"], "mesh.sequence_parallel: needs ranks that divide the model; got true"),
         (["mesh.tensor=2", 'method.codec="fp16"'], "method.codec.kind: does not go with mesh.tensor > 1; got "),
+        (["mesh.tensor=2", "reproducible=true"], "reproducible: does not go with mesh.tensor > 1; got true; expected "),
         (["mesh.tensor=2", "method.average_every=2"], "method.average_every: does not go with mesh.tensor > 1"),
         (
             ["mesh.tensor=2", "mesh.sequence_parallel=true", 'method.kind="gradient"', "method.stage=2"],
