@@ -60,8 +60,16 @@ def check_pass(comm: Communicator, model: Model, rows: int, batch: Batch | None 
         assert not found.flat.any()
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("rows", [5, 0])
+WITH_NONE = ("mlp of four", "gpt, sequence")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        *((name, 5) for name in MODELS),
+        *(pytest.param(name, 0, marks=[] if name in WITH_NONE else pytest.mark.slow) for name in MODELS),
+    ],
+)
 def test_gradients_are_those_of_the_whole_model(on_ranks, name, rows):
     on_ranks(check_pass, MODELS[name], rows)
 
