@@ -14,9 +14,11 @@ from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.parallel import DataParallel, GradientParallel
 from mpitrain.parallel.tensor import TensorNetwork
 from mpitrain.train.assembly import assemble
+from mpitrain.train.comparison import compare
 from mpitrain.train.generate import generate
 from mpitrain.train.job import Job
 from mpitrain.train.predictor import Predictor
+from mpitrain.train.record import record
 from mpitrain.train.session import _check_same_job, train_job
 
 TOML = """
@@ -161,6 +163,17 @@ def test_a_run_is_the_same_on_every_mesh_and_goes_on_on_another(tmp_path: Path, 
     np.testing.assert_allclose(other.params.flat, one.params.flat, rtol=1e-9, atol=1e-12)
     assert other.params.sha256() == results[0]["weights_sha256"]
     assert generate(other, "the ", 9) == generate(one, "the ", 9)
+
+
+def test_norms_of_tensors_that_ranks_hold_in_other_pieces_are_verified(file: Path):
+    """The shards along data are cut elsewhere on each of the ranks that divide the model, here within positions."""
+    settings = ["data.options.context=40", "model.width=6", 'method.kind="gradient"', "mesh.tensor=2"]
+
+    def recorded(comm: Communicator, *more: str) -> Any:
+        return record(job(file, *settings, *more), comm, 2)
+
+    (found, *_), (expected,) = LocalWorld(4).run(recorded), LocalWorld(1).run(recorded, "mesh.tensor=1")
+    assert compare(found, expected, 1e-10).first is None
 
 
 @pytest.mark.slow
