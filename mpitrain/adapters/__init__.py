@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
     home, extra = _HOMES[name]
     try:
         return getattr(import_module(f"mpitrain.adapters.{home}"), name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise MissingExtraError(
             f"{name} needs a library that is not there", operation="mpitrain.adapters", got=str(error),
             remedy=f"pip install 'mpitrain[{extra}]'",

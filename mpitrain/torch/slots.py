@@ -10,11 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
 
 _OPERATION = "DistributedOptimizer"
+
+_HOOKS: Any = WeakTensorKeyDictionary()
+"""The hook that moves a parameter's gradient; not kept on the parameter, which may be pickled."""
 
 
 class GradientSlot:
@@ -50,11 +54,10 @@ class GradientSlot:
 
     def _take_over(self) -> None:
         """Move this parameter's gradients from now on; an earlier optimizer no longer does."""
-        earlier = getattr(self.param, "_mpitrain_hook", None)
-        if earlier is not None:
-            earlier.remove()
+        if self.param in _HOOKS:
+            _HOOKS[self.param].remove()
         self.param.grad = None
-        self.param._mpitrain_hook = self.param.register_post_accumulate_grad_hook(self._move)
+        _HOOKS[self.param] = self.param.register_post_accumulate_grad_hook(self._move)
 
     def zero(self) -> None:
         """Begin a step; the memory is left as it is."""

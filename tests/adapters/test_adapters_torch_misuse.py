@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
-from adapter_cases import loss_sum, mlp, samples, seeded  # noqa: E402
+from adapter_cases import loss_sum, mean_gradients, mlp, samples, seeded  # noqa: E402
 
 import mpitrain.torch as mt  # noqa: E402
 from mpitrain._errors import CheckpointError, DtypeError, InputError  # noqa: E402
@@ -205,6 +206,47 @@ def test_what_is_harmless_is_allowed():
             torch.testing.assert_close(value, other.module.state_dict()[name], rtol=1e-12, atol=1e-14)
 
     LocalWorld(1).run(rank)
+
+
+def test_a_module_may_be_saved_and_copied_and_wrapped_anew(tmp_path):
+    def rank(comm):
+        run = Run(comm)
+        torch.save(run.module, tmp_path / "module.pt")
+        loaded = torch.load(tmp_path / "module.pt", weights_only=False)
+        assert torch.equal(loaded[0].weight, run.weight)
+        copied = copy.deepcopy(run.module)
+        copied[0].weight.data.zero_()
+        assert not torch.equal(copied[0].weight, run.weight)
+        again = mt.DistributedOptimizer(torch.optim.SGD(run.module.parameters(), lr=0.1), run.module, comm)
+        again.zero_grad()
+        run.backward()
+        again.step(count=ROWS)
+        with pytest.raises(InputError, match="lie elsewhere"):
+            run.step()
+
+    LocalWorld(1).run(rank)
+
+
+@pytest.mark.parametrize("shard", [True, False])
+def test_ranks_without_common_memory(shard):
+    """Threads, each with memory of its own; five, three and two samples."""
+    expected = mean_gradients(seeded(mlp), "mlp")
+
+    def rank(comm):
+        module, (inputs, targets) = seeded(mlp), samples("mlp")
+        before = copy.deepcopy(module)
+        rows = [slice(0, 5), slice(5, 8), slice(8, 10)][comm.rank]
+        opt = mt.DistributedOptimizer(torch.optim.SGD(module.parameters(), lr=1.0), module, comm, shard=shard)
+        opt.edit(lambda: module[0].weight.mul_(1.0))
+        loss_sum(module, inputs[rows], targets[rows]).backward()
+        norm = opt.clip_grad_norm_(1e9, count=rows.stop - rows.start)
+        opt.step()
+        for name, gradient in expected.items():
+            got = before.get_parameter(name).detach() - module.get_parameter(name).detach()
+            assert (got - gradient).norm() <= 1e-10 * gradient.norm(), name
+        assert norm == pytest.approx(sum(float(each.square().sum()) for each in expected.values()) ** 0.5, rel=1e-12)
+
+    LocalWorld(3).run(rank)
 
 
 def test_a_graph_from_before_the_step_is_stale():
