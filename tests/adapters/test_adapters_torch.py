@@ -177,23 +177,24 @@ def test_unused_and_tied_parameters(world):
             super().__init__()
             self.first, self.unused, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(3, 3), torch.nn.Linear(4, 4)
             self.second.weight = self.first.weight
+            self.once = torch.nn.Parameter(torch.ones(4))
 
-        def forward(self, x):
-            return self.second(self.first(x))
+        def forward(self, x, step):
+            return self.second(self.first(x)) * (1.0 if step else self.once)
 
     module = seeded(Odd)
     before, alone = twin(module), twin(module)
     opt = mt.DistributedOptimizer(torch.optim.SGD(module.parameters(), lr=0.5), module, world)
     x = torch.from_numpy(np.random.default_rng(2).standard_normal((ROWS, 4)))
-    for _ in range(2):  # what a step leaves behind in the gradients must not move what is unused in the next
+    for step in range(2):  # what a step leaves behind in the gradients must not move what is unused in the next
         opt.zero_grad()
         mine = x[rows_of(world.rank, world.size)]
-        module(mine).square().sum().backward()
+        module(mine, step).square().sum().backward()
         opt.step(count=len(mine))
     sgd = torch.optim.SGD(alone.parameters(), lr=0.5)
-    for _ in range(2):
+    for step in range(2):
         sgd.zero_grad()
-        (alone(x).square().sum() / ROWS).backward()
+        (alone(x, step).square().sum() / ROWS).backward()
         sgd.step()
     assert torch.equal(module.unused.weight, before.unused.weight)
     assert module.second.weight is module.first.weight
