@@ -109,6 +109,8 @@ class ShardedMemory:
         self._adopt(whole)
         self._groups = ShardedGroups(optimizer, names, layout, begin, whole.flat[begin:end], self.sums, comm)
         self._pieces = [group["params"] for group in optimizer.param_groups]
+        self._one_node = comm.node.size == comm.size
+        self._own_finite: bool | None = None
 
     def _adopt(self, whole: FlatBuffer) -> None:
         """Move the parameters into the flat memory: each rank writes its shard, then all see everything."""
@@ -149,6 +151,8 @@ class ShardedMemory:
 
     def reduce(self) -> None:
         """Sum over ranks; collective."""
+        if not self._one_node:  # sums of a node overwrite more than this rank's shard
+            self._own_finite = finite(self._grads.flat)
         self._reduce()
 
     def total(self, partial: float) -> float:
@@ -164,6 +168,8 @@ class ShardedMemory:
 
     def own_finite(self) -> bool:
         """Tell whether this rank's own gradients were finite, as far as they were not overwritten by sums."""
+        if self._own_finite is not None:
+            return self._own_finite
         flat, shard = self._grads.flat, self.shard
         if self._comm.size == 1 or not np.may_share_memory(flat, self.sums):
             return finite(flat)

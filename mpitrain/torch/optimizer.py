@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from mpitrain.torch.slots import GradientSlot
 from mpitrain.torch.statistics import RunningStatistics
 
 _OPERATION = "DistributedOptimizer"
+
+_Phase = Literal["gathering", "reduced", "refused"]
+"""Gradients are a rank's own, or sums to update by, or sums that were found to be bad."""
 
 
 class DistributedOptimizer:
@@ -96,7 +99,8 @@ class DistributedOptimizer:
             else ReplicatedMemory(optimizer, self._grads, comm)
         )  # fmt: skip
         self._statistics = RunningStatistics(model)
-        self._looked = self._reduced = False
+        self._looked = False
+        self._phase: _Phase = "gathering"
         self._silent = 0
 
     @property
@@ -109,7 +113,7 @@ class DistributedOptimizer:
         """Begin a step.  Local, and no memory is touched: the next backward pass overwrites."""
         for slot in self._slots:
             slot.zero()
-        self._looked = self._reduced = False
+        self._looked, self._phase = False, "gathering"
 
     def step(self, *, count: float | None = None) -> None:
         """Sum the gradients over all ranks, divide by the global count, update.  Collective.
@@ -129,14 +133,14 @@ class DistributedOptimizer:
             On all ranks, naming those whose samples gave the bad gradients, where they can be told, and the tensors.
             Nothing is updated; after `zero_grad` training can go on.
         """
-        if not self._reduced:
+        if self._phase != "reduced":
             self._reduce(count, "step")
         elif count is not None and count != self._count:
             raise InputError("another count than clip_grad_norm_ was handed", operation="step", got=count,
                              expected=self._count)  # fmt: skip
         self._memory.update()
         self.steps += 1
-        self._reduced = False
+        self._looked, self._phase = False, "gathering"
         for slot in self._slots:
             slot.passes = 0
 
@@ -155,7 +159,7 @@ class DistributedOptimizer:
         float
             The norm before, the same on all ranks.
         """
-        if not self._reduced:
+        if self._phase != "reduced":
             self._reduce(count, "clip_grad_norm_")
         norm = math.sqrt(self._memory.total(squared_norm(self._memory.sums, self._memory.shard)))
         if norm > max_norm:
@@ -200,19 +204,29 @@ class DistributedOptimizer:
         self._memory.load(saved)
 
     def _arrived(self) -> None:
-        """Look at the loss of the first backward pass of a step."""
+        """Refuse to add to sums, and look at the loss of the first backward pass of a step."""
+        self._require_gathering("backward")
         if not self._looked:
             self._looked = True
             check_losses(self._wanted)
 
+    def _require_gathering(self, operation: str) -> None:
+        if self._phase != "gathering":
+            raise InputError(
+                "the gradients were summed over ranks already", operation=operation, got=f"{self._phase} gradients",
+                expected="a rank's own", remedy="call step() after clip_grad_norm_(), or begin anew with zero_grad()",
+            )  # fmt: skip
+
     def _reduce(self, count: float | None, operation: str) -> None:
         """Sum, check and divide the gradients."""
+        self._require_gathering(operation)
         self._memory.check()
         for slot in self._slots:
             slot.collect()
         own = self._checked_count(count, operation)
         if self._wanted == "mean":
             self._grads.flat *= self._grads.flat.dtype.type(own)
+        self._phase = "refused"  # unless all is well
         self._memory.reduce()
         told = np.array([own, not finite(self._memory.sums)], np.float64)
         total, bad, *statistics = self.comm.allreduce(np.concatenate([told, self._statistics.weighted(own)]))
@@ -222,7 +236,7 @@ class DistributedOptimizer:
             raise InputError("no rank had samples", operation=operation, got="count=0 on all ranks")
         self._memory.sums /= self._grads.flat.dtype.type(total)
         self._statistics.set(np.array(statistics) / total)
-        self._count, self._reduced = count, True
+        self._count, self._phase = count, "reduced"
 
     def _checked_count(self, count: float | None, operation: str) -> float:
         passes = max(slot.passes for slot in self._slots)

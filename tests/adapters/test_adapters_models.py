@@ -195,9 +195,9 @@ def test_weights_of_samples_multiply_their_losses():
     np.testing.assert_allclose(once.flat, thrice.flat, rtol=1e-12, atol=1e-14)
 
 
-def test_gradients_are_told_complete_layer_by_layer():
-    model = TorchModel(seeded(mlp), nn.CrossEntropy())
-    told = []
+def told_complete(module):
+    """What gradients are told while a module computes them, and all names."""
+    model, told = TorchModel(seeded(module), nn.CrossEntropy()), []
 
     class Told(GradientBuffer):
         def complete(self, prefix):
@@ -206,8 +206,19 @@ def test_gradients_are_told_complete_layer_by_layer():
     params, grads, feed = FlatBuffer(model.layout), Told(model.layout), feed_of("mlp")
     grads.zero()
     model.loss_and_gradients(params, Batch(feed.inputs, feed.targets, np.arange(ROWS)), grads, Key(0))
+    return told, [segment.name for segment in model.layout]
+
+
+def test_gradients_are_told_complete_layer_by_layer():
+    told, _ = told_complete(mlp)
     assert sorted(told[:2]) == ["2.bias", "2.weight"]
     assert sorted(told) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+
+
+def test_a_gradient_does_not_complete_those_whose_names_begin_with_its_own():
+    told, names = told_complete(Lstm)
+    assert "lstm.bias_hh_l0_reverse" in told
+    assert not [name for name in names for prefix in told if name != prefix and name.startswith(prefix)]
 
 
 class Counting(torch.nn.Module):

@@ -35,6 +35,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+MODES = {"one node": {}, "nodes of two": {"MPITRAIN_RANKS_PER_NODE": "2"}, "ordinary": {"MPITRAIN_TRANSPORT": "host"}}
+
+
+@pytest.fixture(params=MODES)
+def comm(request, world, monkeypatch):
+    """All ranks, with memory that a node shares, that two nodes share, and that nobody shares."""
+    for name, value in MODES[request.param].items():
+        monkeypatch.setenv(name, value)
+    with world.split(0, axis="world") as part:
+        yield part
+
+
 def share(world, kind):
     inputs, targets = samples(kind)
     mine = rows_of(world.rank, world.size)
@@ -107,18 +119,18 @@ def scheduled(optimizer):
 
 
 @pytest.mark.parametrize("shard", [True, False])
-def test_trajectory_and_state(world, shard):
+def test_trajectory_and_state(comm, shard):
     """Groups, weight decay, clipping, a schedule, a frozen parameter; the state goes from us to PyTorch and back."""
     module = seeded(mlp)
     module.get_parameter("0.bias").requires_grad_(False)
     alone = twin(module)
     rival = two_groups(alone)
     rival_schedule = scheduled(rival)
-    opt = mt.DistributedOptimizer(two_groups(module), module, world, shard=shard)
+    opt = mt.DistributedOptimizer(two_groups(module), module, comm, shard=shard)
     schedule = scheduled(opt.optimizer)
     clip = 0.05
     train_alone(alone, rival, rival_schedule, 3, clip)
-    norms = train_together(world, module, opt, schedule, 3, clip)
+    norms = train_together(comm, module, opt, schedule, 3, clip)
     assert min(norms) > clip
     assert_close(module.state_dict(), alone.state_dict())
     ours, theirs = opt.state_dict(), copy.deepcopy(rival.state_dict())  # PyTorch's shares its memory
@@ -131,13 +143,13 @@ def test_trajectory_and_state(world, shard):
     resumed = two_groups(module)
     if shard:
         resumed.load_state_dict(theirs)
-    opt = mt.DistributedOptimizer(resumed, module, world, shard=shard)
+    opt = mt.DistributedOptimizer(resumed, module, comm, shard=shard)
     if not shard:
         opt.load_state_dict(theirs)
     schedule = scheduled(opt.optimizer)
     schedule.load_state_dict(rival_schedule.state_dict())
     train_alone(alone, rival, rival_schedule, 2, clip)
-    train_together(world, module, opt, schedule, 2, clip)
+    train_together(comm, module, opt, schedule, 2, clip)
     assert_close(module.state_dict(), alone.state_dict())
 
 
@@ -217,27 +229,27 @@ def test_running_statistics_are_the_weighted_mean(world):
     np.testing.assert_allclose(module[0].running_var, variance, rtol=1e-12)
 
 
-def test_edits_happen_once_for_each_memory(world):
+def test_edits_happen_once_for_each_memory(comm):
     module = seeded(mlp)
     before = twin(module)
-    opt = mt.DistributedOptimizer(torch.optim.SGD(module.parameters(), lr=0.0), module, world)
+    opt = mt.DistributedOptimizer(torch.optim.SGD(module.parameters(), lr=0.0), module, comm)
     opt.edit(lambda: [each.mul_(0.5) for each in module.parameters()])
     for name, old in before.named_parameters():
         assert torch.equal(module.get_parameter(name), 0.5 * old)
-    backward(module, *share(world, "mlp"))
-    opt.step(count=len(share(world, "mlp")[0]))
+    backward(module, *share(comm, "mlp"))
+    opt.step(count=len(share(comm, "mlp")[0]))
     assert torch.equal(module.get_parameter("0.weight"), 0.5 * before.get_parameter("0.weight"))
 
 
-def test_a_bad_rank_is_named_and_nothing_is_updated(world):
+def test_a_bad_rank_is_named_and_nothing_is_updated(comm):
     module = seeded(Cnn)
     before = twin(module)
-    opt = mt.DistributedOptimizer(torch.optim.Adam(module.parameters()), module, world)
+    opt = mt.DistributedOptimizer(torch.optim.Adam(module.parameters()), module, comm)
     inputs, targets = samples("cnn")
-    bad = world.size - 1
+    bad = comm.size - 1
     for poison in (True, False):
         opt.zero_grad()
-        loss_sum(module, inputs * float("nan" if poison and world.rank == bad else 1), targets).backward()
+        loss_sum(module, inputs * float("nan" if poison and comm.rank == bad else 1), targets).backward()
         if poison:
             with pytest.raises(NonFiniteError, match=rf"ranks whose own samples gave it: \[{bad}\].*conv\.weight"):
                 opt.step(count=ROWS)

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="needs PyTorch")
 from adapter_cases import loss_sum, mean_gradients, mlp, samples, seeded  # noqa: E402
 
 import mpitrain.torch as mt  # noqa: E402
-from mpitrain._errors import CheckpointError, DtypeError, InputError  # noqa: E402
+from mpitrain._errors import CheckpointError, DtypeError, InputError, NonFiniteError  # noqa: E402
 from mpitrain.comm import LocalWorld  # noqa: E402
 
 ROWS = 10
@@ -94,6 +94,19 @@ def other_count(run):
     run.step(ROWS + 1)
 
 
+def backward_after_clip(run):
+    run.backward()
+    run.opt.clip_grad_norm_(1.0, count=ROWS)
+    run.backward()
+
+
+def step_after_a_refused_sum(run):
+    (float("nan") * loss_sum(run.module, *samples("mlp"))).backward()
+    with pytest.raises(NonFiniteError, match=r"ranks whose own samples gave it: \[0\]"):
+        run.step()
+    run.step()
+
+
 def silent_step(run):
     with run.opt.no_sync():
         run.backward()
@@ -160,6 +173,8 @@ MISUSE = {
     bad_count: "this is no count; got nan",
     nobody: "no rank had samples",
     other_count: "another count than clip_grad_norm_ was handed; got 11; expected 10",
+    backward_after_clip: "summed over ranks already; got reduced.*zero_grad",
+    step_after_a_refused_sum: "summed over ranks already; got refused.*zero_grad",
     silent_step: "inside no_sync",
     silent_clip: "clip_grad_norm_: called inside no_sync",
     mean_loss: 'the loss is a mean.*reduction="sum"',
@@ -231,9 +246,10 @@ def test_a_module_may_be_saved_and_copied_and_wrapped_anew(tmp_path):
 def test_ranks_without_common_memory(shard):
     """Threads, each with memory of its own; five, three and two samples."""
     expected = mean_gradients(seeded(mlp), "mlp")
+    modules = [seeded(mlp) for _ in range(3)]  # threads share PyTorch's generator
 
     def rank(comm):
-        module, (inputs, targets) = seeded(mlp), samples("mlp")
+        module, (inputs, targets) = modules[comm.rank], samples("mlp")
         before = copy.deepcopy(module)
         rows = [slice(0, 5), slice(5, 8), slice(8, 10)][comm.rank]
         opt = mt.DistributedOptimizer(torch.optim.SGD(module.parameters(), lr=1.0), module, comm, shard=shard)
