@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from mpitrain.arrays import FlatBuffer, Shard, namespace
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Plan
 from mpitrain.optim import Optimizer, State, clip_value, finite, scale, squared_norm
+
+if TYPE_CHECKING:
+    from mpitrain.method.tiles import Tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,16 @@ class Part:
     params: Array
     grads: Array
     state: State
+
+    def cut(self, start: int, stop: int) -> Part:
+        """Return the part of it that lies at ``[start, stop)`` of the flat range, as views."""
+        where = slice(start - self.shard.start, stop - self.shard.start)
+        state = {slot: array[where] for slot, array in self.state.items()}
+        return Part(self.shard.layout.shard(start, stop), self.params[where], self.grads[where], state)
+
+    def partials(self, optimizer: Optimizer, step: int) -> Array | None:
+        """Return what an optimizer needs of whole tensors, as sums over this part; see `Optimizer.partials`."""
+        return optimizer.partials(self.params, self.grads, self.state, step, self.shard)
 
 
 def verify_replicas(comm: Communicator, params: FlatBuffer) -> None:
@@ -108,38 +122,52 @@ def divide(parts: Sequence[Part], count: float) -> None:
         namespace(part.grads).divide(part.grads, part.grads.dtype.type(count), out=part.grads)
 
 
-def clip(parts: Sequence[Part], plan: Plan, comm: Communicator | None = None) -> None:
+def clip(parts: Sequence[Part], plan: Plan, comm: Communicator | None = None, tiles: Tiles | None = None) -> None:
     """Clip mean gradients in place, by value and then by global norm.
 
     Parameters
     ----------
     comm : Communicator, optional
         Over which the squared norms of the ranks' parts are summed (collective); None if these parts are everything.
+    tiles : Tiles, optional
+        Sums them instead, with the same bits on every layout.
     """
     if plan.clip_value is not None:
         for part in parts:
             clip_value(part.grads, part.shard, plan.clip_value)
     if plan.clip_norm is not None:
-        partial = sum(squared_norm(part.grads, part.shard) for part in parts)
-        total = float(comm.allreduce(np.float64(partial))) if comm else partial
-        norm = float(np.sqrt(total))
+        norm = float(np.sqrt(tiles.squared_norm() if tiles else _squared_norm(parts, comm)))
         if norm > plan.clip_norm:
             for part in parts:
                 scale(part.grads, part.shard, plan.clip_norm / norm)
 
 
+def _squared_norm(parts: Sequence[Part], comm: Communicator | None) -> float:
+    partial = sum(squared_norm(part.grads, part.shard) for part in parts)
+    return float(comm.allreduce(np.float64(partial))) if comm else partial
+
+
 def update(
-    optimizer: Optimizer, parts: Sequence[Part], plan: Plan, step: int, comm: Communicator | None = None
-) -> None:  # fmt: skip
-    """Run the optimizer on every part; ``comm`` sums what it needs of whole tensors, as in `clip`."""
-    partials = [optimizer.partials(each.params, each.grads, each.state, step, each.shard) for each in parts]
-    needed = [partial for partial in partials if partial is not None]
-    totals: Array | None = sum(needed[1:], start=needed[0]) if needed else None
-    if totals is not None and comm is not None:
-        totals = comm.allreduce(totals)
+    optimizer: Optimizer,
+    parts: Sequence[Part],
+    plan: Plan,
+    step: int,
+    comm: Communicator | None = None,
+    tiles: Tiles | None = None,
+) -> None:
+    """Run the optimizer on every part; ``comm`` or ``tiles`` sum what it needs of whole tensors, as in `clip`."""
+    totals = tiles.totals(optimizer, step) if tiles else _totals(optimizer, parts, step, comm)
     lr = plan.schedule(step)
     for each in parts:
         optimizer.update(each.params, each.grads, each.state, lr, step, each.shard, totals)
+
+
+def _totals(optimizer: Optimizer, parts: Sequence[Part], step: int, comm: Communicator | None) -> Array | None:
+    needed = [partial for each in parts if (partial := each.partials(optimizer, step)) is not None]
+    if not needed:
+        return None
+    totals: Array = sum(needed[1:], start=needed[0])
+    return totals if comm is None else comm.allreduce(totals)
 
 
 def add_sums(total: dict[str, Array] | None, sums: Mapping[str, Array]) -> dict[str, Array]:

@@ -98,22 +98,27 @@ class Synchronous(Method):
 
     def advance(self, feed: Feed, until: int) -> Progress:
         """See `Method.advance`."""
-        mine = self._share(feed)
+        mine = self._own_shares(feed)
         total = Tally()
         while self.step < self.plan.steps and not (self._at_commit() and (self.step >= until or total.stops)):
             with self.comm.phase("data"):
-                microbatches = list(mine.batch(self.step))
+                microbatches = [batch for share in mine for batch in share.batch(self.step)]
             with self.comm.phase("step"):
                 total += self._train_step(microbatches)
         lr = self.plan.schedule(max(self.step, 1))
         loss = total.loss / total.count if total.count else float("nan")
         return Progress(self.step, loss, int(total.samples), lr, bool(total.stops))
 
-    def _share(self, feed: Feed) -> Share:
-        """Return this rank's share of a feed, which is cut once."""
+    @property
+    def shares(self) -> tuple[tuple[int, int], ...]:
+        """Which shares of each batch this rank computes, each as (number, of how many)."""
+        return ((self.comm.rank, self.comm.size),)
+
+    def _own_shares(self, feed: Feed) -> list[Share]:
+        """Return this rank's shares of a feed, which is cut once."""
         if self._feed is not feed:
-            self._feed, self._own = feed, feed.share(self.comm.rank, self.comm.size, self.microbatches)
-        return self._own
+            self._feed, self._cut = feed, [feed.share(*share, self.microbatches) for share in self.shares]
+        return self._cut
 
     def _at_commit(self) -> bool:
         """Tell whether parameters and optimizer state are now the same on all ranks."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,14 @@ from mpitrain.comm.codecs import make_codec
 from mpitrain.data import Batches, Dataset, Standardise
 from mpitrain.method import Method, Plan
 from mpitrain.nn import Layer, Loss, Model, Network
-from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
+from mpitrain.parallel import (
+    DataParallel,
+    GradientParallel,
+    ModelAveraging,
+    ReproducibleDataParallel,
+    ReproducibleGradientParallel,
+    Synchronous,
+)
 from mpitrain.train.cadence import Cadence
 from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
@@ -94,8 +101,13 @@ class Assembly:
         return "valid" if "valid" in self.held_out else "test"
 
 
-def assemble(job: Job, comm: Communicator) -> Assembly:
+def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = None) -> Assembly:
     """Build and set up the parts of a job.
+
+    Parameters
+    ----------
+    optimizer : Optimizer, optional
+        Taken instead of the job's own (`job_optimizer`), e.g. one that looks on.
 
     Raises
     ------
@@ -108,30 +120,48 @@ def assemble(job: Job, comm: Communicator) -> Assembly:
     """
     samples = load_samples(job)
     feed = _batches(job, samples.train)
-    steps_per_epoch = feed.share(comm.rank, comm.size, job.method.microbatches).steps_per_epoch
+    _check_lanes(job, feed)
+    method = _method(job, comm)
+    steps_per_epoch = feed.share(*method.shares[0], job.method.microbatches).steps_per_epoch
     steps = job.train.steps or (job.train.epochs or 1) * steps_per_epoch
     model = build_model(job, samples.facts)
-    method = _method(job, comm)
-    method.setup(model, _optimizer(job), _plan(job, feed.batch_size, steps))
-    batches = partial(data.evaluation_batches, batch_size=_EVALUATION_ROWS, rank=comm.rank, size=comm.size)
-    held_out = {kind: partial(batches, part, dtype=job.dtype) for kind, part in samples.held_out.items()}
+    method.setup(model, optimizer or job_optimizer(job), _plan(job, feed.batch_size, steps))
+    held_out = {
+        kind: partial(_evaluation_batches, part, job.dtype, method.shares) for kind, part in samples.held_out.items()
+    }
     title = (
         f"{job.name}: {model.layout.parameter_count:,} parameters, {len(samples.train):,} samples, "
         f"batches of {feed.batch_size}, {steps:,} steps on {comm.size} rank{'s' if comm.size > 1 else ''}"
     )
     cadence = _cadence(job, steps, steps_per_epoch)
     parts = Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
-    _check_metrics(job, parts)
+    _check_metrics(job, parts, islice(held_out[parts.watched](), len(method.shares)))
     return parts
 
 
-def _check_metrics(job: Job, parts: Assembly) -> None:
+def _check_lanes(job: Job, feed: Batches) -> None:
+    if job.lanes is not None and job.lanes > feed.batch_size:  # a "full" batch is known by now
+        raise JobError(
+            "is more than the samples of a batch",
+            operation="lanes",
+            got=job.lanes,
+            expected=f"at most {feed.batch_size}",
+        )
+
+
+def _evaluation_batches(dataset: Dataset, dtype: str, shares: Sequence[tuple[int, int]]) -> Iterator[Batch]:
+    """Walk over a held-out set: of each batch, give this rank's shares in turn."""
+    walks = [data.evaluation_batches(dataset, _EVALUATION_ROWS, *share, dtype=dtype) for share in shares]
+    return chain.from_iterable(zip(*walks, strict=True))
+
+
+def _check_metrics(job: Job, parts: Assembly, batches: Iterator[Batch]) -> None:
     """Refuse, before the first step, names of metrics that an evaluation of one batch does not give."""
     stop = job.train.stop
     named = {"train.checkpoint.best": job.train.checkpoint.best}
     named |= {"train.stop.metric": stop.metric} if stop.patience else {}
     named |= {"train.stop.target.metric": stop.target.metric} if stop.target else {}
-    given = single_numbers(parts.method.evaluate(islice(parts.held_out[parts.watched](), 1)))
+    given = single_numbers(parts.method.evaluate(batches))
     for key, metric in named.items():
         if metric not in given:
             expected = " or ".join(sorted(given))
@@ -283,7 +313,8 @@ def _loss(job: Job, facts: Facts) -> Loss:
     return built
 
 
-def _optimizer(job: Job) -> optim.Optimizer:
+def job_optimizer(job: Job) -> optim.Optimizer:
+    """Return the optimizer of a job."""
     section = job.optimizer
     options = section.model_dump(exclude={"kind", "lr", "schedule", "clip_norm", "clip_value"})
     return optim.make_optimizer(section.kind, **options)
@@ -306,8 +337,11 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
     return Plan(Key(job.seed), course, steps, section.clip_norm, section.clip_value)
 
 
-def _method(job: Job, comm: Communicator) -> Method:
+def _method(job: Job, comm: Communicator) -> Synchronous:
     section, on_gpu = job.method, job.device == "gpu"
+    if job.lanes is not None:
+        made = ReproducibleGradientParallel if section.kind == "gradient" else ReproducibleDataParallel
+        return made(comm, lanes=job.lanes, microbatches=section.microbatches)
     options: dict[str, Any] = {"microbatches": section.microbatches, "bucket_bytes": section.bucket_bytes}
     if section.kind == "gradient":
         return GradientParallel(comm, stage=section.stage, allocator=device if on_gpu else None, **options)
@@ -330,4 +364,4 @@ def _cadence(job: Job, steps: int, steps_per_epoch: int) -> Cadence:
     )
 
 
-__all__ = ["Assembly", "Samples", "assemble", "build_model", "load_samples", "single_numbers"]
+__all__ = ["Assembly", "Samples", "assemble", "build_model", "job_optimizer", "load_samples", "single_numbers"]

@@ -20,22 +20,24 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpitrain._errors import MismatchError
 from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import is_half
+from mpitrain.arrays.flatbuffer import plain
 from mpitrain.comm.direct import Doing
 from mpitrain.comm.dtypes import UFUNCS
-from mpitrain.comm.transports import entry, topology
-from mpitrain.comm.transports.blocks import NOWHERE, PAGE_BYTES, Arena, Place
-from mpitrain.comm.transports.entry import Entry
+from mpitrain.comm.transports import topology
+from mpitrain.comm.transports.blocks import NOWHERE, Arena, Place
+from mpitrain.comm.transports.entry import Entry, Loops
 from mpitrain.comm.transports.far import Far, FarStream, FarWorkspace
 from mpitrain.comm.transports.fence import Fence, kind_of
 from mpitrain.comm.transports.kernel import AGAIN, PAST_CACHE_FROM_BYTES, PLACES, CompiledFence, Kernel
 from mpitrain.comm.transports.levels import Levels
+from mpitrain.comm.transports.pages import PAGE_BYTES
 from mpitrain.comm.transports.program import Combine, perform
 from mpitrain.comm.transports.sharding import CommonMemory, PlannedShard, far_allgather, far_reduce_scatter
 from mpitrain.comm.transports.transport import Planned, Transport
@@ -121,6 +123,7 @@ class SharedTransport(Transport):
         self._fence = CompiledFence(lines, self._node.rank, self._kernel) if self._kernel else fence(lines)
         self._stream = self._streams(memory[:, PAGE_BYTES:], chunk_bytes)
         self.least_bytes = 0 if kernel else STREAMED_FROM_BYTES
+        self.always_left_bytes = min(self.least_bytes, SMALLEST_BYTES)
         self._levels = Levels.of(self._node.allgather_object(topology.domain(os.sched_getaffinity(0))))
         self._entry: Entry | None = None
         self._laid_out: dict[tuple[int, ...], Callable[[], object]] = {}
@@ -143,8 +146,8 @@ class SharedTransport(Transport):
             return True
         return send.nbytes >= max(self.least_bytes, SMALLEST_BYTES) and self._by_numpy(send, recv, op)
 
-    def entry(self, watch: Watch, tally: array[int]) -> Callable[[Any, Any, Any], Array | None] | None:
-        """Return what performs plain calls without Python."""
+    def loops(self, watch: Watch) -> Loops | None:
+        """Return what reduces plain arrays without Python."""
         kernel = self._kernel
         if kernel is None:
             return None
@@ -157,9 +160,12 @@ class SharedTransport(Transport):
                 np.divide(into, kernel.ranks, out=into)
             return into
 
-        self._entry = entry.make(kernel, LOCATED_FROM_BYTES, complete, tally)
+        return Loops(kernel, LOCATED_FROM_BYTES, complete)
+
+    def follow(self, entry: Entry) -> None:
+        """Take note of the way from a call to the loops."""
+        self._entry = entry
         self._hold()
-        return None if self._entry is None else self._entry.allreduce
 
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out a reduction."""
@@ -218,7 +224,7 @@ class SharedTransport(Transport):
         """Lay out the reduction of ordinary arrays, which compiled loops do faster than the library at any size."""
         if self._kernel is None or not self._kernel.streams(buffer.dtype, op):
             return None
-        own = buffer if in_place else np.empty_like(buffer)
+        own = buffer if in_place else plain(buffer.size, buffer.dtype).reshape(buffer.shape)
         run = self._kernel.plan(op, buffer, own, self._node.size if op == "mean" else 0)
         return Planned(run, own if in_place else _read_only(own.view()))
 

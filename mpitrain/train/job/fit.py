@@ -24,6 +24,7 @@ def misfits(job: Job) -> Iterator[Problem]:
     yield from _model_and_data(job)
     yield from _loss_and_data(job)
     yield from _optimizer_and_batches(job)
+    yield from _reproducible(job)
 
 
 def _model_and_data(job: Job) -> Iterator[Problem]:
@@ -63,3 +64,21 @@ def _optimizer_and_batches(job: Job) -> Iterator[Problem]:
     if batch_size != "full" and microbatches > batch_size:
         expected = f"at most train.batch_size = {batch_size}"
         yield Problem("method.microbatches", "is more than the samples of a batch", microbatches, expected)
+
+
+def _reproducible(job: Job) -> Iterator[Problem]:
+    lanes, method, batch_size = job.lanes, job.method, job.train.batch_size
+    if not job.reproducible:
+        if lanes is not None:
+            yield Problem("lanes", "is for jobs that are reproducible", lanes, "reproducible = true beside it")
+        return
+    if lanes is not None and batch_size != "full" and lanes > batch_size:
+        yield Problem("lanes", "is more than the samples of a batch", lanes, f"at most train.batch_size = {batch_size}")
+    if method.codec:
+        what = "rounds by what each rank has, so that no run of reproducible = true may use it"
+        yield Problem("method.codec.kind", what, method.codec.kind, "no codec")
+    if method.average_every:
+        what = "gives another model on every number of ranks, so that no run of reproducible = true may use it"
+        yield Problem("method.average_every", what, method.average_every, "0")
+    if job.device == "gpu":
+        yield Problem("device", "is not shown to be reproducible yet", job.device, '"cpu"')
