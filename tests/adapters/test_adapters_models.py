@@ -267,7 +267,7 @@ import torch
 def build(width):
     return torch.nn.Sequential(
         torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.ReLU(), torch.nn.Flatten(),
-        torch.nn.Linear(72, width), torch.nn.Linear(width, 10),
+        torch.nn.Linear(72, width), torch.nn.Dropout(0.2), torch.nn.Linear(width, 10),
     )
 """
 
@@ -299,3 +299,21 @@ def test_a_job_trains_resumes_and_predicts(world, tmp_path, monkeypatch):
     assert not np.array_equal(outputs, Predictor(folder / "sharded").outputs(images[::-1]))
     other = load_job(folder / "data_parallel.toml", ["seed=1", "train.steps=3"], world)
     assert train_job(other, world, run_dir=folder / "other")["weights_sha256"] != whole["weights_sha256"]
+
+
+@pytest.mark.mpi
+def test_a_reproducible_job_has_the_bits_of_one_rank(world, tmp_path, monkeypatch):
+    """With Dropout and BatchNorm, which are keyed and normalised by lane there."""
+    pytest.importorskip("sklearn")
+    from mpitrain.train import load_job, session, train_job
+
+    monkeypatch.setattr(session, "write_report", lambda path: path / "report.html")
+    folder = Path(world.broadcast_object(str(tmp_path)))
+    if world.rank == 0:
+        (folder / "my.py").write_text(BUILD)
+        (folder / "job.toml").write_text(JOB.format(build=folder / "my.py", method="gradient"))
+    world.barrier()
+    job = load_job(folder / "job.toml", ["reproducible=true", "lanes=4", "train.steps=3"], world)
+    found = train_job(job, world, run_dir=folder / "run")
+    (serial,) = LocalWorld(1).run(lambda comm: train_job(job, comm, run_dir=tmp_path / "serial"))
+    assert found["weights_sha256"] == serial["weights_sha256"]
