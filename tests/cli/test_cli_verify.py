@@ -58,7 +58,9 @@ def test_the_same_in_words(broken):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{}, {"method__kind": "gradient", "method__stage": 2}], ids=["data-parallel", "gradient-parallel"]
+    "changes",
+    [{}, {"method__kind": "gradient", "method__stage": 2}, {"mesh__tensor": 3}],
+    ids=["data-parallel", "gradient-parallel", "tensor-parallel"],
 )
 def test_a_method_is_the_serial_run(job, changes):
     done = mpitrain("verify", job, "-n", "3", "--steps", "8", *settings(**changes))
