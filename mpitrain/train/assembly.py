@@ -36,11 +36,13 @@ from mpitrain.parallel import (
     ReproducibleGradientParallel,
     Synchronous,
 )
+from mpitrain.parallel.tensor import divided_network
 from mpitrain.train.cadence import Cadence
 from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
 from mpitrain.train.job.model import LOSS_OF_TASK, BuiltModel
 from mpitrain.train.job.userfile import load_object
+from mpitrain.train.mesh import Axes, axes_of
 
 _EVALUATION_ROWS = 1024
 
@@ -119,24 +121,30 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     Collective: the method verifies that all ranks hold the same parameters.
     """
     samples = load_samples(job)
-    feed = _batches(job, samples.train)
+    feed, axes = _batches(job, samples.train), axes_of(job, comm)
     _check_lanes(job, feed)
-    method = _method(job, comm)
+    method = _method(job, axes)
     steps_per_epoch = feed.share(*method.shares[0], job.method.microbatches).steps_per_epoch
     steps = job.train.steps or (job.train.epochs or 1) * steps_per_epoch
-    model = build_model(job, samples.facts)
+    model = build_model(job, samples.facts, axes.tensor)
     method.setup(model, optimizer or job_optimizer(job), _plan(job, feed.batch_size, steps))
     held_out = {
         kind: partial(_evaluation_batches, part, job.dtype, method.shares) for kind, part in samples.held_out.items()
     }
     title = (
-        f"{job.name}: {model.layout.parameter_count:,} parameters, {len(samples.train):,} samples, "
-        f"batches of {feed.batch_size}, {steps:,} steps on {comm.size} rank{'s' if comm.size > 1 else ''}"
+        f"{job.name}: {model.layout.global_parameter_count:,} parameters, {len(samples.train):,} samples, "
+        f"batches of {feed.batch_size}, {steps:,} steps on {_ranks(comm, axes)}"
     )
     cadence = _cadence(job, steps, steps_per_epoch)
     parts = Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
     _check_metrics(job, parts, islice(held_out[parts.watched](), len(method.shares)))
     return parts
+
+
+def _ranks(comm: Communicator, axes: Axes) -> str:
+    if axes.tensor is None:
+        return f"{comm.size} rank{'s' if comm.size > 1 else ''}"
+    return f"{comm.size} ranks, data {axes.data.size} × tensor {axes.tensor.size}"
 
 
 def _check_lanes(job: Job, feed: Batches) -> None:
@@ -238,14 +246,18 @@ def _sampling_weights(job: Job) -> Array | None:
     return weights
 
 
-def build_model(job: Job, facts: Facts) -> Model:
-    """Return the model of a job, sized for its data."""
+def build_model(job: Job, facts: Facts, tensor: Communicator | None = None) -> Model:
+    """Return the model of a job, sized for its data; with ``tensor``, this rank's part of it."""
     section = job.model
     built: Any = _preset(job, facts)
     if isinstance(section, BuiltModel):
         built = _built_model(section, job.seed)
     if isinstance(built, Layer):
-        return Network(built, _loss(job, facts), job.dtype)
+        loss = _loss(job, facts)
+        return (
+            divided_network(built, loss, tensor, job.dtype, job.mesh.sequence_parallel)
+            if tensor else Network(built, loss, job.dtype)
+        )  # fmt: skip
     if isinstance(built, Model):
         return built
     if is_torch_module(built):
@@ -337,19 +349,22 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
     return Plan(Key(job.seed), course, steps, section.clip_norm, section.clip_value)
 
 
-def _method(job: Job, comm: Communicator) -> Synchronous:
+def _method(job: Job, axes: Axes) -> Synchronous:
     section, on_gpu = job.method, job.device == "gpu"
     if job.lanes is not None:
         made = ReproducibleGradientParallel if section.kind == "gradient" else ReproducibleDataParallel
-        return made(comm, lanes=job.lanes, microbatches=section.microbatches)
+        return made(axes.data, lanes=job.lanes, microbatches=section.microbatches)
     options: dict[str, Any] = {"microbatches": section.microbatches, "bucket_bytes": section.bucket_bytes}
+    comm = axes.data
     if section.kind == "gradient":
-        return GradientParallel(comm, stage=section.stage, allocator=device if on_gpu else None, **options)
+        return GradientParallel(
+            comm, across=axes.tensor, stage=section.stage, allocator=device if on_gpu else None, **options
+        )
     options["codec"] = make_codec(section.codec.kind, **section.codec.arguments()) if section.codec else None
     options["allocator"] = device if on_gpu else plain
     if section.average_every:
         return ModelAveraging(comm, average_every=section.average_every, **options)
-    return DataParallel(comm, **options)
+    return DataParallel(comm, across=axes.tensor, **options)
 
 
 def _cadence(job: Job, steps: int, steps_per_epoch: int) -> Cadence:

@@ -31,6 +31,7 @@ _MAY_CHANGE = (
     "method.kind",  # the same steps, however they are divided
     "method.stage",
     "method.bucket_bytes",
+    "mesh",  # likewise
     "train.steps",
     "train.epochs",
     "train.log_every_steps",
@@ -235,7 +236,7 @@ def _finish(job: Job, comm: Communicator, trainer: Trainer, directory: RunDirect
         "seconds": round(trainer.standing.seconds, 3),
         "loss": trainer.standing.loss,
         "metrics": numbers,
-        "weights_sha256": trainer.method.params.sha256(),
+        "weights_sha256": trainer.method.weights_sha256(),
         "run_dir": str(directory.path),
         "report": None,
         "stopped": stopped,
