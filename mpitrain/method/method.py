@@ -114,6 +114,10 @@ class Method(ABC):
     def predict(self, inputs: Array) -> Array:
         """Return the model's outputs for ``inputs``, shape (n, …), the same on all ranks."""
 
+    def weights_sha256(self) -> str:
+        """Return the hash of all parameters, as `FlatBuffer.sha256` of the whole model: the same on all ranks."""
+        return self.params.sha256()
+
     @abstractmethod
     def state(self) -> State:
         """Return what a checkpoint holds, in global coordinates; the pieces are views, valid until `advance`."""

@@ -90,11 +90,15 @@ def check_finite(
     """
     if good:
         return
-    bad = {number for part in parts for number, cut in part.shard.pieces if not finite(part.grads[cut])}
+    bad = {
+        part.shard.layout.segments[number].name: None
+        for part in parts
+        for number, cut in part.shard.pieces
+        if not finite(part.grads[cut])
+    }
     findings = comm.allgather_object((own_part_finite(), bad))
     ranks = [rank for rank, (well, _) in enumerate(findings) if not well]
-    segments = parts[0].shard.layout.segments
-    names = [segments[number].name for number in sorted(set().union(*(found for _, found in findings)))]
+    names = list(dict(item for _, found in findings for item in found.items()))
     raise NonFiniteError(
         f"the loss or gradient of step {step} is not finite",
         got=f"ranks whose own samples gave it: {ranks or 'none'}; tensors: {', '.join(names) or 'none'}",
@@ -108,23 +112,27 @@ def divide(parts: Sequence[Part], count: float) -> None:
         namespace(part.grads).divide(part.grads, part.grads.dtype.type(count), out=part.grads)
 
 
-def clip(parts: Sequence[Part], plan: Plan, comm: Communicator | None = None) -> None:
+def clip(
+    parts: Sequence[Part], plan: Plan, comm: Communicator | None = None, copies: Sequence[Part] = ()
+) -> None:  # fmt: skip
     """Clip mean gradients in place, by value and then by global norm.
 
     Parameters
     ----------
     comm : Communicator, optional
         Over which the squared norms of the ranks' parts are summed (collective); None if these parts are everything.
+    copies : sequence of Part
+        What is clipped too, and belongs to the parts of another rank, where it counts in the norm.
     """
     if plan.clip_value is not None:
-        for part in parts:
+        for part in (*parts, *copies):
             clip_value(part.grads, part.shard, plan.clip_value)
     if plan.clip_norm is not None:
         partial = sum(squared_norm(part.grads, part.shard) for part in parts)
         total = float(comm.allreduce(np.float64(partial))) if comm else partial
         norm = float(np.sqrt(total))
         if norm > plan.clip_norm:
-            for part in parts:
+            for part in (*parts, *copies):
                 scale(part.grads, part.shard, plan.clip_norm / norm)
 
 

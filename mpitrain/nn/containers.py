@@ -70,9 +70,18 @@ class Sequential(_Container):
             dy = layer.backward_input(params.get(name, {}), child, dy, call)
         return dy
 
+    def backward_within(self, params: Tree, context: Context, dy: Array, call: Call) -> None:
+        """Do as `backward_input` where the input needs no gradient: no further than to the first parameters."""
+        context["gradients"] = gradients = []
+        for number, (name, layer, child) in enumerate(self._passes(context), start=1):
+            gradients.append(dy)
+            if number >= len(self.children) - self._untrained:
+                return
+            dy = layer.backward_input(params.get(name, {}), child, dy, call)
+
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add the layers' gradients, from what `backward_input` kept."""
-        for (name, layer, child), gradient in zip(self._passes(context), context["gradients"], strict=True):
+        for (name, layer, child), gradient in zip(self._passes(context), context["gradients"], strict=False):
             layer.backward_weight(grads.get(name, {}), child, gradient, call)
 
     def backward(

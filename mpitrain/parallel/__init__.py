@@ -1,8 +1,9 @@
-"""Synchronous methods: what is split names them (data; gradients and optimizer state; parameters to come)."""
+"""Synchronous methods: what is split names them (data; gradients and optimizer state; layers)."""
 
 from mpitrain.parallel.averaging import ModelAveraging
 from mpitrain.parallel.data import DataParallel
 from mpitrain.parallel.gradient import GradientParallel
+from mpitrain.parallel.pipeline import PipelineParallel
 from mpitrain.parallel.synchronous import Synchronous, Tally
 
-__all__ = ["DataParallel", "GradientParallel", "ModelAveraging", "Synchronous", "Tally"]
+__all__ = ["DataParallel", "GradientParallel", "ModelAveraging", "PipelineParallel", "Synchronous", "Tally"]

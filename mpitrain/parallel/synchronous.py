@@ -59,6 +59,8 @@ class Synchronous(Method):
 
     grads: Gradients
     parts: tuple[Part, ...]
+    copies: tuple[Part, ...] = ()
+    """What this rank updates too, but another rank saves, and counts in norms."""
 
     def __init__(self, comm: Communicator, microbatches: int, bucket_bytes: int, allocator: Allocator) -> None:
         for name, value in (("microbatches", microbatches), ("bucket_bytes", bucket_bytes)):
@@ -174,7 +176,7 @@ class Synchronous(Method):
 
     def load(self, scalars: Mapping[str, Any], read: Read) -> None:
         """See `Method.load`."""
-        for part in self.parts:
+        for part in (*self.parts, *self.copies):
             for slot, array in part.state.items():
                 fill(f"optimizer.{slot}", array, part.shard, read)
         self.load_parameters(read)
@@ -182,7 +184,7 @@ class Synchronous(Method):
 
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""
-        for part in self.parts:
+        for part in (*self.parts, *self.copies):
             fill("params", part.params, part.shard, read)
 
 
