@@ -25,7 +25,8 @@ from mpitrain.comm.codecs import make_codec
 from mpitrain.data import Batches, Dataset, Standardise
 from mpitrain.method import Method, Plan
 from mpitrain.nn import Layer, Loss, Model, Network
-from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
+from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging, PipelineParallel
+from mpitrain.parallel.pipeline import counted
 from mpitrain.train.cadence import Cadence
 from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
@@ -105,10 +106,11 @@ def assemble(job: Job, comm: Communicator) -> Assembly:
     """
     samples = load_samples(job)
     feed = _batches(job, samples.train)
-    steps_per_epoch = feed.share(comm.rank, comm.size, job.method.microbatches).steps_per_epoch
+    rank, size = (0, 1) if job.method.kind == "pipeline" else (comm.rank, comm.size)  # whose ranks share no batch
+    steps_per_epoch = feed.share(rank, size, job.method.microbatches).steps_per_epoch
     steps = job.train.steps or (job.train.epochs or 1) * steps_per_epoch
     model = build_model(job, samples.facts)
-    method = _method(job, comm)
+    method = _method(job, comm, model, samples.facts)
     method.setup(model, _optimizer(job), _plan(job, feed.batch_size, steps))
     batches = partial(data.evaluation_batches, batch_size=_EVALUATION_ROWS, rank=comm.rank, size=comm.size)
     held_out = {kind: partial(batches, part, dtype=job.dtype) for kind, part in samples.held_out.items()}
@@ -292,11 +294,15 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
     return Plan(Key(job.seed), course, steps, section.clip_norm, section.clip_value)
 
 
-def _method(job: Job, comm: Communicator) -> Method:
+def _method(job: Job, comm: Communicator, model: Model, facts: Facts) -> Method:
     section, on_gpu = job.method, job.device == "gpu"
     options: dict[str, Any] = {"microbatches": section.microbatches, "bucket_bytes": section.bucket_bytes}
     if section.kind == "gradient":
         return GradientParallel(comm, stage=section.stage, allocator=device if on_gpu else None, **options)
+    if section.kind == "pipeline":
+        costs = counted(model, facts.sample_shape) if isinstance(model, Network) else None
+        options |= {"schedule": section.schedule, "chunks": section.chunks, "costs": costs}
+        return PipelineParallel(comm, allocator=device if on_gpu else plain, **options)
     options["codec"] = make_codec(section.codec.kind, **section.codec.arguments()) if section.codec else None
     options["allocator"] = device if on_gpu else plain
     if section.average_every:

@@ -29,6 +29,8 @@ _MAY_CHANGE = (
     "data.path",  # what is there is compared
     "method.kind",  # the same steps, however they are divided
     "method.stage",
+    "method.schedule",
+    "method.chunks",
     "method.bucket_bytes",
     "train.steps",
     "train.epochs",

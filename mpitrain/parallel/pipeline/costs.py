@@ -137,6 +137,6 @@ def _timed(work: Callable[[], _T]) -> tuple[_T, float]:
 
 def _below(tree: Mapping[str, Any], path: str) -> Tree:
     """Return the part of a nested dictionary below a dotted path, empty if there is none."""
-    for name in path.split("."):
+    for name in filter(None, path.split(".")):
         tree = tree.get(name, {})
     return tree
