@@ -143,21 +143,23 @@ def test_integers_are_exact(on_ranks, case):
 
 
 def check_ledger_and_memory(comm: Communicator, case: Case) -> None:
-    network, feed = cnn(), RowsFeed(batch_size=10)
-    method = ready(comm, network, SGD(), 4, case)
+    network, feed, steps = cnn(), RowsFeed(batch_size=10), 6
+    method = ready(comm, network, SGD(), 2 + steps, case)
     method.advance(feed, until=2)
     before, misses = comm.ledger.snapshot(), network.pool.misses
-    method.advance(feed, until=3)
+    method.advance(feed, until=2 + steps)
     after = comm.ledger.snapshot()
     calls = {key: count.calls - (before[key].calls if key in before else 0) for key, count in after.items()}
     used = {operation: count for (axis, operation), count in calls.items() if count}
-    sizes = method.sizes
-    sent, received = (sum(comm.allgather_object(used.pop(name, 0))) for name in ("isend", "irecv"))
+    own = [used.pop(name, 0) for name in ("isend", "irecv")]
+    sent, received = np.sum(comm.allgather_object(own), axis=0)
     messages = 2 * (comm.size * case.chunks - 1) * method.microbatches if comm.size > 1 else 0
-    assert sent == received == sizes.messages == messages
-    assert used == {"allreduce": 1}  # the tally
-    assert network.pool.misses == misses  # nothing was allocated
-    assert method.executor.peak == FAMILIES[case.schedule].peak(sizes, comm.rank)
+    assert sent == received == steps * messages
+    assert method.sizes.messages == messages
+    assert used == {"allreduce": steps}  # the tally
+    # Memory is that of the first steps, but for messages: how many have not left yet is a matter of time.
+    assert network.pool.misses - misses <= own[0] / steps
+    assert method.executor.peak == FAMILIES[case.schedule].peak(method.sizes, comm.rank)
 
 
 @every_case

@@ -67,7 +67,7 @@ def test_a_line_chooses_the_method():
         ),
         (
             'kind = "pipeline"\nschedule = "zb"',
-            'method.schedule: is not one of the choices; got "zb"; expected "gpipe" or "1f1b" or',
+            'method.schedule: is not one of the choices; got "zb"; expected "gpipe"',
         ),
         ('kind = "pipeline"\ncodec = "fp16"', 'gives every rank all gradients, which kind = "pipeline" divides'),
         ('kind = "pipeline"\naverage_every = 2', "averages whole models, of which kind = "),
