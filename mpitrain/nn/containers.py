@@ -75,9 +75,14 @@ class Sequential(_Container):
         context["gradients"] = gradients = []
         for number, (name, layer, child) in enumerate(self._passes(context), start=1):
             gradients.append(dy)
-            if number >= len(self.children) - self._untrained:
-                return
-            dy = layer.backward_input(params.get(name, {}), child, dy, call)
+            if number < len(self.children) - self._untrained:
+                dy = layer.backward_input(params.get(name, {}), child, dy, call)
+                continue
+            if isinstance(layer, Sequential):
+                layer.backward_within(params.get(name, {}), child, dy, call)
+            elif type(layer).backward is not Layer.backward:  # one that prepares there what its weights need
+                layer.backward_input(params.get(name, {}), child, dy, call)
+            return
 
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add the layers' gradients, from what `backward_input` kept."""
