@@ -1,7 +1,7 @@
 """What a pipeline costs: step times of every schedule beside the formulas and the simulator's prediction.
 
     mpiexec -n 2 python tests/pipeline_figures.py [--layers 4] [--width 128] [--rows 4] [--microbatches 8] [--rounds 15]
-    python tests/pipeline_figures.py --picture docs/results/pipeline.svg     # the schedules, from the simulator
+    python tests/pipeline_figures.py --picture docs/pipeline.png     # the schedules, from the simulator
 
 Stages of equal cost: transformer blocks, without embeddings and head, in float32 under SGD, one BLAS thread a rank.
 Each round takes some steps of each contestant in turn.  "serial" is a run of the same microbatches on one rank, all
@@ -97,7 +97,10 @@ def measure(comm: Communicator, options: Any) -> None:
         name: FAMILIES[name].schedule(Sizes(comm.size, CHUNKS.get(name, 1), m)) for name in FAMILIES
     }  # fmt: skip
     units = 2 * options.layers
-    contestants = {"serial": trainer(DataParallel(alone, microbatches=m), options)}
+    contestants = {
+        "serial": trainer(DataParallel(alone, microbatches=m), options),
+        "split": trainer(PipelineParallel(alone, schedule="zb-h1", microbatches=m), options),
+    }
     for name, schedule in schedules.items():
         chunks = schedule.sizes.chunks
         method = PipelineParallel(comm, schedule=name, chunks=chunks, microbatches=m, costs=[1.0] * units)
@@ -106,19 +109,18 @@ def measure(comm: Communicator, options: Any) -> None:
     predicted = {name: simulate(each, stage_costs(comm, options, each.sizes)) for name, each in schedules.items()}
     if comm.rank:
         return
-    serial = seconds.pop("serial")
+    serial, split = seconds.pop("serial"), seconds.pop("split")
+    cost = statistics.median(two / one for one, two in zip(serial, split, strict=True)) - 1
     print(f"{options.layers} blocks of width {options.width}, {m} microbatches of {options.rows} x {options.context}")
-    print(f"serial, {comm.size} ranks side by side: {statistics.median(serial) * 1e3:.1f} ms a step\n")
-    print("| schedule | chunks | ms a step | overhead measured | predicted from measured costs | formula, F = B = W |")
-    print("|---|---|---|---|---|---|")
+    print(f"serial, {comm.size} ranks side by side: {statistics.median(serial) * 1e3:.1f} ms a step")
+    print(f"the same with W after B instead of layer by layer: {cost:+.1%}\n")
+    print("| schedule | chunks | ms a step | ms simulated | overhead | overhead simulated | formula, F = B = W |")
+    print("|---|---|---|---|---|---|---|")
     for name, each in seconds.items():
-        overheads = [own / (one / comm.size) - 1 for own, one in zip(each, serial, strict=True)]
-        print(
-            f"| {name} | {CHUNKS.get(name, 1)} | {statistics.median(each) * 1e3:.1f} | "
-            f"{statistics.median(overheads):.1%} | {predicted[name].overhead:.1%} | "
-            f"{float(FAMILIES[name].overhead(schedules[name].sizes)):.1%} |",
-            flush=True,
-        )
+        overhead = statistics.median(own * comm.size / one - 1 for own, one in zip(each, serial, strict=True))
+        shown = [overhead, predicted[name].overhead, float(FAMILIES[name].overhead(schedules[name].sizes))]
+        times_ms = f"{statistics.median(each) * 1e3:.1f} | {predicted[name].length * 1e3:.1f}"
+        print(f"| {name} | {CHUNKS.get(name, 1)} | {times_ms} | " + " | ".join(f"{part:.1%}" for part in shown) + " |")
 
 
 def draw(path: Path) -> None:
@@ -126,8 +128,8 @@ def draw(path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "mpitrain"
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     figure, axes = pyplot.subplots(len(FAMILIES), 1, figsize=(11, 7.5), sharex=True, layout="constrained")
     for axis, (name, family) in zip(axes, FAMILIES.items(), strict=True):
@@ -144,14 +146,19 @@ def draw(path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlim(0, 33.2)
     axes[-1].set_xlabel("time, in forward passes of a rank")
-    figure.savefig(path, metadata={"Date": None})
+    figure.legend(
+        handles=[Patch(color=each, label=label) for each, label in LEGEND.items()], ncols=4, loc="outside upper right"
+    )
+    figure.savefig(path, dpi=100)
 
 
-COLOURS = {"F": "#8ecae6", "BW": "#ffb703", "B": "#ffd166", "W": "#b7e4c7"}
+COLOURS = {"F": "#8ecae6", "BW": "#ffb703", "B": "#f4a3b5", "W": "#b7e4c7"}
+WORDS = {"F": "forward", "BW": "backward", "B": "gradient of the input", "W": "gradient of the weights"}
+LEGEND = {COLOURS[kind]: words for kind, words in WORDS.items()}
 
 
 def draw_span(axis: Any, rank: int, span: Any, sizes: Sizes) -> None:
-    """Draw an operation, later chunks darker, with the number of its microbatch."""
+    """Draw an operation, later chunks paler, with the number of its microbatch."""
     kind, stage, microbatch = span.operation
     later = stage // sizes.ranks
     axis.barh(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from parallel_cases import IMAGES, STEPS_PER_EPOCH, RowsFeed, cnn, gpt, mlp, plan, same_on_all, schedule
+from parallel_cases import IMAGES, STEPS_PER_EPOCH, KeptKeys, RowsFeed, cnn, gpt, mlp, plan, same_on_all, schedule
 from parallel_reference import Named, assert_close, descend
 from pipeline_cases import (
     CASES,
@@ -24,7 +24,7 @@ from pipeline_cases import (
 
 from mpitrain import nn
 from mpitrain._errors import InputError, NonFiniteError
-from mpitrain.arrays import FlatBuffer
+from mpitrain.arrays import FlatBuffer, Key
 from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
 from mpitrain.data import Dataset, evaluation_batches
 from mpitrain.nn import Network
@@ -282,6 +282,26 @@ def check_state(comm: Communicator) -> None:
 
 def test_a_tied_tensor_is_saved_once_and_loaded_everywhere(on_ranks):
     on_ranks(check_state)
+
+
+class RankDependent(KeptKeys):
+    """Breaks the contract: its initial values depend on the rank."""
+
+    rank = 0
+
+    def initialise(self, params: FlatBuffer, key: Key) -> None:
+        super().initialise(params, key)
+        params.flat[...] += self.rank
+
+
+def check_copies_agree(comm: Communicator) -> None:
+    network = RankDependent(gpt().layer, nn.CrossEntropy(), np.float64)
+    network.rank = comm.rank
+    united(comm, ready(comm, network, SGD(), 1, CASES["1f1b"]).params.views)
+
+
+def test_copies_begin_alike_whatever_the_model_does(on_ranks):
+    on_ranks(check_copies_agree)
 
 
 def check_not_finite(comm: Communicator) -> None:
