@@ -85,11 +85,11 @@ class FlatBuffer:
 
     def sha256(self) -> str:
         """Return a hash of the values of all tensors, in the order of their names; padding does not count."""
-        return hash_of(self.views[name] for name in sorted(segment.name for segment in self.layout))
+        return sha256(self.views[name] for name in sorted(segment.name for segment in self.layout))
 
 
-def hash_of(arrays: Iterable[Array]) -> str:
-    """Return the SHA-256 of the values of some arrays, one after another."""
+def sha256(arrays: Iterable[Array]) -> str:
+    """Return a hash of the values of some arrays, one after the other."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(to_host(array)).view(np.uint8).reshape(-1).data)

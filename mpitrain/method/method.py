@@ -115,7 +115,7 @@ class Method(ABC):
         """Return the model's outputs for ``inputs``, shape (n, …), the same on all ranks."""
 
     def weights_sha256(self) -> str:
-        """Return the hash of all parameters, as `FlatBuffer.sha256` of the whole model: the same on all ranks."""
+        """Return a hash of all parameters, the same on all ranks and however they are divided.  Collective."""
         return self.params.sha256()
 
     @abstractmethod

@@ -16,7 +16,7 @@ from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Key, Layout, namespace, plain
-from mpitrain.arrays.flatbuffer import hash_of
+from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.method.method import Feed, Plan, Share
 from mpitrain.method.state import Kind, State
@@ -265,7 +265,7 @@ class PipelineParallel(Synchronous):
         layout, digest = self.model.layout, ""
         names = sorted(segment.name for segment in layout)
         if self.pipe.rank == 0:
-            digest = hash_of(self._fetched(name) for name in names)
+            digest = sha256(self._fetched(name) for name in names)
         else:
             for name in names:
                 if self._owner(name) == self.pipe.rank:
