@@ -24,16 +24,16 @@ class Case:
 
     schedule: str
     chunks: int = 1
-    per_rank: int = 0  # microbatches; 0: five, however many ranks
 
     def options(self, ranks: int) -> dict[str, Any]:
-        return {"schedule": self.schedule, "chunks": self.chunks, "microbatches": self.per_rank * ranks or 5}
+        microbatches = 5 if self.schedule != "interleaved" else 6 // ranks * ranks
+        return {"schedule": self.schedule, "chunks": self.chunks, "microbatches": microbatches}
 
 
 CASES = {
     "gpipe": Case("gpipe"),
     "1f1b": Case("1f1b"),
-    "interleaved": Case("interleaved", 2, 1),
+    "interleaved": Case("interleaved", 2),
     "zb-h1": Case("zb-h1"),
 }
 """Every schedule; a further one is a row here."""

@@ -62,9 +62,11 @@ def test_the_parts_one_after_another_are_the_whole(build, inputs):
     call = nn.Call(training=True, key=Key(2), index=np.arange(len(inputs)))
     x = network.prepared_inputs(np.asarray(inputs), params)
     whole, _ = network.layer.forward(params.tree, x, call)
-    count = len(units(network.layer))
+    paths = [path for path, _ in units(network.layer)]
+    count = len(paths)
     for cut in range(1, count):
         parts = [part(network.layer, 0, cut), part(network.layer, cut, count)]
+        assert [[path for path, _ in units(each)] for each in parts] == [paths[:cut], paths[cut:]]
         middle, _ = parts[0].forward(params.tree, x, call)
         np.testing.assert_array_equal(parts[1].forward(params.tree, middle, call)[0], whole)
         names = [each.name for layer in parts for each in layer.parameters()]

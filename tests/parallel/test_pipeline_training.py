@@ -30,7 +30,8 @@ from mpitrain.data import Dataset, evaluation_batches
 from mpitrain.nn import Network
 from mpitrain.optim import SGD, make_optimizer
 from mpitrain.parallel import DataParallel, PipelineParallel
-from mpitrain.parallel.pipeline import FAMILIES
+from mpitrain.parallel.pipeline import FAMILIES, Sizes
+from mpitrain.parallel.pipeline.links import Edge, Links
 from mpitrain.parallel.synchronous import Synchronous
 
 TIED = {"tokens.weight"}
@@ -171,6 +172,24 @@ def test_a_step_sends_and_keeps_what_the_formulas_say(on_ranks, case):
 def test_no_send_waits_for_its_receive(case):
     """In a world where a blocking send would wait."""
     LocalWorld(3, rendezvous=True, timeout_s=20).run(check_gradients, "cnn", case)
+
+
+def check_directions(comm: Communicator) -> None:
+    """On two ranks a stage's input and its gradient come from the same rank: in any order, each is itself."""
+    links = Links(comm, Sizes(2, 2, 1), nn.Pool(), np, np.dtype(np.float64))
+    dx, x = Edge(1, 2, 0), Edge(1, 0, 0)
+    if comm.rank == 0:
+        links.send(dx, np.array([1.0]))
+        links.send(x, np.array([2.0]))
+    else:
+        links.expect(x, (1,))
+        links.expect(dx, (1,))
+        assert (links.receive(x).tolist(), links.receive(dx).tolist()) == ([2.0], [1.0])
+    links.finish()
+
+
+def test_an_input_is_not_taken_for_a_gradient():
+    LocalWorld(2, timeout_s=20).run(check_directions)
 
 
 # Data and pipeline together.

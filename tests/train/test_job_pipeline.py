@@ -80,6 +80,18 @@ def test_what_does_not_fit_is_said_in_one_line(lines: str, message: str):
     assert message in str(caught.value)
 
 
+def test_a_batch_may_be_smaller_than_the_ranks_are_many():
+    small = Job.from_dict(
+        job('kind = "pipeline"').model_dump(exclude_none=True) | {"train": {"steps": 1, "batch_size": 4}}
+    )
+
+    def check(comm: Communicator) -> int:
+        parts = assemble(small, comm)
+        return int(parts.method.advance(parts.feed, until=1).samples)
+
+    assert LocalWorld(6, timeout_s=20).run(check) == [4] * 6
+
+
 def test_microbatches_that_do_not_fit_the_ranks_are_said():
     lines = 'kind = "pipeline"\nschedule = "interleaved"'
     with pytest.raises(InputError, match="got 4 microbatches, 3 ranks; expected a multiple of 3"):
