@@ -1,4 +1,4 @@
-"""Compiles the loops of shared transport and optimizers, and the short way into the first, while the package is built.
+"""Compiles the loops of shared transport and optimizers, and the short way of collectives, while the package is built.
 
 Without a C compiler the package is built without all of them; without Python's headers, without the way.  ``CC`` and
 ``CFLAGS`` are heeded.  `mpitrain doctor` tells what an installation has.
@@ -40,7 +40,7 @@ class KernelHook(BuildHookInterface):
     def _entry(self) -> str | None:
         headers = sysconfig.get_path("include")
         if not Path(headers, "Python.h").exists():
-            self.app.display_warning("no Python headers: mpitrain is built without the short way into its loops")
+            self.app.display_warning("no Python headers: mpitrain is built without the short way of its collectives")
             return None
         return self._compile(*_ENTRY, f"-I{headers}")
 

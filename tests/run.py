@@ -23,6 +23,7 @@ from mpitrain.comm.launch import launch_command
 ROOT = Path(__file__).resolve().parent.parent
 TEST_TIMEOUT_S = 60
 TAIL_LINES = 60
+MOST_WORKERS = 4
 NOTHING_COLLECTED = 5
 
 
@@ -55,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _unit(report: Path, arguments: list[str], timeout_s: float) -> Counter[str]:
     print("== unit tests", flush=True)
-    argv = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
+    workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)  # tests start launches of up to 4 ranks themselves
+    split = [f"--numprocesses={workers}", "--dist=worksteal"]
+    argv = [sys.executable, "-m", "pytest", f"--junitxml={report}", *split, *arguments]
     code = run_limited(argv, dict(os.environ), timeout_s)
     return _verdict("the unit tests", code, [report])
 

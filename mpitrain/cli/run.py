@@ -74,7 +74,7 @@ def _run_rank(exit_code: Path | None, **options: Any) -> None:
         with leave_together(comm):
             _train(comm, **options)
     except SystemExit as leaving:
-        if exit_code is None or not _hand_over(comm, leaving, exit_code):
+        if exit_code is None or not hand_over(comm, leaving, exit_code):
             raise
 
 
@@ -101,7 +101,7 @@ def _check_job_file(job: str, ranks: int) -> None:
         )  # fmt: skip
 
 
-def _hand_over(comm: Communicator, leaving: SystemExit, path: Path) -> bool:
+def hand_over(comm: Communicator, leaving: SystemExit, path: Path) -> bool:
     """Tell the parent the exit code in a file: launchers comment on any other than 0, at length.  Collective."""
     written = False
     if comm.rank == 0:

@@ -66,7 +66,7 @@ class Collectives(Engine):
             return fixed.allreduce(self, x, op, out, algorithm, bucket_bytes)
         if algorithm is None and bucket_bytes is None:
             entry = self._entry
-            result = entry(x, op, out) if entry is not None else None
+            result = None if entry is None else entry.allreduce(x, op, out)
             if result is None:
                 result = direct.allreduce(self, x, op, out)
             if result is not None:
@@ -132,7 +132,10 @@ class Collectives(Engine):
             As for `allreduce`.
         """
         if algorithm is None and bucket_bytes is None:
-            result = direct.broadcast(self, x, root, out)
+            entry = self._entry
+            result = None if entry is None else entry.broadcast(x, root, out)
+            if result is None:
+                result = direct.broadcast(self, x, root, out)
             if result is not None:
                 return result
         return self._complete(self._broadcast("broadcast", x, root, out, bucket_bytes), algorithm)
@@ -178,7 +181,10 @@ class Collectives(Engine):
         if reproducible:
             return fixed.reduce_scatter(self, x, op, counts, out, algorithm)
         if counts is None and algorithm is None:
-            result = direct.reduce_scatter(self, x, op, out)
+            entry = self._entry
+            result = None if entry is None else entry.reduce_scatter(x, op, out)
+            if result is None:
+                result = direct.reduce_scatter(self, x, op, out)
             if result is not None:
                 return result
         return self._complete(self._reduce_scatter("reduce_scatter", x, op, counts, out), algorithm)
@@ -210,7 +216,10 @@ class Collectives(Engine):
             The same on all ranks.
         """
         if counts is None and algorithm is None:
-            result = direct.allgather(self, x, out)
+            entry = self._entry
+            result = None if entry is None else entry.allgather(x, out)
+            if result is None:
+                result = direct.allgather(self, x, out)
             if result is not None:
                 return result
         return self._complete(self._gather("allgather", x, None, counts, out), algorithm)

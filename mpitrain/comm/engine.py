@@ -27,6 +27,7 @@ from mpitrain.comm.ledger import Ledger
 from mpitrain.comm.request import Request
 from mpitrain.comm.transports.device import DeviceTransport
 from mpitrain.comm.transports.device_choice import BETWEEN_THREADS, Way
+from mpitrain.comm.transports.entry import Entry, calling
 from mpitrain.comm.transports.host import HostTransport
 from mpitrain.comm.transports.transport import Transport
 from mpitrain.comm.watchdog import Watch, checked_timeout, watchdog
@@ -65,7 +66,8 @@ class Engine(ABC):
         self._parts: WeakSet[Engine] = WeakSet()
         self._recorder: Recorder | None = None
         self._tuning: Table | None = None
-        self._entry: Callable[[Any, Any, Any], Array | None] | None = None
+        self._entry: Entry | None = None
+        self._entries: list[Entry] = []  # plans go on using those of before
 
     # What a backend fills in.
 
@@ -92,6 +94,10 @@ class Engine(ABC):
     @abstractmethod
     def _free(self) -> None:
         """Release what the backend holds."""
+
+    def _open(self) -> Entry | None:
+        """Return the shortest way of plain calls, for a backend that has one; the transport may not be chosen yet."""
+        return None
 
     def _progress(self) -> None:
         """Let messages go on while this rank waits for something else; for a backend that needs to be called."""
@@ -149,11 +155,17 @@ class Engine(ABC):
             self._made.append(made)
 
     def _moves(self) -> Transport:
-        if self._transport is None:
+        found = self._transport
+        if found is None:
             with self.ledger.unchanged(), self._checker.inside() if self._checker else nullcontext():
-                self._transport = self._choose_transport()
-            self._shorten()
-        return self._transport
+                found = self._choose_transport()
+            self._use(found)
+        return found
+
+    def _use(self, transport: Transport) -> None:
+        """Reduce by a transport from now on; all ranks do so."""
+        self._transport = transport
+        self._shorten()
 
     def _device_moves(self) -> DeviceTransport:
         if self._devices is None:
@@ -162,9 +174,10 @@ class Engine(ABC):
 
     def _shorten(self) -> None:
         """Open or close the shortest way of plain calls, after something has changed that it depends on."""
-        self._entry = None
-        if self._transport is not None and self.plain and self._recorder is None:
-            self._entry = self._transport.entry(self._watch, self.ledger.tally("allreduce"))
+        self._entry = made = self._open() if self.plain and self._recorder is None else None
+        self._watch.aside = None if made is None else partial(calling, made)
+        if made is not None:
+            self._entries.append(made)
 
     def _meet(self, call: Call) -> None:
         """Refuse a call of one of our own algorithms that other ranks perform otherwise, where that can be told."""
@@ -243,6 +256,8 @@ class Engine(ABC):
             self._freed = True
             self._devices = None  # and its page-locked memory
             self._shorten()
+            for entry in self._entries:
+                entry.close()
             self._free()
 
     def __enter__(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -22,9 +23,10 @@ from mpitrain.comm.communicator import Communicator
 from mpitrain.comm.debug import Checker
 from mpitrain.comm.ledger import Ledger
 from mpitrain.comm.pieces import Pieces
-from mpitrain.comm.transports import device_choice
-from mpitrain.comm.transports.blocks import PAGE_BYTES
+from mpitrain.comm.transports import device_choice, entry
 from mpitrain.comm.transports.choice import choose, ranks_per_node
+from mpitrain.comm.transports.entry import Entry, Library, Ranks
+from mpitrain.comm.transports.pages import PAGE_BYTES
 from mpitrain.comm.transports.transport import Transport
 from mpitrain.comm.watchdog import Watch
 
@@ -145,6 +147,8 @@ class MpiCommunicator(Communicator):
         left = recv.nbytes < self._moves().least_bytes and accumulator(recv.dtype) == recv.dtype
         if not left or recv.size > pieces.CHUNK_ELEMENTS:
             return super()._bind(send, recv, op)
+        if self._entry is not None and entry.knows(recv.dtype, op):
+            return partial(self._entry.planned, send, op, recv)
         spec = _spec(wire(recv))
         return partial(self._library_allreduce, MPI.IN_PLACE if send is recv else _spec(wire(send)), spec, _OPS[op])
 
@@ -180,6 +184,17 @@ class MpiCommunicator(Communicator):
             self._comm.Allgather(send, recv)
         except MPI.Exception as error:
             raise _translation(f"allgather of {recv.size} {recv.dtype}", error) from error
+
+    def _open(self) -> Entry | None:
+        handle = MPI._handleof(self._comm)
+        ranks = Ranks(self.rank, self.size, _library(), handle, pieces.CHUNK_ELEMENTS, _fail)
+        moves = self._transport
+        loops = None if moves is None else moves.loops(self._watch)
+        below_bytes = 0 if moves is None else moves.always_left_bytes
+        made = entry.make(ranks, loops, below_bytes, self.ledger)
+        if made is not None and moves is not None:
+            moves.follow(made)
+        return made
 
     def _progress(self) -> None:
         self._comm.Iprobe(self.rank, TAG_MAX + 1)  # which is never there: libraries stop looking when they find one
@@ -303,6 +318,27 @@ def _translated(what: Call | str) -> Iterator[None]:
 def _translation(what: Call | str, error: MPI.Exception) -> CommunicationError:
     kind = MismatchError if error.Get_error_class() == MPI.ERR_TRUNCATE else CommunicationError
     return kind("MPI failed", operation=str(what), got=error.Get_error_string())
+
+
+@cache
+def _library() -> Library:
+    """Return where compiled code finds the library: what a profiler put before it, else what mpi4py is linked to."""
+    loaded, linked = ctypes.CDLL(None), ctypes.CDLL(MPI.__file__)
+    functions = (
+        getattr(loaded, name, None) or getattr(linked, name)
+        for name in ("MPI_Allreduce", "MPI_Bcast", "MPI_Reduce_scatter_block", "MPI_Allgather")
+    )
+    first, second, third, fourth = (ctypes.cast(each, ctypes.c_void_p).value or 0 for each in functions)
+    datatypes = {name: MPI._handleof(datatype) for name, datatype in _DATATYPES.items()}
+    ops = {name: MPI._handleof(op) for name, op in _OPS.items()}
+    return Library((first, second, third, fourth), int(MPI.IN_PLACE), datatypes, ops)
+
+
+def _fail(operation: str, array: Array, code: int) -> None:
+    """Raise the error of a call that compiled code made; 0: it made none, as the communicator was freed."""
+    if not code:
+        raise CommunicationError("the communicator was freed", operation=operation)
+    raise _translation(f"{operation} of {array.size} {array.dtype}", MPI.Exception(code))
 
 
 @cache

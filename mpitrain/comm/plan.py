@@ -10,6 +10,7 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
+from mpitrain.arrays.flatbuffer import plain
 from mpitrain.arrays.libraries import Operand, owner
 from mpitrain.comm import dtypes
 from mpitrain.comm.calls import Prepared
@@ -88,7 +89,7 @@ def ordinary(
         From a flat array, the one for the result, or the same, and a reduction other than ``mean`` to what reduces.
     """
     flat = buffer.reshape(-1)
-    own = flat if in_place else np.empty_like(flat)
+    own = flat if in_place else plain(flat.size, flat.dtype)
     run = bind(flat, own, "sum" if op == "mean" else op)
     result = buffer if in_place else own.reshape(buffer.shape)
     if not in_place:

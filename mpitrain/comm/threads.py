@@ -13,8 +13,8 @@ from mpitrain.comm.communicator import Communicator
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def set_blas_threads(comm: Communicator) -> int:
-    """Give each rank its share of the node's CPUs, unless the user set a thread variable.
+def set_blas_threads(comm: Communicator, threads: int | None = None) -> int:
+    """Give each rank its share of the node's CPUs, or so many, unless the user set a thread variable.
 
     Works after NumPy was imported too, since it calls the libraries instead of setting variables.
 
@@ -22,6 +22,8 @@ def set_blas_threads(comm: Communicator) -> int:
     ----------
     comm : Communicator
         All ranks of the job.
+    threads : int, optional
+        How many each rank gets; None: its share.
 
     Returns
     -------
@@ -35,7 +37,7 @@ def set_blas_threads(comm: Communicator) -> int:
     own = os.sched_getaffinity(0)
     everyones: list[set[int]] = comm.node.allgather_object(own)
     if _env.user_threads() is None:
-        threadpool_limits(share(own, everyones, cpu_quota()))
+        threadpool_limits(threads or share(own, everyones, cpu_quota()))
     return blas_threads()
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -63,6 +63,8 @@ class Watch:
     ----------
     current : object
         What has been called and has not returned; its ``str`` is shown.
+    aside : callable, optional
+        Returns, in words, a call that is under way and stores itself nowhere, and how many such calls have returned.
     count : int
         Calls that have returned.
     checking : bool
@@ -76,6 +78,7 @@ class Watch:
         given = _env.timeout_s()
         self.chosen_s = checked_timeout("MPITRAIN_TIMEOUT_S", given) if chosen_s is None and given else chosen_s
         self.current: object = None
+        self.aside: Callable[[], tuple[str, int] | None] | None = None
         self.count = 0
         self.checking = self.debug = False
         self._seen: tuple[object, int] = (None, 0)
@@ -100,10 +103,16 @@ class Watch:
             self.current = outer
             self.count += 1
 
+    def present(self) -> tuple[object, int]:
+        """Return the present call, None for none, and how many have returned."""
+        found = self.aside() if self.current is None and self.aside is not None else None
+        return found or (self.current, self.count)
+
     def waited_s(self, now: float) -> float:
         """Return since when the thread, which asks again and again, has seen the present call."""
-        if self.current is None or self.checking or self._seen != (self.current, self.count):
-            self._seen, self._since = (self.current, self.count), now
+        present = self.present()
+        if present[0] is None or self.checking or self._seen != present:
+            self._seen, self._since = present, now
         return now - self._since
 
     def overdue(self, now: float) -> bool:
@@ -111,7 +120,8 @@ class Watch:
         return self.waited_s(now) > self.timeout_s > 0
 
     def __str__(self) -> str:
-        return f"{self.current}" if self.axis == "world" else f"{self.current} on {self.axis!r}"
+        what, _ = self.present()
+        return f"{what}" if self.axis == "world" else f"{what} on {self.axis!r}"
 
 
 def checked_timeout(name: str, value: object) -> float:
@@ -173,7 +183,7 @@ class Watchdog:
         """Return what this process is doing."""
         frames = {ident: frame for ident, frame in sys._current_frames().items() if not self._is_own(ident)}
         watches = self._all()
-        busy = " and ".join(str(watch) for watch in watches if watch.current is not None)
+        busy = " and ".join(str(watch) for watch in watches if watch.present()[0] is not None)
         if busy:
             found = f"in {busy} at {', '.join(call_site(f) for f in frames.values() if in_communicator(f))}"
             return found + (f", after it failed in {self.failed}" if self.failed else "")

@@ -67,8 +67,9 @@ class Network(Model):
     ) -> tuple[float, float]:
         """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`."""
         batch, count = self.prepared(batch, params), self.loss.count(batch)
-        call = Call(
-            namespace(params.flat), self.pool, True, rng, batch.index, count, reduce, complete=grads.complete
+        call = self._call(
+            batch.inputs, training=True, key=rng, index=batch.index, count=count, reduce=reduce,
+            complete=grads.complete,
         )  # fmt: skip
         outputs, context = self.layer.forward(params.tree, batch.inputs, call)
         loss_sum, loss_context = self.loss.forward(outputs, batch, self.pool)
@@ -80,23 +81,29 @@ class Network(Model):
 
     def predict(self, params: FlatBuffer, inputs: Array) -> Array:
         """Return the outputs for ``inputs``, shape (n, …), in evaluation mode; a new array."""
-        xp = namespace(params.flat)
-        call = Call(xp, self.pool)
+        return self._outputs(params, inputs)
+
+    def _call(self, inputs: Array, **options: Any) -> Call:
+        """Return the surroundings of a pass over ``inputs``."""
+        return Call(namespace(inputs), self.pool, **options)
+
+    def _outputs(self, params: FlatBuffer, inputs: Array) -> Array:
+        """Return what the layer gives for ``inputs`` in evaluation mode; a new array."""
         parts = []
         for rows in self.slices(inputs):
             part = self.prepared_inputs(inputs[rows], params)
-            outputs, context = self.layer.forward(params.tree, part, call)
+            outputs, context = self.layer.forward(params.tree, part, self._call(part))
             parts.append(outputs.copy())
             context.release()
-        predicted: Array = xp.concatenate(parts)
-        return predicted
+        found: Array = namespace(params.flat).concatenate(parts)
+        return found
 
     def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
         """Return the sums over the batch from which `metrics` follow."""
         batch, total = self.prepared(batch, params), dict[str, Array]()
         for rows in self.slices(batch.inputs):
             part = batch.part(rows)
-            sums = self.loss.sums(self.predict(params, part.inputs), part)
+            sums = self.loss.sums(self._outputs(params, part.inputs), part)
             total = {name: total[name] + sums[name] for name in sums} if total else sums
         return total
 

@@ -3,7 +3,19 @@
 from mpitrain.parallel.averaging import ModelAveraging
 from mpitrain.parallel.data import DataParallel
 from mpitrain.parallel.gradient import GradientParallel
+from mpitrain.parallel.lanes import LaneSteps
 from mpitrain.parallel.pipeline import PipelineParallel
+from mpitrain.parallel.reproducible import ReproducibleDataParallel, ReproducibleGradientParallel
 from mpitrain.parallel.synchronous import Synchronous, Tally
 
-__all__ = ["DataParallel", "GradientParallel", "ModelAveraging", "PipelineParallel", "Synchronous", "Tally"]
+__all__ = [
+    "DataParallel",
+    "GradientParallel",
+    "LaneSteps",
+    "ModelAveraging",
+    "PipelineParallel",
+    "ReproducibleDataParallel",
+    "ReproducibleGradientParallel",
+    "Synchronous",
+    "Tally",
+]

@@ -6,10 +6,10 @@ Every rank builds the same parts by itself; the only communication is the method
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,23 @@ from mpitrain.comm.codecs import make_codec
 from mpitrain.data import Batches, Dataset, Standardise
 from mpitrain.method import Method, Plan
 from mpitrain.nn import Layer, Loss, Model, Network
-from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging, PipelineParallel
+from mpitrain.parallel import (
+    DataParallel,
+    GradientParallel,
+    ModelAveraging,
+    PipelineParallel,
+    ReproducibleDataParallel,
+    ReproducibleGradientParallel,
+    Synchronous,
+)
 from mpitrain.parallel.pipeline import counted
+from mpitrain.parallel.tensor import divided_network
 from mpitrain.train.cadence import Cadence
 from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
 from mpitrain.train.job.model import LOSS_OF_TASK, BuiltModel
 from mpitrain.train.job.userfile import load_object
+from mpitrain.train.mesh import Axes, axes_of
 
 _EVALUATION_ROWS = 1024
 
@@ -92,8 +102,13 @@ class Assembly:
         return "valid" if "valid" in self.held_out else "test"
 
 
-def assemble(job: Job, comm: Communicator) -> Assembly:
+def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = None) -> Assembly:
     """Build and set up the parts of a job.
+
+    Parameters
+    ----------
+    optimizer : Optimizer, optional
+        Taken instead of the job's own (`job_optimizer`), e.g. one that looks on.
 
     Raises
     ------
@@ -105,32 +120,54 @@ def assemble(job: Job, comm: Communicator) -> Assembly:
     Collective: the method verifies that all ranks hold the same parameters.
     """
     samples = load_samples(job)
-    feed = _batches(job, samples.train)
-    rank, size = (0, 1) if job.method.kind == "pipeline" else (comm.rank, comm.size)  # whose ranks share no batch
-    steps_per_epoch = feed.share(rank, size, job.method.microbatches).steps_per_epoch
+    feed, axes = _batches(job, samples.train), axes_of(job, comm)
+    _check_lanes(job, feed)
+    model = build_model(job, samples.facts, axes.tensor)
+    method = _method(job, axes, model, samples.facts)
+    steps_per_epoch = feed.share(*method.shares[0], job.method.microbatches).steps_per_epoch
     steps = job.train.steps or (job.train.epochs or 1) * steps_per_epoch
-    model = build_model(job, samples.facts)
-    method = _method(job, comm, model, samples.facts)
-    method.setup(model, _optimizer(job), _plan(job, feed.batch_size, steps))
-    batches = partial(data.evaluation_batches, batch_size=_EVALUATION_ROWS, rank=comm.rank, size=comm.size)
-    held_out = {kind: partial(batches, part, dtype=job.dtype) for kind, part in samples.held_out.items()}
+    method.setup(model, optimizer or job_optimizer(job), _plan(job, feed.batch_size, steps))
+    batches = partial(_evaluation_batches, dtype=job.dtype, shares=method.evaluation_shares)
+    held_out = {kind: partial(batches, part) for kind, part in samples.held_out.items()}
     title = (
-        f"{job.name}: {model.layout.parameter_count:,} parameters, {len(samples.train):,} samples, "
-        f"batches of {feed.batch_size}, {steps:,} steps on {comm.size} rank{'s' if comm.size > 1 else ''}"
+        f"{job.name}: {model.layout.global_parameter_count:,} parameters, {len(samples.train):,} samples, "
+        f"batches of {feed.batch_size}, {steps:,} steps on {_ranks(comm, axes)}"
     )
     cadence = _cadence(job, steps, steps_per_epoch)
     parts = Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
-    _check_metrics(job, parts)
+    _check_metrics(job, parts, islice(held_out[parts.watched](), len(method.evaluation_shares)))
     return parts
 
 
-def _check_metrics(job: Job, parts: Assembly) -> None:
+def _ranks(comm: Communicator, axes: Axes) -> str:
+    if axes.tensor is None:
+        return f"{comm.size} rank{'s' if comm.size > 1 else ''}"
+    return f"{comm.size} ranks, data {axes.data.size} × tensor {axes.tensor.size}"
+
+
+def _check_lanes(job: Job, feed: Batches) -> None:
+    if job.lanes is not None and job.lanes > feed.batch_size:  # a "full" batch is known by now
+        raise JobError(
+            "is more than the samples of a batch",
+            operation="lanes",
+            got=job.lanes,
+            expected=f"at most {feed.batch_size}",
+        )
+
+
+def _evaluation_batches(dataset: Dataset, dtype: str, shares: Sequence[tuple[int, int]]) -> Iterator[Batch]:
+    """Walk over a held-out set: of each batch, give this rank's shares in turn."""
+    walks = [data.evaluation_batches(dataset, _EVALUATION_ROWS, *share, dtype=dtype) for share in shares]
+    return chain.from_iterable(zip(*walks, strict=True))
+
+
+def _check_metrics(job: Job, parts: Assembly, batches: Iterator[Batch]) -> None:
     """Refuse, before the first step, names of metrics that an evaluation of one batch does not give."""
     stop = job.train.stop
     named = {"train.checkpoint.best": job.train.checkpoint.best}
     named |= {"train.stop.metric": stop.metric} if stop.patience else {}
     named |= {"train.stop.target.metric": stop.target.metric} if stop.target else {}
-    given = single_numbers(parts.method.evaluate(islice(parts.held_out[parts.watched](), 1)))
+    given = single_numbers(parts.method.evaluate(batches))
     for key, metric in named.items():
         if metric not in given:
             expected = " or ".join(sorted(given))
@@ -207,14 +244,18 @@ def _sampling_weights(job: Job) -> Array | None:
     return weights
 
 
-def build_model(job: Job, facts: Facts) -> Model:
-    """Return the model of a job, sized for its data."""
+def build_model(job: Job, facts: Facts, tensor: Communicator | None = None) -> Model:
+    """Return the model of a job, sized for its data; with ``tensor``, this rank's part of it."""
     section = job.model
     built: Any = _preset(job, facts)
     if isinstance(section, BuiltModel):
         built = _built(section.build, section.options)
     if isinstance(built, Layer):
-        return Network(built, _loss(job, facts), job.dtype)
+        loss = _loss(job, facts)
+        return (
+            divided_network(built, loss, tensor, job.dtype, job.mesh.sequence_parallel)
+            if tensor else Network(built, loss, job.dtype)
+        )  # fmt: skip
     if isinstance(built, Model):
         return built
     raise JobError(
@@ -271,7 +312,8 @@ def _loss(job: Job, facts: Facts) -> Loss:
     return built
 
 
-def _optimizer(job: Job) -> optim.Optimizer:
+def job_optimizer(job: Job) -> optim.Optimizer:
+    """Return the optimizer of a job."""
     section = job.optimizer
     options = section.model_dump(exclude={"kind", "lr", "schedule", "clip_norm", "clip_value"})
     return optim.make_optimizer(section.kind, **options)
@@ -294,11 +336,17 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
     return Plan(Key(job.seed), course, steps, section.clip_norm, section.clip_value)
 
 
-def _method(job: Job, comm: Communicator, model: Model, facts: Facts) -> Method:
+def _method(job: Job, axes: Axes, model: Model, facts: Facts) -> Synchronous:
     section, on_gpu = job.method, job.device == "gpu"
+    if job.lanes is not None:
+        made = ReproducibleGradientParallel if section.kind == "gradient" else ReproducibleDataParallel
+        return made(axes.data, lanes=job.lanes, microbatches=section.microbatches)
     options: dict[str, Any] = {"microbatches": section.microbatches, "bucket_bytes": section.bucket_bytes}
+    comm = axes.data
     if section.kind == "gradient":
-        return GradientParallel(comm, stage=section.stage, allocator=device if on_gpu else None, **options)
+        return GradientParallel(
+            comm, across=axes.tensor, stage=section.stage, allocator=device if on_gpu else None, **options
+        )
     if section.kind == "pipeline":
         costs = counted(model, facts.sample_shape) if isinstance(model, Network) else None
         options |= {"schedule": section.schedule, "chunks": section.chunks, "costs": costs}
@@ -307,7 +355,7 @@ def _method(job: Job, comm: Communicator, model: Model, facts: Facts) -> Method:
     options["allocator"] = device if on_gpu else plain
     if section.average_every:
         return ModelAveraging(comm, average_every=section.average_every, **options)
-    return DataParallel(comm, **options)
+    return DataParallel(comm, across=axes.tensor, **options)
 
 
 def _cadence(job: Job, steps: int, steps_per_epoch: int) -> Cadence:
@@ -322,4 +370,4 @@ def _cadence(job: Job, steps: int, steps_per_epoch: int) -> Cadence:
     )
 
 
-__all__ = ["Assembly", "Samples", "assemble", "build_model", "load_samples", "single_numbers"]
+__all__ = ["Assembly", "Samples", "assemble", "build_model", "job_optimizer", "load_samples", "single_numbers"]

@@ -94,6 +94,14 @@ class RunDirectory:
         """Keep what the run ran on."""
         write_atomic(self.environment, _json(environment, indent=2))
 
+    def read_environment(self) -> dict[str, Any]:
+        """Return what the run ran on last; nothing if it was never said, or cannot be read."""
+        try:
+            found = json.loads(self.environment.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a line to the metrics; it is with the operating system when this returns.
 

@@ -18,6 +18,7 @@ from mpitrain.train.assembly import Assembly, assemble, single_numbers
 from mpitrain.train.checkpoint import Checkpoint, OnPhase
 from mpitrain.train.environment import describe_environment
 from mpitrain.train.facts import Facts
+from mpitrain.train.fingerprint import Fingerprint, agreed_fingerprint, changes, fingerprint
 from mpitrain.train.job import Job
 from mpitrain.train.observer import Observer
 from mpitrain.train.report import write_report
@@ -32,6 +33,7 @@ _MAY_CHANGE = (
     "method.schedule",
     "method.chunks",
     "method.bucket_bytes",
+    "mesh",  # likewise
     "train.steps",
     "train.epochs",
     "train.log_every_steps",
@@ -103,7 +105,7 @@ def train_job(
         if resume is not None and comm.rank == 0:
             _check_same_job(job, resume)
     parts = assemble(job, comm)
-    set_blas_threads(comm)  # of libraries, too, that came with the data set
+    bits = settle_arithmetic(job, comm)
     directory = RunDirectory.create(comm, job.name, resume=resume) if resume is not None else None
     if directory:
         _check_same_data(parts, directory, comm)
@@ -116,9 +118,21 @@ def train_job(
     if saved is not None:
         trainer.restore(saved)
     with _recording(comm, trainer, directory) if traced else nullcontext():
-        _keep_what_runs(job, comm, trainer, directory)
+        _keep_what_runs(job, comm, trainer, directory, bits)
         stopped = trainer.run()
         return _finish(job, comm, trainer, directory, stopped)
+
+
+def settle_arithmetic(job: Job, comm: Communicator) -> Fingerprint | None:
+    """Set the threads of BLAS, also of what came with the data set; return the fingerprint of a reproducible job.
+
+    Notes
+    -----
+    Collective.  A reproducible job has one thread a rank, unless the user set a thread variable: with a share of the
+    CPUs, the bits would depend on the number of ranks.
+    """
+    set_blas_threads(comm, 1 if job.reproducible else None)
+    return agreed_fingerprint(comm, fingerprint()) if job.reproducible else None
 
 
 def _recording(comm: Communicator, trainer: Trainer, directory: RunDirectory) -> AbstractContextManager[None]:
@@ -166,15 +180,27 @@ def _newest(directory: RunDirectory, parts: Assembly, comm: Communicator) -> Che
     return checkpoint.load(newest, comm, parts.model.layout) if newest else None
 
 
-def _keep_what_runs(job: Job, comm: Communicator, trainer: Trainer, directory: RunDirectory) -> None:
+def _keep_what_runs(
+    job: Job, comm: Communicator, trainer: Trainer, directory: RunDirectory, bits: Fingerprint | None
+) -> None:  # fmt: skip
     """Write job and environment, and forget what came after the step at which training goes on."""
     environment = describe_environment(comm, comm.library)
     with agree(comm):
         if comm.rank == 0:
+            if bits is not None:
+                environment["fingerprint"] = bits
+                _tell_of_other_bits(directory, bits, trainer.observer)
             directory.rewind(trainer.method.step)
             trainer.parts.samples.facts.write(directory.path)
             directory.write_environment(environment)
             directory.write_job(job.model_dump(exclude_none=True))  # last: it makes the directory one of a run
+
+
+def _tell_of_other_bits(directory: RunDirectory, bits: Fingerprint, observer: Observer) -> None:
+    """Say so if a run goes on where other bits are to be expected than where it was before."""
+    changed = changes(directory.read_environment().get("fingerprint", bits), bits)
+    if changed:
+        observer.on_note(f"not where the run was before, so that the bits may be others from here on: {changed}")
 
 
 def _warm_start(parts: Assembly, run: Path, comm: Communicator) -> None:

@@ -24,6 +24,7 @@ import mpitrain.comm
 from mpitrain.comm import Communicator
 from mpitrain.comm.algorithms import names
 from mpitrain.comm.transports import far, network, shared
+from mpitrain.comm.transports.entry import Entry
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 DTYPES = ["bool", *INTEGERS, "float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
@@ -278,16 +279,24 @@ def _listening(comm: Communicator) -> list[str]:
         return done
 
     transport.allreduce = allreduce
-    entry = comm._entry
-    if entry is not None:
-
-        def enter(x: Any, op: Any, out: Any) -> np.ndarray | None:
-            result = entry(x, op, out)
-            performed.extend([op] * (result is not None))
-            return result
-
-        comm._entry = enter
+    if comm._entry is not None and transport.loops(comm._watch) is not None:
+        comm._entry = Overheard(comm._entry, performed)
     return performed
+
+
+class Overheard:
+    """The short way of a communicator, and a list that takes the reductions which loops perform on it."""
+
+    def __init__(self, entry: Entry, performed: list[str]) -> None:
+        self._entry, self._performed = entry, performed
+
+    def allreduce(self, x: Any, op: Any, out: Any) -> np.ndarray | None:
+        result = self._entry.allreduce(x, op, out)
+        self._performed.extend([op] * (result is not None))
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._entry, name)
 
 
 def run_case_at(place: Place, case: Case) -> None:

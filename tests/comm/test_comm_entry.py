@@ -1,8 +1,9 @@
-"""The short way from a call into the compiled loops does what the long way does, errors included."""
+"""The short way of a call, to the compiled loops or the MPI library, does what the long way does, errors included."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 from conformance import folded, ops, same, values
 
-from mpitrain._errors import MismatchError, MpitrainError
+from mpitrain._errors import CommunicationError, MismatchError, MpitrainError
 from mpitrain.arrays import plain
-from mpitrain.comm import Communicator, direct
+from mpitrain.comm import Communicator, direct, pieces
 from mpitrain.comm.transports import entry, kernel, shared
+from mpitrain.comm.transports.host import HostTransport
 
 pytestmark = pytest.mark.mpi
 
@@ -24,12 +26,22 @@ SIZES = [0, 1, 7, kernel.SLOT_BYTES // 8, kernel.SLOT_BYTES // 8 + 1, 40_000, 70
 
 @pytest.fixture
 def comm(world: Communicator) -> Iterator[Communicator]:
-    """A communicator whose calls take the short way."""
+    """A communicator whose reductions take the short way to the loops."""
     if world.size == 1 or not entry.available():
         pytest.skip("one rank" if world.size == 1 else "not built: no Python headers when mpitrain was installed")
     with world.split(0) as part:
         part.allreduce(np.zeros(1))
         assert part._entry is not None
+        yield part
+
+
+@pytest.fixture
+def left(world: Communicator) -> Iterator[Communicator]:
+    """A communicator whose calls all take the short way to the library."""
+    if not entry.available():
+        pytest.skip("not built: no Python headers when mpitrain was installed")
+    with world.split(0) as part:
+        part._use(HostTransport())
         yield part
 
 
@@ -43,19 +55,19 @@ def test_values(comm: Communicator, dtype: str, past_cache: bool) -> None:
             continue  # that the loops themselves do so is tested elsewhere
         x, out = values(comm.rank, (elements,), dtype), np.zeros(elements, dtype)
         before, expected = x.copy(), folded(comm.size, (elements,), dtype, op)
-        same(comm._entry(x, op, None), expected)
-        assert comm._entry(x, op, out) is out
+        same(comm._entry.allreduce(x, op, None), expected)
+        assert comm._entry.allreduce(x, op, out) is out
         same(out, expected)
         same(x, before)
-        assert comm._entry(x, op, x) is x
+        assert comm._entry.allreduce(x, op, x) is x
         same(x, expected)
 
 
 def test_shapes(comm: Communicator) -> None:
     for shape in [(), (1,), (2, 3), (3, 0, 2), (40, 33)]:
         x, out = values(comm.rank, shape), np.zeros(shape)
-        same(comm._entry(x, "sum", None), folded(comm.size, shape, "float64", "sum"))
-        same(comm._entry(x, "sum", out), folded(comm.size, shape, "float64", "sum"))
+        same(comm._entry.allreduce(x, "sum", None), folded(comm.size, shape, "float64", "sum"))
+        same(comm._entry.allreduce(x, "sum", out), folded(comm.size, shape, "float64", "sum"))
 
 
 def _read_only() -> np.ndarray:
@@ -102,7 +114,7 @@ LEFT: dict[str, Callable[[], tuple[object, object, object]]] = {
 def test_what_is_not_plain_is_left_to_the_long_way_with_nothing_done(comm: Communicator, case: str) -> None:
     x, op, out = LEFT[case]()
     before = comm.ledger.snapshot()
-    assert comm._entry(x, op, out) is None
+    assert comm._entry.allreduce(x, op, out) is None
     assert comm.ledger.snapshot() == before
     comm.barrier()
     with_entry = _outcome(comm, x, op, out)
@@ -118,8 +130,8 @@ def _outcome(comm: Communicator, x: object, op: object, out: object) -> str:
 
 
 def test_wrong_number_of_arguments(comm: Communicator) -> None:
-    with pytest.raises(TypeError, match="takes x, op and out, got 1"):
-        comm._entry(np.zeros(1))  # type: ignore[call-arg, misc]
+    with pytest.raises(TypeError, match="allreduce takes 3 arguments, got 1"):
+        comm._entry.allreduce(np.zeros(1))
 
 
 def test_uses_are_counted(comm: Communicator) -> None:
@@ -182,7 +194,7 @@ def test_arrays_are_reduced_where_they_lie(comm: Communicator, op: str) -> None:
             x[...] = values(comm.rank, x.shape)
             assert comm.allreduce(x, op, out=x) is x
             same(x, folded(comm.size, x.shape, "float64", op))
-    assert len(comm._transport._laid_out) == 3
+    assert comm._transport._kernel._team.laid_out_count == 3
     x = places["another"]
     x[...] = values(comm.rank, x.shape)
     if comm.rank == 0:
@@ -190,14 +202,21 @@ def test_arrays_are_reduced_where_they_lie(comm: Communicator, op: str) -> None:
     same(comm.allreduce(x, op, out=x), folded(comm.size, x.shape, "float64", op))
 
 
-def test_more_places_than_are_remembered(comm: Communicator) -> None:
+def test_more_places_than_are_remembered(world: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    if world.size == 1 or not entry.available():
+        pytest.skip("one rank, or not built")
+    monkeypatch.setattr(kernel, "LAID_OUT", 8)
     elements = shared.LOCATED_FROM_BYTES // 8
-    memory = comm.empty(elements + shared.LAID_OUT + 8, "float64")
-    for start in [*range(shared.LAID_OUT + 8), 0]:
-        x = memory[start : start + elements]
-        x[...] = comm.rank + start
-        comm.allreduce(x, out=x)
-        assert set(x) == {sum(range(comm.size)) + comm.size * start}
+    with world.split(0) as comm:
+        memory = comm.empty(elements + 20, "float64")
+        remembered = []
+        for start in [*range(8), *range(8), 7, 3, *range(8, 11), 0, 10]:
+            x = memory[start : start + elements]
+            x[...] = comm.rank + start
+            comm.allreduce(x, out=x)
+            assert set(x) == {sum(range(comm.size)) + comm.size * start}
+            remembered.append(comm._transport._kernel._team.laid_out_count)
+        assert remembered == [1, 2, 3, 4, 5, 6, 7, 8, *[8] * 10, 1, 2, 3, 4, 4]
 
 
 def test_memory_that_has_gone_is_forgotten(comm: Communicator) -> None:
@@ -222,11 +241,11 @@ def test_nothing_is_kept(comm: Communicator) -> None:
     x, out = np.zeros(5), np.zeros(5)
     counts = sys.getrefcount(x), sys.getrefcount(out), sys.getrefcount(None)
     for _ in range(200):
-        comm._entry(x, "sum", out)
-        comm._entry(x, "sum", x)
-        comm._entry(x, "nothing", x)
-        comm._entry(x[::2], "sum", x)
-        comm._entry(x, "sum", None)
+        comm._entry.allreduce(x, "sum", out)
+        comm._entry.allreduce(x, "sum", x)
+        comm._entry.allreduce(x, "nothing", x)
+        comm._entry.allreduce(x[::2], "sum", x)
+        comm._entry.allreduce(x, "sum", None)
     assert (sys.getrefcount(x), sys.getrefcount(out)) == counts[:2]
     assert abs(sys.getrefcount(None) - counts[2]) < 100
 
@@ -242,3 +261,179 @@ def test_it_closes_where_calls_are_looked_at(comm: Communicator, monkeypatch: py
         assert part._entry is None
     comm.free()
     assert comm._entry is None
+
+
+# What the library performs.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reductions_by_the_library(left: Communicator, dtype: str) -> None:
+    for elements, op in product([0, 1, 7, 1000], ops(dtype)):
+        x, out = values(left.rank, (elements,), dtype), np.zeros(elements, dtype)
+        before, expected = x.copy(), folded(left.size, (elements,), dtype, op)
+        same(left._entry.allreduce(x, op, None), expected)
+        assert left._entry.allreduce(x, op, out) is out
+        same(out, expected)
+        same(x, before)
+        assert left._entry.allreduce(x, op, x) is x
+        same(x, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_reduced(left: Communicator, dtype: str) -> None:
+    for rest, op in product([(), (3,), (0, 2), (4, 250)], ops(dtype)):
+        x, out = values(left.rank, (left.size, *rest), dtype), np.zeros(rest, dtype)
+        expected = folded(left.size, x.shape, dtype, op)[left.rank]
+        if rest:
+            same(left._entry.reduce_scatter(x, op, None), expected)
+        assert left._entry.reduce_scatter(x, op, out) is out
+        same(out, expected)
+        same(x, values(left.rank, x.shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_are_collected_and_broadcast(left: Communicator, dtype: str) -> None:
+    for shape in [(), (1,), (5, 2), (3, 0), (1000,)]:
+        each = [values(rank, shape, dtype) for rank in range(left.size)]
+        x = each[left.rank].copy()
+        same(left._entry.allgather(x, None), np.stack(each))
+        out = np.zeros((left.size, *shape), dtype)
+        assert left._entry.allgather(x, out) is out
+        same(out, np.stack(each))
+        for root in range(left.size):
+            x = each[left.rank].copy()
+            same(left._entry.broadcast(x, root, None), each[root])
+            same(x, each[left.rank])
+            out = np.zeros(shape, dtype)
+            assert left._entry.broadcast(x, root, out) is out
+            same(out, each[root])
+            assert left._entry.broadcast(x, root, x) is x
+            same(x, each[root])
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_the_library_is_not_called_with_what_is_not_plain(left: Communicator, case: str) -> None:
+    x, op, out = LEFT[case]()
+    before = left.ledger.snapshot()
+    assert left._entry.allreduce(x, op, out) is None
+    assert left._entry.reduce_scatter(x, op, out) is None
+    assert left._entry.broadcast(x, left.size, out) is None
+    if op == "sum" and case not in ("read-only", "other shape", "longer", "overlapping"):
+        assert left._entry.broadcast(x, 0, out) is None
+    if case not in ("read-only", "unknown op", "no op", "mean of integers", "and of floats"):
+        assert left._entry.allgather(x, out) is None
+    assert left.ledger.snapshot() == before
+    left.barrier()
+
+
+@pytest.mark.parametrize("root", [-1, True, None, 1.0, 2**70, np.int64(0)], ids=repr)
+def test_roots_that_are_not_plain(left: Communicator, root: object) -> None:
+    assert left._entry.broadcast(np.zeros(3), root, None) is None
+
+
+def test_shapes_that_are_none(left: Communicator) -> None:
+    ranks = left.size
+    for x in (np.zeros(()), np.zeros((ranks + 1, 2)), np.zeros((0, 2))):
+        assert left._entry.reduce_scatter(x, "sum", None) is None
+    assert left._entry.reduce_scatter(np.zeros((ranks, 2)), "sum", np.zeros(3)) is None
+    assert left._entry.allgather(np.zeros(2), np.zeros((ranks + 1, 2))) is None
+    assert left._entry.allgather(np.zeros(2), np.zeros((2, ranks + 1))) is None
+
+
+def test_long_arrays_are_left_to_be_cut(left: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "CHUNK_ELEMENTS", 4 * left.size)
+    left._shorten()
+    n = 4 * left.size
+    for x, served in ((np.ones(n), True), (np.ones(n + 1), False)):
+        assert (left._entry.allreduce(x, "sum", x) is x) == served
+        assert (left._entry.broadcast(x, 0, x) is x) == served
+    assert left._entry.allgather(np.ones(4), None) is not None
+    assert left._entry.allgather(np.ones(5), None) is None
+    assert left._entry.reduce_scatter(np.ones((left.size, 4)), "sum", None) is not None
+    assert left._entry.reduce_scatter(np.ones((left.size, 5)), "sum", None) is None
+
+
+def test_calls_of_the_library_are_counted(left: Communicator) -> None:
+    left.ledger.reset()
+    for _ in range(2):
+        left.allreduce(np.zeros(5, np.float32))
+        left.broadcast(np.zeros(5, np.float32))
+        left.reduce_scatter(np.zeros((left.size, 5), np.float32))
+        left.allgather(np.zeros(5, np.float32))
+    snapshot, axis, n = left.ledger.snapshot(), left.ledger.axis, left.size
+    found = {operation: count.logical_bytes for (where, operation), count in snapshot.items() if where == axis}
+    assert found == {"allreduce": 40, "broadcast": 40, "reduce_scatter": 40 * n, "allgather": 40 * n}
+    assert all(count.calls == count.messages == 2 for count in snapshot.values())
+
+
+def test_the_watchdog_sees_a_call_of_the_library(left: Communicator) -> None:
+    """The thread asks for it while the call, which holds no lock, waits for the last rank."""
+    seen: list[tuple[object, int]] = []
+
+    def look() -> None:
+        while not done.wait(0.02):
+            seen.append(left._watch.present())
+
+    done = threading.Event()
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        if left.rank == left.size - 1:
+            time.sleep(0.4)
+        left.broadcast(np.zeros(3, np.float32), root=left.size - 1)
+    finally:
+        done.set()
+        thread.join()
+    waited = [what for what, _ in seen if what is not None]
+    if left.rank < left.size - 1:
+        assert len(waited) > 3
+        assert set(waited) == {f"broadcast(float32[3], root={left.size - 1})"}
+    assert left._watch.present()[0] is None
+
+
+def test_an_error_of_the_library_is_told(left: Communicator) -> None:
+    """More comes than there is room for; not every library sees that, and of several ranks some would wait for ever."""
+    with left.split(left.rank // 2) as pair:
+        if pair.size == 1 or pair.rank == 0 or "Open MPI" not in left.library:
+            pair.broadcast(np.zeros(8))
+            return
+        with pytest.raises(MismatchError, match="broadcast of 4 float64: MPI failed"):
+            pair.broadcast(np.zeros(4))
+
+
+def test_plans_by_the_library(left: Communicator) -> None:
+    for op in ("sum", "mean", "max"):
+        x = values(left.rank, (6,))
+        plan = left.allreduce_plan(x, op)
+        left.ledger.reset()
+        for _ in range(2):
+            same(np.array(plan()), folded(left.size, (6,), "float64", op))
+        assert {key[1]: count.calls for key, count in left.ledger.snapshot().items()} == {"allreduce_plan": 2}
+        plan = left.allreduce_plan(x, op, in_place=True)
+        assert plan() is x
+        same(x, folded(left.size, (6,), "float64", op))
+
+
+def test_a_plan_on_a_freed_communicator(left: Communicator) -> None:
+    with left.split(0) as part:
+        part._use(HostTransport())
+        plan = part.allreduce_plan(np.ones(3))
+        plan()
+        part.debug = True
+        part.debug = False
+    with pytest.raises(CommunicationError, match="allreduce_plan: the communicator was freed"):
+        plan()
+
+
+def test_nothing_of_the_library_is_kept(left: Communicator) -> None:
+    x, row, all_rows = np.zeros((left.size, 5)), np.zeros(5), np.zeros((left.size, 5))
+    arrays = x, row, all_rows
+    before = [sys.getrefcount(each) for each in arrays]
+    for _ in range(200):
+        left._entry.allreduce(x, "mean", x)
+        left._entry.broadcast(x, 0, all_rows)
+        left._entry.reduce_scatter(x, "sum", row)
+        left._entry.allgather(row, all_rows)
+        left._entry.allgather(row, None)
+        left._entry.reduce_scatter(row, "sum", None)
+    assert [sys.getrefcount(each) for each in arrays] == before

@@ -26,7 +26,7 @@ NEEDED_GIB = 12
 
 
 @pytest.fixture(params=[1, 7, 20])
-def short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, world: Communicator) -> Iterator[None]:
     """Let no call of the library's move more than a few elements, and see to it."""
     message = mpitrain.comm.mpi._message
 
@@ -40,6 +40,10 @@ def short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(pieces, "CHUNK_ELEMENTS", request.param)
     monkeypatch.setattr(mpitrain.comm.mpi, "_message", checked)
+    world._shorten()
+    yield
+    monkeypatch.undo()
+    world._shorten()
 
 
 @pytest.mark.usefixtures("short")

@@ -86,7 +86,7 @@ def check_trajectory(comm: Communicator, case: Case, name: str) -> None:
 def optimizer_state(method: PipelineParallel) -> list[tuple[str, str, np.ndarray]]:
     return [
         (slot, part.shard.layout.segments[number].name, array[cut])
-        for part in (*method.parts, *method.copies)
+        for part in method.parts
         for slot, array in part.state.items()
         for number, cut in part.shard.pieces
     ]

@@ -81,15 +81,27 @@ def test_what_does_not_fit_is_said_in_one_line(lines: str, message: str):
 
 
 def test_a_batch_may_be_smaller_than_the_ranks_are_many():
-    small = Job.from_dict(
-        job('kind = "pipeline"').model_dump(exclude_none=True) | {"train": {"steps": 1, "batch_size": 4}}
-    )
+    small = Job.from_toml(job('kind = "pipeline"').to_toml(), "a.toml", ["train.batch_size=4"])
 
     def check(comm: Communicator) -> int:
         parts = assemble(small, comm)
         return int(parts.method.advance(parts.feed, until=1).samples)
 
     assert LocalWorld(6, timeout_s=20).run(check) == [4] * 6
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("mesh.data=2", "mesh.data: does not go with method.kind"),
+        ("mesh.tensor=2", "mesh.tensor: does not "),
+        ("reproducible=true", 'reproducible: does not go with method.kind = "pipeline"'),
+    ],
+)
+def test_a_pipeline_takes_all_ranks(setting: str, message: str):
+    with pytest.raises(JobError) as caught:
+        Job.from_toml(job('kind = "pipeline"').to_toml(), "a.toml", [setting])
+    assert message in str(caught.value)
 
 
 def test_microbatches_that_do_not_fit_the_ranks_are_said():

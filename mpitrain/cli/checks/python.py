@@ -44,7 +44,7 @@ def loops() -> Finding:
         return ok("compiled, but MPITRAIN_KERNEL=off")
     if not entry.available():
         return warn(
-            "compiled, but not the short way into them: a checked call takes some microseconds longer",
+            "compiled, but not the short way to them and to the MPI library: a checked call takes microseconds more",
             "install Python's headers (python3-dev), then pip install --force-reinstall --no-deps mpitrain",
         )
     return ok("compiled, with the short way into them")

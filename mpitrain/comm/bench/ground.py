@@ -58,7 +58,7 @@ class Stage:
     def __init__(self, world: Communicator) -> None:
         self.world = world
         host = self._split()
-        host._transport = HostTransport()
+        host._use(HostTransport())
         self._comms: dict[tuple[str, bool], Communicator] = {("host", False): host, ("host", True): host}
         if world.transport != HostTransport.name:
             self._comms |= {(world.transport, memory): self._split() for memory in (False, True)}

@@ -9,7 +9,6 @@ pages lie in the NUMA domain of the rank that writes them.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,11 +20,10 @@ import numpy as np
 
 from mpitrain._errors import StorageError
 from mpitrain._typing import Array
+from mpitrain.comm.transports.pages import map_file, whole_pages
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
-
-PAGE_BYTES = mmap.PAGESIZE
 
 
 class Place(NamedTuple):
@@ -87,7 +85,7 @@ class Arena:
         -----
         Collective over the node.  Released when no rank holds an array on it any more.
         """
-        part_bytes = -(-max(part_bytes, 1) // PAGE_BYTES) * PAGE_BYTES
+        part_bytes = whole_pages(part_bytes)
         memory = _map(self._node, part_bytes)
         start = _address(memory[self._node.rank])
         memory.own = range(start, start + part_bytes)
@@ -143,8 +141,9 @@ def _map(node: Communicator, part_bytes: int) -> Memory:
     try:
         if owner is not None:
             descriptor = descriptor if node.rank == 0 else _open(*owner)
-            os.posix_fallocate(descriptor, node.rank * part_bytes, part_bytes)
-            mapped = mmap.mmap(descriptor, part_bytes * node.size)
+            begin = node.rank * part_bytes
+            os.posix_fallocate(descriptor, begin, part_bytes)
+            mapped = map_file(descriptor, part_bytes * node.size, begin, begin + part_bytes)
     except OSError as error:
         found = error.errno or errno.EIO
     worst = int(node.allgather(found).max())  # all have opened it by now, or never will; allreduce may need this memory
@@ -152,7 +151,7 @@ def _map(node: Communicator, part_bytes: int) -> Memory:
         os.close(descriptor)
     if worst or mapped is None:
         raise _refusal(worst, part_bytes, node.size)
-    return np.frombuffer(mapped, np.uint8).reshape(node.size, part_bytes).view(Memory)
+    return mapped.reshape(node.size, part_bytes).view(Memory)
 
 
 def _create(total_bytes: int) -> int:

@@ -12,11 +12,11 @@ from mpitrain import _env
 from mpitrain._errors import InputError, StorageError
 from mpitrain._typing import Array
 from mpitrain.comm.transports import kernel
-from mpitrain.comm.transports.blocks import PAGE_BYTES
 from mpitrain.comm.transports.fence import Fence
 from mpitrain.comm.transports.host import HostTransport
 from mpitrain.comm.transports.kernel import Kernel
 from mpitrain.comm.transports.network import NetworkTransport
+from mpitrain.comm.transports.pages import PAGE_BYTES
 from mpitrain.comm.transports.shared import SharedTransport
 from mpitrain.comm.transports.transport import Transport
 

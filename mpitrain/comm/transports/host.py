@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+import math
 
 from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.flatbuffer import plain
@@ -13,10 +13,11 @@ class HostTransport(Transport):
     """Ordinary memory, and the communicator's own reductions."""
 
     name = "host"
+    always_left_bytes = math.inf
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
         """Return zeroed memory of this rank's."""
-        return plain(prod(shape), dtype).reshape(shape)
+        return plain(math.prod(shape), dtype).reshape(shape)
 
     def allreduce(self, send: Array, recv: Array, op: str) -> bool:
         """Reduce an array into another where this transport is the faster way."""

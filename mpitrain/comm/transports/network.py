@@ -34,7 +34,7 @@ class NetworkTransport(HostTransport):
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self.least_bytes = PIPELINED_FROM_BYTES
+        self.least_bytes = self.always_left_bytes = PIPELINED_FROM_BYTES
 
     def allreduce(self, send: Array, recv: Array, op: str) -> bool:
         """Reduce an array into another where this transport is the faster way; copy as the pipeline takes pieces in."""

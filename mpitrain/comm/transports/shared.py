@@ -20,22 +20,24 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpitrain._errors import MismatchError
 from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import is_half
+from mpitrain.arrays.flatbuffer import plain
 from mpitrain.comm.direct import Doing
 from mpitrain.comm.dtypes import UFUNCS
-from mpitrain.comm.transports import entry, topology
-from mpitrain.comm.transports.blocks import NOWHERE, PAGE_BYTES, Arena, Place
-from mpitrain.comm.transports.entry import Entry
+from mpitrain.comm.transports import topology
+from mpitrain.comm.transports.blocks import NOWHERE, Arena, Place
+from mpitrain.comm.transports.entry import Entry, Loops
 from mpitrain.comm.transports.far import Far, FarStream, FarWorkspace
 from mpitrain.comm.transports.fence import Fence, kind_of
 from mpitrain.comm.transports.kernel import AGAIN, PAST_CACHE_FROM_BYTES, PLACES, CompiledFence, Kernel
 from mpitrain.comm.transports.levels import Levels
+from mpitrain.comm.transports.pages import PAGE_BYTES
 from mpitrain.comm.transports.program import Combine, perform
 from mpitrain.comm.transports.sharding import CommonMemory, PlannedShard, far_allgather, far_reduce_scatter
 from mpitrain.comm.transports.transport import Planned, Transport
@@ -63,9 +65,6 @@ BY_LEVELS_FROM_BYTES = 1024 * 1024
 """Arrays in shared memory from this size on are reduced by the levels of the node, which costs a fence a level.
 
 Set by the cost model: no machine with several caches or sockets was at hand to measure on."""
-
-LAID_OUT = 64
-"""How many reductions in place are remembered."""
 
 SMALLEST_BYTES = 64 * 1024
 """Below this, NumPy does not reduce arrays in place, wherever they lie."""
@@ -121,9 +120,9 @@ class SharedTransport(Transport):
         self._fence = CompiledFence(lines, self._node.rank, self._kernel) if self._kernel else fence(lines)
         self._stream = self._streams(memory[:, PAGE_BYTES:], chunk_bytes)
         self.least_bytes = 0 if kernel else STREAMED_FROM_BYTES
+        self.always_left_bytes = min(self.least_bytes, SMALLEST_BYTES)
         self._levels = Levels.of(self._node.allgather_object(topology.domain(os.sched_getaffinity(0))))
         self._entry: Entry | None = None
-        self._laid_out: dict[tuple[int, ...], Callable[[], object]] = {}
         self._arena.changed = self._hold
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
@@ -143,8 +142,8 @@ class SharedTransport(Transport):
             return True
         return send.nbytes >= max(self.least_bytes, SMALLEST_BYTES) and self._by_numpy(send, recv, op)
 
-    def entry(self, watch: Watch, tally: array[int]) -> Callable[[Any, Any, Any], Array | None] | None:
-        """Return what performs plain calls without Python."""
+    def loops(self, watch: Watch) -> Loops | None:
+        """Return what reduces plain arrays without Python."""
         kernel = self._kernel
         if kernel is None:
             return None
@@ -157,9 +156,12 @@ class SharedTransport(Transport):
                 np.divide(into, kernel.ranks, out=into)
             return into
 
-        self._entry = entry.make(kernel, LOCATED_FROM_BYTES, complete, tally)
+        return Loops(kernel, LOCATED_FROM_BYTES, complete)
+
+    def follow(self, entry: Entry) -> None:
+        """Take note of the way from a call to the loops."""
+        self._entry = entry
         self._hold()
-        return None if self._entry is None else self._entry.allreduce
 
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out a reduction."""
@@ -218,7 +220,7 @@ class SharedTransport(Transport):
         """Lay out the reduction of ordinary arrays, which compiled loops do faster than the library at any size."""
         if self._kernel is None or not self._kernel.streams(buffer.dtype, op):
             return None
-        own = buffer if in_place else np.empty_like(buffer)
+        own = buffer if in_place else plain(buffer.size, buffer.dtype).reshape(buffer.shape)
         run = self._kernel.plan(op, buffer, own, self._node.size if op == "mean" else 0)
         return Planned(run, own if in_place else _read_only(own.view()))
 
@@ -259,19 +261,13 @@ class SharedTransport(Transport):
         """Reduce arrays that all lie in one block, in place; compiled loops do it by themselves the next time."""
         run = self._lay_out(op, self._views(_places(posts), values), None)
         if self._kernel is not None and self._kernel.streams(values.dtype, op):  # this holds no memory
-            self._remember(self._kernel, tuple(chain.from_iterable(posts)), run)
+            self._kernel.remember(list(chain.from_iterable(posts)), run)
         run()
 
     def _hold(self) -> None:
         """Tell the entry in which memory arrays are reduced where they lie."""
         if self._entry is not None:
             self._entry.hold(array("q", chain.from_iterable(self._arena.own_parts())).tobytes())
-
-    def _remember(self, kernel: Kernel, posts: tuple[int, ...], run: Callable[[], object]) -> None:
-        if len(self._laid_out) >= LAID_OUT:
-            self._laid_out.clear()
-        self._laid_out[posts] = run
-        kernel.remember(self._laid_out)
 
     def _lay_out(self, op: str, parts: list[Array], result: Array | None) -> Callable[[], object]:
         """Return what reduces arrays in shared memory, between two fences: into one result, or where they lie."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpitrain._typing import Array, DType, Shape
 from mpitrain.comm.watchdog import Watch
 
 if TYPE_CHECKING:
+    from mpitrain.comm.transports.entry import Entry, Loops
     from mpitrain.comm.transports.sharding import PlannedShard
 
 
@@ -42,12 +42,15 @@ class Transport(ABC):
     why : str
         Why it was chosen, for people.
     least_bytes : float
-        Smaller arrays are always left to the communicator's own way.
+        Smaller arrays are left to the communicator's own way.
+    always_left_bytes : float
+        What that will never be below, whatever memory is allocated.
     """
 
     name: str
     why: str = ""
     least_bytes: float = math.inf
+    always_left_bytes: float = 0
 
     @abstractmethod
     def empty(self, shape: Shape, dtype: DType) -> Array:
@@ -61,17 +64,15 @@ class Transport(ABC):
         ``op`` is never ``mean``.
         """
 
-    def entry(self, watch: Watch, tally: array[int]) -> Callable[[Any, Any, Any], Array | None] | None:
-        """Return what performs plain calls without Python, as `mpitrain.comm.direct.allreduce`; None if nothing does.
+    def loops(self, watch: Watch) -> Loops | None:
+        """Return what reduces plain arrays without Python; None if nothing does.
 
-        Parameters
-        ----------
-        watch : Watch
-            Of the communicator; told of calls that have to wait.
-        tally : array of two integers
-            Calls, and their bytes.
+        ``watch`` is told of calls that have to wait.
         """
         return None
+
+    def follow(self, entry: Entry) -> None:  # noqa: B027
+        """Take note of the way from a call to `loops`; it must be told of changes."""
 
     @abstractmethod
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,9 +18,19 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Key, Layout, namespace, plain
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
-from mpitrain.method.method import Feed, Plan, Share
+from mpitrain.method.method import Plan
 from mpitrain.method.state import Kind, State
-from mpitrain.method.steps import Part, add_sums, all_finite, clip, divide, reduce_gradients, update, verify_replicas
+from mpitrain.method.steps import (
+    Part,
+    Reach,
+    add_sums,
+    all_finite,
+    clip,
+    divide,
+    reduce_gradients,
+    update,
+    verify_replicas,
+)
 from mpitrain.nn import Call, Network, Sequential
 from mpitrain.nn.cutting import part, units
 from mpitrain.nn.model import Model, Reduce
@@ -121,7 +131,11 @@ class PipelineParallel(Synchronous):
         self._ties = Ties(self.pipe, held)
         self.params = FlatBuffer(layout.select(held[self.pipe.rank]), self._allocator)
         self.grads = GradientBuffer(self.params.layout, self._allocator)
-        self.parts, self.copies = self._parts_of(self._ties.copies)
+        whole, copies = self.params.layout.whole(), self._ties.copies
+        state = self.optimizer.init(whole, self._allocator)
+        self.parts = (Part(whole, self.params.flat, self.grads.flat, state),)
+        numbers = (number for number, segment in enumerate(self.params.layout) if segment.name in copies)
+        self._over_stages = Reach((self.pipe,), frozenset(numbers))
         own = {stage: layers[stage] for stage in self.sizes.stages_of(self.pipe.rank)}
         links = Links(self.pipe, self.sizes, self._network.pool, namespace(self.params.flat), layout.dtype)
         self.executor = Executor(self.pipe, self.sizes, Stages(self._network, own, self.params), links)
@@ -137,17 +151,6 @@ class PipelineParallel(Synchronous):
             raise InputError(what, operation="PipelineParallel", got=len(costs), expected=len(row))
         return partition(costs, self.sizes.stages)
 
-    def _parts_of(self, copies: frozenset[str]) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
-        """Return what of this rank's flat range it owns, and what are copies of another rank's tensors."""
-        layout = self.params.layout
-        runs = [(copied, next(run).offset) for copied, run in groupby(layout.segments, lambda s: s.name in copies)]
-        found: dict[bool, list[Part]] = {False: [], True: []}
-        for (copied, start), (_, stop) in pairwise([*runs, (False, layout.size)]):
-            shard = layout.shard(start, stop)
-            state = self.optimizer.init(shard, self._allocator)
-            found[copied].append(Part(shard, self.params.flat[start:stop], self.grads.flat[start:stop], state))
-        return tuple(found[False]), tuple(found[True])
-
     def _initialise(self) -> None:
         self.model.initialise(self.params, self.plan.key.child("init"))
         assert self._ties
@@ -155,27 +158,30 @@ class PipelineParallel(Synchronous):
         if self.data:
             verify_replicas(self.data, self.params)
 
-    def _share(self, feed: Feed) -> Share:
-        """Return the share of this rank's pipeline."""
-        if self._feed is not feed:
-            rank, size = (self.data.rank, self.data.size) if self.data else (0, 1)
-            self._feed, self._own = feed, feed.share(rank, size, self.microbatches)
-        return self._own
+    @property
+    def shares(self) -> tuple[tuple[int, int], ...]:
+        """The share of this rank's pipeline, see `Synchronous.shares`."""
+        return ((self.data.rank, self.data.size) if self.data else (0, 1),)
+
+    @property
+    def evaluation_shares(self) -> tuple[tuple[int, int], ...]:
+        """A share for each rank, see `Synchronous.evaluation_shares`."""
+        return ((self.comm.rank, self.comm.size),)
 
     def _train_step(self, microbatches: list[Batch]) -> Tally:
-        phase, everything = self.comm.phase, (*self.parts, *self.copies)
+        phase = self.comm.phase
         with phase("gradients"):
             own = self._gradients(microbatches, self.grads, self._reduce if self.data else None)
         with phase("reduce"):
             self._reduce_gradients()
         with phase("check"):
-            total = self._sum(replace(own, bad=float(own.bad or not all_finite(everything))))
+            total = self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts))))
             self._check_finite(not total.bad, microbatches)
         self.step += 1
         with phase("update"):
-            divide(everything, total.count)
-            clip(self.parts, self.plan, self.pipe, self.copies)
-            update(self.optimizer, everything, self.plan, self.step)
+            divide(self.parts, total.count)
+            clip(self.parts, self.plan, self._over_stages)
+            update(self.optimizer, self.parts, self.plan, self.step)
         return total
 
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
@@ -258,7 +264,9 @@ class PipelineParallel(Synchronous):
     def state(self) -> State:
         """See `Method.state`: a tied tensor is its first holder's, and of equal pipelines the first one speaks."""
         found = super().state()
-        return found if self.data is None or self.data.rank == 0 else State((), found.scalars)
+        assert self._ties
+        copies = self._ties.copies if self.data is None or self.data.rank == 0 else frozenset(self._ties.owners)
+        return State(tuple(p for p in found.pieces if p.name.partition("/")[2] not in copies), found.scalars)
 
     def weights_sha256(self) -> str:
         """See `Method.weights_sha256`: tensor by tensor through the first rank."""

@@ -15,13 +15,17 @@ from mpitrain.train.job import file as job_file
 from mpitrain.train.job.data import KNOWN, DataSection
 from mpitrain.train.job.errors import job_error, translate
 from mpitrain.train.job.fit import misfits
+from mpitrain.train.job.mesh import MeshSection
 from mpitrain.train.job.model import LOSS_OF_TASK, ModelSection
 from mpitrain.train.job.optimizer import OptimizerSection
 from mpitrain.train.job.reference import reference
-from mpitrain.train.job.section import Problem, Section
+from mpitrain.train.job.section import Count, Problem, Section
 from mpitrain.train.job.train import MethodSection, Train
 
 _NAME_WORDS = "at most 100 letters, digits, spaces and any of _ . + -, a letter or digit first"
+DEFAULT_LANES = 12
+"""Dealt out evenly on 1, 2, 3, 4, 6 and 12 ranks."""
+
 Name = Annotated[str, Field(max_length=100, pattern=r"^\w[\w .+-]*\Z"), _NAME_WORDS]
 
 
@@ -36,10 +40,19 @@ class Job(Section):
     seed: int = Field(0, ge=0, description="What all random values follow from.")
     dtype: Literal["float32", "float64"] = Field("float32", description="Type of parameters and gradients.")
     device: Literal["cpu", "gpu"] = Field("cpu", description="Where the arrays live.")
+    reproducible: bool = Field(
+        False, description="Whether the trained weights are the same bits on every number of ranks, up to `lanes`."
+    )
+    lanes: Count | None = Field(
+        None,
+        description=f"Of a reproducible job: the parts into which each batch is cut, wherever they are computed; "
+        f"{DEFAULT_LANES} if not given. BatchNorm normalises each by itself.",
+    )
     data: DataSection
     model: ModelSection
     optimizer: OptimizerSection
     method: MethodSection = MethodSection()
+    mesh: MeshSection = MeshSection()
     train: Train
 
     @classmethod
@@ -98,6 +111,14 @@ class Job(Section):
             return cls.model_validate(data, context={"folder": source.absolute().parent})
         except ValidationError as error:
             raise job_error(translate(error, cls), source_of) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lanes_by_default(cls, value: Any) -> Any:
+        match value:
+            case {"reproducible": True} if "lanes" not in value:
+                return {**value, "lanes": DEFAULT_LANES}
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,83 @@
+"""What the bits of a result depend on besides the job: processor, libraries, threads; agreed by all ranks of a job.
+
+Processes of one fingerprint compute the same bits from the same arrays.  It is a flat table of strings, so that what
+differs between two can be named.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import threadpoolctl
+
+from mpitrain import __version__, _env
+from mpitrain._errors import MismatchError
+from mpitrain.comm import Communicator
+from mpitrain.optim import kernel
+
+Fingerprint = dict[str, str]
+
+
+def fingerprint() -> Fingerprint:
+    """Return the fingerprint of this process."""
+    return {
+        "processor": platform.machine(),
+        "CPU features": _cpu_features(),
+        "BLAS": _blas(),
+        "NumPy": np.__version__,
+        "C library": " ".join(platform.libc_ver()),
+        "compiled loops": "yes" if _env.kernel() and kernel.library() is not None else "no",
+        "mpitrain": __version__,
+    }
+
+
+def agreed_fingerprint(comm: Communicator, own: Fingerprint) -> Fingerprint:
+    """Return the fingerprint that all ranks have.  Collective.
+
+    Raises
+    ------
+    MismatchError
+        They have not one; it names the ranks, and what differs.
+    """
+    everyones: list[Fingerprint] = comm.allgather_object(own)
+    differing = [key for key in own if len({each[key] for each in everyones}) > 1]
+    if differing:
+        found = "; ".join(f"{key}: {_by_rank([each[key] for each in everyones])}" for key in differing)
+        raise MismatchError(
+            "the ranks would not compute the same bits", operation="reproducible", got=found,
+            remedy="start them on nodes of one kind, with one installation, or set reproducible = false",
+        )  # fmt: skip
+    return own
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Say in one line what differs between two fingerprints; empty if nothing does."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} {before.get(key, 'unknown')}, now {now.get(key, 'unknown')}" for key in keys)
+
+
+def _by_rank(values: list[str]) -> str:
+    ranks = defaultdict(list)
+    for rank, value in enumerate(values):
+        ranks[value].append(rank)
+    return " and ".join(f"{value} on ranks {numbers}" for value, numbers in ranks.items())
+
+
+def _cpu_features() -> str:
+    """Return the sets of instructions for which NumPy has loops of their own, and takes them."""
+    found = np.show_config(mode="dicts")
+    sets = found.get("SIMD Extensions", {}) if isinstance(found, dict) else {}
+    return " ".join([*sets.get("baseline", ()), *sets.get("found", ())]) or "unknown"
+
+
+def _blas() -> str:
+    """Return which BLAS libraries are loaded, with the kernels that they chose for this processor, and threads."""
+    pools = (pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas")
+    words = (
+        f"{pool['internal_api']} {pool['version']} {pool.get('architecture', '')} threads {pool['num_threads']}"
+        for pool in pools
+    )
+    return ", ".join(sorted(set(words))) or "unknown"

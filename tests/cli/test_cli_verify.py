@@ -1,0 +1,123 @@
+"""``mpitrain verify``: what it prints and returns, of methods that are right and of a model that is not."""
+
+import pytest
+from commands import mpitrain, settings, write_job
+
+MODEL = """
+import mpitrain
+from mpitrain import nn
+
+class Partial(nn.Network):
+    '''Its last bias has a gradient that depends on how the batch is shared out.'''
+
+    def loss_and_gradients(self, params, batch, grads, rng, reduce=None):
+        found = super().loss_and_gradients(params, batch, grads, rng, reduce)
+        grads.tree["2"]["bias"][...] += mpitrain.world().rank
+        return found
+
+def build():
+    layer = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    return Partial(layer, nn.CrossEntropy(), "float64")
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    return write_job(tmp_path)
+
+
+@pytest.fixture
+def broken(job):
+    job.with_name("my.py").write_text(MODEL)
+    text = job.read_text()
+    model = text[text.index("[model]") : text.index("[optimizer]")]
+    job.write_text(text.replace(model, '[model]\nbuild = "my.py:build"\n\n'))
+    return job
+
+
+def test_a_model_that_depends_on_the_rank_is_found_and_its_tensor_named(broken):
+    done = mpitrain("verify", broken, "-n", "2", "--steps", "3", "--json", *settings(model__loss="cross_entropy"))
+    assert (done.code, done.err) == (1, "")
+    result = done.result
+    assert result["equal"] is False
+    assert (result["first"]["what"], result["first"]["tensor"], result["first"]["step"]) == ("gradient", "2.bias", 1)
+    assert result["first"]["size"] == pytest.approx(3**0.5 / 16)  # 1 too much in three elements, of 16 samples
+    assert {each["name"] for each in result["tensors"] if each["gradient"] > result["tolerance"]} == {"2.bias"}
+    assert len(result["losses"]) == len(result["norms"]) == 3
+
+
+@pytest.mark.slow
+def test_the_same_in_words(broken):
+    done = mpitrain("verify", broken, "-n", "2", "--steps", "3")
+    assert done.code == 1
+    *_, row, _, verdict = done.out.splitlines()
+    assert row.split("│")[1].strip() == "2.bias"
+    assert "✗" in row
+    assert verdict.startswith("DIFFERS first at step 1 in the gradient of 2.bias: off by 0.108, ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method__kind": "gradient", "method__stage": 2}, {"mesh__tensor": 3}],
+    ids=["data-parallel", "gradient-parallel", "tensor-parallel"],
+)
+def test_a_method_is_the_serial_run(job, changes):
+    done = mpitrain("verify", job, "-n", "3", "--steps", "8", *settings(**changes))
+    assert (done.code, done.err) == (0, "")
+    title, loss, *_, verdict = done.out.splitlines()
+    assert title == f"{job}, 3 ranks against serial: 8 steps in float64, equal if within 1e-10 of the norm"
+    assert loss.startswith("loss: largest difference ")
+    assert verdict == "equal"
+    assert "✗" not in done.out
+
+
+@pytest.mark.slow
+def test_a_reproducible_job_is_compared_to_the_bit(job):
+    fixed = ["--steps", "6", "--json", *settings(reproducible=True, lanes=4)]
+    done = mpitrain("verify", job, "--mesh", "data=3", "--against", "data=2", *fixed)
+    assert done.code == 0, done.err
+    assert (done.result["tolerance"], done.result["dtype"]) == (0, "float32")
+    assert (done.result["layout"], done.result["against"]) == ("data=3", "data=2")
+    assert all(each["gradient"] == each["weights"] == 0 for each in done.result["tensors"])
+
+
+@pytest.mark.slow
+def test_the_user_chooses_the_tolerance_and_the_dtype(job):
+    fixed = ["-n", "2", "--steps", "3", "--json", *settings(dtype="float32")]
+    assert mpitrain("verify", job, *fixed).result["tolerance"] == 1e-3
+    done = mpitrain("verify", job, *fixed, "--tolerance", "0")
+    assert done.code == 1
+    assert 0 < done.result["first"]["relative"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "2", "--mesh", "data=2"], "-n is the number of ranks, which --mesh gives"),
+        (["--mesh", "data"], "layout 'data': cannot be understood"),
+        pytest.param(["--against", "data=2,data=2"], "layout 'data=2,data=2': cannot", marks=pytest.mark.slow),
+        pytest.param(["--set", "train.batch=3"], "train.batch: unknown key", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(job, arguments, message):
+    done = mpitrain("verify", job, *arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.slow
+def test_what_ranks_find_wrong_is_said_once(job):
+    done = mpitrain("verify", job, "-n", "3", *settings(reproducible=True, lanes=2))
+    assert done.code == 2
+    (line,) = done.err.splitlines()
+    assert "more ranks than lanes; got 3 ranks, 2 lanes" in line
+
+
+@pytest.mark.slow
+def test_ranks_that_a_launcher_started_do_not_start_others(job, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    done = mpitrain("verify", job)
+    assert done.code == 2
+    assert "a launcher has already started some" in done.err
