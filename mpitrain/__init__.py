@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mpitrain.method import Method, Plan
     from mpitrain.nn import Layer, Model, Network
     from mpitrain.optim import Optimizer
-    from mpitrain.parallel import DataParallel, GradientParallel
+    from mpitrain.parallel import DataParallel, GradientParallel, PipelineParallel
     from mpitrain.train import Job, Trainer
 
 __version__ = "0.1.0.dev0"
@@ -39,6 +39,7 @@ _HOMES = {
     "MpitrainError": "_errors",
     "Network": "nn",
     "Optimizer": "optim",
+    "PipelineParallel": "parallel",
     "Plan": "method",
     "ProcessMesh": "comm",
     "Segment": "arrays",
@@ -65,6 +66,7 @@ __all__ = [
     "MpitrainError",
     "Network",
     "Optimizer",
+    "PipelineParallel",
     "Plan",
     "ProcessMesh",
     "Segment",
