@@ -6,7 +6,9 @@ Every rank builds the same parts by itself; the only communication is the method
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -16,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain import data, nn, optim
+from mpitrain import adapters, data, nn, optim
 from mpitrain._errors import DataError, JobError
 from mpitrain._typing import Array
+from mpitrain.adapters import is_torch_module
 from mpitrain.arrays import Batch, Key, device, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.codecs import make_codec
@@ -249,7 +252,7 @@ def build_model(job: Job, facts: Facts, tensor: Communicator | None = None) -> M
     section = job.model
     built: Any = _preset(job, facts)
     if isinstance(section, BuiltModel):
-        built = _built(section.build, section.options)
+        built = _built_model(section, job.seed)
     if isinstance(built, Layer):
         loss = _loss(job, facts)
         return (
@@ -258,10 +261,21 @@ def build_model(job: Job, facts: Facts, tensor: Communicator | None = None) -> M
         )  # fmt: skip
     if isinstance(built, Model):
         return built
+    if is_torch_module(built):
+        return adapters.TorchModel(built, _loss(job, facts), job.dtype)
+    if isinstance(built, tuple) and len(built) == 2 and is_torch_module(built[0]):
+        return adapters.TorchModel(*built, job.dtype)
     raise JobError(
         "model.build gave no model", operation=str(getattr(section, "build", section.kind)), got=type(built).__name__,
-        expected="mpitrain.Layer or mpitrain.Model",
+        expected="mpitrain.Layer, mpitrain.Model, torch.nn.Module, or (torch.nn.Module, loss)",
     )  # fmt: skip
+
+
+def _built_model(section: BuiltModel, seed: int) -> Any:
+    """Call the user's function; where its file has imported PyTorch, with PyTorch's generator seeded by the job."""
+    load_object(section.build, Path())
+    with adapters.seeded(Key(seed, "init")) if "torch" in sys.modules else nullcontext():
+        return _built(section.build, section.options)
 
 
 def _preset(job: Job, facts: Facts) -> Layer | None:
