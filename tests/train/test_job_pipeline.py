@@ -85,6 +85,8 @@ def test_a_batch_may_be_smaller_than_the_ranks_are_many():
 
     def check(comm: Communicator) -> int:
         parts = assemble(small, comm)
+        handed_in = comm.allgather_object(sum(map(len, parts.held_out["test"]())))
+        assert sum(handed_in) == len(parts.samples.held_out["test"])  # each row is evaluated once
         return int(parts.method.advance(parts.feed, until=1).samples)
 
     assert LocalWorld(6, timeout_s=20).run(check) == [4] * 6
