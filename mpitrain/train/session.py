@@ -68,6 +68,7 @@ def train_job(
     on_phase: OnPhase | None = None,
     traced: bool = False,
     blas_threads: int | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Train a job, keep the run, and return its result.
 
@@ -91,6 +92,8 @@ def train_job(
     blas_threads : int, optional
         Threads of BLAS on each rank of a job that is not reproducible.  Default: its share of the node's CPUs, as if
         the ranks of ``comm`` were alone there.
+    report : bool
+        Write ``report.html``, which takes a second or two; ``mpitrain report`` can do so later.
 
     Returns
     -------
@@ -121,7 +124,7 @@ def train_job(
     with _recording(comm, trainer, directory) if traced else nullcontext():
         _keep_what_runs(job, comm, trainer, directory, bits)
         stopped = trainer.run()
-        return _finish(job, comm, trainer, directory, stopped)
+        return _finish(job, comm, trainer, directory, stopped, report)
 
 
 def settle_arithmetic(job: Job, comm: Communicator, threads: int | None = None) -> Fingerprint | None:
@@ -229,8 +232,10 @@ def _agreed_path(comm: Communicator, find: Callable[[], Path | None]) -> Path | 
     return Path(path) if path else None
 
 
-def _finish(job: Job, comm: Communicator, trainer: Trainer, directory: RunDirectory, stopped: str) -> dict[str, Any]:
-    """Evaluate once more, write result and report."""
+def _finish(
+    job: Job, comm: Communicator, trainer: Trainer, directory: RunDirectory, stopped: str, report: bool
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate once more, write result and, if wanted, report."""
     metrics = {kind: trainer.final(kind) for kind in trainer.parts.held_out}
     numbers = {
         f"{kind}_{name}": value
@@ -254,16 +259,19 @@ def _finish(job: Job, comm: Communicator, trainer: Trainer, directory: RunDirect
     if "confusion" in metrics["test"]:
         result["confusion"] = metrics["test"]["confusion"].tolist()
         result["classes"] = list(trainer.parts.samples.train.class_names)
-    return _keep(result, comm, directory, trainer.observer)
+    return _keep(result, comm, directory, trainer.observer if report else None)
 
 
-def _keep(result: dict[str, Any], comm: Communicator, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
-    """Write result and report, which is made from the result and then named in it."""
+def _keep(
+    result: dict[str, Any], comm: Communicator, directory: RunDirectory, observer: Observer | None
+) -> dict[str, Any]:  # fmt: skip
+    """Write the result, and if somebody observes it the report, which is made from the result and then named in it."""
     with agree(comm):
         if comm.rank == 0:
             directory.write_result(result)
-            with comm.phase("report"):
-                result["report"] = _report(directory, observer)
+            if observer is not None:
+                with comm.phase("report"):
+                    result["report"] = _report(directory, observer)
             keep = directory.finish if result["completed"] else directory.write_result
             keep(result)
     kept: dict[str, Any] = comm.broadcast_object(result)  # each rank has a clock of its own

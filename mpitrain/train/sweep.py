@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import signal
+import threading
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -181,7 +182,7 @@ def _plan(
 
 def _name(settings: Mapping[str, Any]) -> str:
     """Return a directory's name that tells the settings, and no others."""
-    whole = ",".join(f"{key}={value}" for key, value in settings.items())
+    whole = ",".join(f"{key}={value}" for key, value in sorted(settings.items()))
     name = re.sub(r"[^\w.+=,-]+", "", whole)[:_LONGEST_NAME]
     return name if name == whole else f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
@@ -212,7 +213,7 @@ def _train(point: Point, threads: int, stop: Stop) -> None:
             shutil.rmtree(run.path)
     result = train_job(
         point.job, alone(), run_dir=None if begun else run.path, resume=run.path if begun else None,
-        blas_threads=threads,
+        blas_threads=threads, report=False,
     )  # fmt: skip
     if result["stopped"] in {f"stopped by {number.name}" for number in STOP_SIGNALS}:
         stop.asked = True
@@ -229,6 +230,9 @@ class Stop:
 def _stop_on_signals() -> Iterator[Stop]:
     """Let the signals that stop a run stop the sweep between two runs; a second one does what it did before."""
     stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # which alone may, and no other is interrupted
+        yield stop
+        return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def ask(number: int, frame: object) -> None:
