@@ -20,7 +20,7 @@ default_role = "code"
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
-autodoc_mock_imports = ["cupy"]
+autodoc_mock_imports = ["cupy", "jax", "torch"]
 nitpick_ignore_regex = [
     (r"py:class", r"(?!mpitrain\.).*"),  # other libraries, and types that are prose
     (r"py:class", r"mpitrain\..*\._\w+"),  # private bases

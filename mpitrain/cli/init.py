@@ -29,6 +29,12 @@ def _first_comment(path: Path) -> str:
     return text.splitlines()[0].rstrip('" ')
 
 
+def _beside(job: Path) -> list[Path]:
+    """Return the Python file of a job's own model, if it has one: it bears the job's name."""
+    own = job.with_suffix(".py")
+    return [own] if own != job and own.is_file() else []
+
+
 @click.command("init", short_help="Copy a job file and its sbatch file into this folder.")
 @click.argument("name", required=False)
 @click.option("--gpu", is_flag=True, help="The sbatch file for GPUs instead of the one for CPUs.")
@@ -49,7 +55,7 @@ def command(name: str | None, gpu: bool, force: bool) -> None:
             "no such job is shipped", got=name, expected=", ".join(jobs), remedy=did_you_mean(name, list(jobs))
         )
     sbatch = shipped("slurm") / ("gpu.sbatch" if gpu else "cpu.sbatch")
-    sources = [jobs[name], *([sbatch] if jobs[name].suffix == ".toml" else [])]
+    sources = [jobs[name], *_beside(jobs[name]), *([sbatch] if jobs[name].suffix == ".toml" else [])]
     there = [path.name for path in sources if Path(path.name).exists()]
     if there and not force:
         raise InputError(f"{', '.join(there)} already in this folder", remedy="pass --force to overwrite")
@@ -57,5 +63,5 @@ def command(name: str | None, gpu: bool, force: bool) -> None:
         with disk("copy", Path(path.name)):
             shutil.copy(path, path.name)
     click.echo(f"wrote {' and '.join(path.name for path in sources)}")
-    if len(sources) == 2:
+    if sbatch in sources:
         click.echo(f"run it:  mpitrain run -n 2 {sources[0].name}    or    sbatch {sbatch.name} {sources[0].name}")

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +20,7 @@ from mpitrain._errors import JobError
 from mpitrain.cli.run import check_no_launcher, hand_over
 
 if TYPE_CHECKING:
+    from mpitrain.train import Job
     from mpitrain.train.comparison import Comparison
     from mpitrain.train.record import Record
 
@@ -59,13 +60,21 @@ class Side:
         As the user names it.
     ranks : int
         How many it takes.
-    overrides : tuple of str
-        What the layout adds to the job.
+    axes : dict of str to int, optional
+        The sizes of the mesh's axes, in place of what the job says; None: as the job says.
     """
 
     layout: str
     ranks: int
-    overrides: tuple[str, ...] = ()
+    axes: Mapping[str, int] | None = None
+
+    def overrides(self, job: Job) -> tuple[str, ...]:
+        """Return what the layout changes of a job: its mesh, where there is more to it than the number of ranks."""
+        has_mesh = "mesh" in job.model_dump()
+        if self.axes is None or (self.axes.keys() <= {"data"} and not has_mesh):
+            return ()
+        sizes = (f"mesh.{axis}={size}" for axis, size in self.axes.items())
+        return (*(["mesh={}"] if has_mesh else []), *sizes)
 
 
 def side(layout: str) -> Side:
@@ -77,16 +86,14 @@ def side(layout: str) -> Side:
         It is neither.
     """
     if layout == "serial":
-        return Side(layout, 1)
+        return Side(layout, 1, {})
     sizes: dict[str, int] = {}
     for part in layout.split(","):
         axis, _, size = part.strip().partition("=")
         if not axis.isidentifier() or not size.isdecimal() or int(size) < 1 or axis in sizes:
             raise JobError("cannot be understood", operation=f"layout {layout!r}", expected="serial, or e.g. data=2")
         sizes[axis] = int(size)
-    only_data = sizes.keys() == {"data"}
-    overrides = () if only_data else tuple(f"mesh.{axis}={size}" for axis, size in sizes.items())
-    return Side(layout, prod(sizes.values()), overrides)
+    return Side(layout, prod(sizes.values()), sizes)
 
 
 def _verify(
@@ -99,31 +106,32 @@ def _verify(
     check_no_launcher(ranks or 2)
     if ranks is not None and mesh is not None:
         raise click.UsageError("-n is the number of ranks, which --mesh gives; leave out one of them.")
-    reproducible = Job.load(job, overrides).reproducible
-    if not reproducible and not any(each.partition("=")[0].strip() == "dtype" for each in overrides):
+    given = Job.load(job, overrides)
+    if not given.reproducible and not any(each.partition("=")[0].strip() == "dtype" for each in overrides):
         overrides = ("dtype=float64", *overrides)
-    sides = side(mesh or f"data={ranks or 2}"), side(against)
-    for each in sides:
-        Job.load(job, (*overrides, *each.overrides))  # a mistake ends here, in one line
-    found, expected = (_run(job, overrides, steps, each) for each in sides)
-    bound = default_tolerance(expected, reproducible) if tolerance is None else tolerance
+    sides = side(mesh) if mesh else Side(f"{ranks or 2} ranks", ranks or 2), side(against)
+    settings = [(*overrides, *each.overrides(given)) for each in sides]
+    for each in settings:
+        Job.load(job, each)  # a mistake ends here, in one line
+    found, expected = (_run(job, each, steps, which.ranks) for each, which in zip(settings, sides, strict=True))
+    bound = default_tolerance(expected, given.reproducible) if tolerance is None else tolerance
     compared = compare(found, expected, bound)
     (_print_json if as_json else _print_tables)(job, sides, bound, expected, compared)
     return 0 if compared.first is None else 1
 
 
-def _run(job: str, overrides: Sequence[str], steps: int, which: Side) -> Record:
+def _run(job: str, overrides: Sequence[str], steps: int, ranks: int) -> Record:
     """Run a side to its end, and return what was recorded; if it fails, end as it did."""
     from mpitrain.comm.launch import launch_command
     from mpitrain.train.record import Record
 
     with TemporaryDirectory(prefix="mpitrain-verify-") as folder:
         path = Path(folder) / "record.npz"
-        settings = [f"--set={each}" for each in (*overrides, *which.overrides)]
+        settings = [f"--set={each}" for each in overrides]
         argv = [sys.executable, "-m", "mpitrain", "verify", job, f"--steps={steps}", f"--record={path}", *settings]
         env = _env.snapshot()
-        if which.ranks > 1:
-            argv, env = launch_command(which.ranks, argv)
+        if ranks > 1:
+            argv, env = launch_command(ranks, argv)
         code = subprocess.run(argv, env=env, check=False).returncode
         told = _told(path)
         if code == 0 and told.exists():

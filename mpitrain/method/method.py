@@ -114,6 +114,10 @@ class Method(ABC):
     def predict(self, inputs: Array) -> Array:
         """Return the model's outputs for ``inputs``, shape (n, …), the same on all ranks."""
 
+    def weights_sha256(self) -> str:
+        """Return a hash of all parameters, the same on all ranks and however they are divided.  Collective."""
+        return self.params.sha256()
+
     @abstractmethod
     def state(self) -> State:
         """Return what a checkpoint holds, in global coordinates; the pieces are views, valid until `advance`."""

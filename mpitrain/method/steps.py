@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from mpitrain._errors import MismatchError, NonFiniteError
 from mpitrain._typing import Array
 from mpitrain.arrays import FlatBuffer, Shard, namespace
+from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Plan
 from mpitrain.optim import Optimizer, State, clip_value, finite, scale, squared_norm
@@ -52,15 +54,44 @@ class Part:
         return optimizer.partials(self.params, self.grads, self.state, step, self.shard)
 
 
-def verify_replicas(comm: Communicator, params: FlatBuffer) -> None:
+@dataclass(frozen=True)
+class Reach:
+    """Where else the parts of a model are that a rank does not update.
+
+    Parameters
+    ----------
+    groups : tuple of Communicator
+        Sums over all of them, one after the other, are sums over all parts of the model.
+    elsewhere : frozenset of int
+        Numbers of tensors that this rank updates, but another one counts, which updates them as well.
+    """
+
+    groups: tuple[Communicator, ...] = ()
+    elsewhere: frozenset[int] = frozenset()
+
+    def sum(self, values: Array) -> Array:
+        """Return values summed over all ranks that update parts of the model.  Collective."""
+        return reduce(lambda array, group: group.allreduce(array), self.groups, values)
+
+
+_ALL_HERE = Reach()
+
+
+def verify_replicas(comm: Communicator, params: FlatBuffer, names: Sequence[str] | None = None) -> None:
     """Check that all ranks hold the same parameters.  Collective.
+
+    Parameters
+    ----------
+    names : sequence of str, optional
+        Which tensors are compared; None: all.
 
     Raises
     ------
     MismatchError
         Naming the ranks that differ from rank 0.
     """
-    digests = comm.allgather_object(params.sha256())
+    digest = params.sha256() if names is None else sha256(params.views[name] for name in names)
+    digests = comm.allgather_object(digest)
     differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if differing:
         raise MismatchError(
@@ -84,7 +115,12 @@ def all_finite(parts: Sequence[Part]) -> bool:
 
 
 def check_finite(
-    comm: Communicator, good: bool, parts: Sequence[Part], step: int, own_part_finite: Callable[[], bool]
+    comm: Communicator,
+    good: bool,
+    parts: Sequence[Part],
+    step: int,
+    own_part_finite: Callable[[], bool],
+    across: Communicator | None = None,
 ) -> None:
     """End the run if the loss or gradient of a step is not finite.
 
@@ -96,6 +132,9 @@ def check_finite(
         Whose gradients were judged; they may differ between ranks.
     own_part_finite : callable
         Tells whether what this rank's samples gave was finite; called only to name the culprits, so it may be slow.
+    across : Communicator, optional
+        Ranks that have the same samples and other parts of the model: then the ranks that are named are those of
+        ``comm``, and at fault if one of these finds them so.
 
     Raises
     ------
@@ -104,16 +143,29 @@ def check_finite(
     """
     if good:
         return
-    bad = {number for part in parts for number, cut in part.shard.pieces if not finite(part.grads[cut])}
-    findings = comm.allgather_object((own_part_finite(), bad))
+    own: tuple[bool, list[str]] = own_part_finite(), _not_finite(parts)
+    if across:
+        found = across.allgather_object(own)
+        own = all(well for well, _ in found), [name for _, names in found for name in names]
+    findings = comm.allgather_object(own)
     ranks = [rank for rank, (well, _) in enumerate(findings) if not well]
-    segments = parts[0].shard.layout.segments
-    names = [segments[number].name for number in sorted(set().union(*(found for _, found in findings)))]
+    names = dict.fromkeys(name for _, bad in findings for name in bad)
     raise NonFiniteError(
         f"the loss or gradient of step {step} is not finite",
         got=f"ranks whose own samples gave it: {ranks or 'none'}; tensors: {', '.join(names) or 'none'}",
         remedy="lower optimizer.lr, or set optimizer.clip_norm",
     )
+
+
+def _not_finite(parts: Sequence[Part]) -> list[str]:
+    """Return the names of the tensors whose gradients are not finite."""
+    found = [
+        (number, part.shard.layout.segments[number].name)
+        for part in parts
+        for number, cut in part.shard.pieces
+        if not finite(part.grads[cut])
+    ]
+    return [name for _, name in sorted(found)]
 
 
 def divide(parts: Sequence[Part], count: float) -> None:
@@ -122,13 +174,13 @@ def divide(parts: Sequence[Part], count: float) -> None:
         namespace(part.grads).divide(part.grads, part.grads.dtype.type(count), out=part.grads)
 
 
-def clip(parts: Sequence[Part], plan: Plan, comm: Communicator | None = None, tiles: Tiles | None = None) -> None:
+def clip(parts: Sequence[Part], plan: Plan, reach: Reach = _ALL_HERE, tiles: Tiles | None = None) -> None:
     """Clip mean gradients in place, by value and then by global norm.
 
     Parameters
     ----------
-    comm : Communicator, optional
-        Over which the squared norms of the ranks' parts are summed (collective); None if these parts are everything.
+    reach : Reach
+        Over which ranks the squared norms of parts are summed (collective); by default these parts are everything.
     tiles : Tiles, optional
         Sums them instead, with the same bits on every layout.
     """
@@ -136,15 +188,15 @@ def clip(parts: Sequence[Part], plan: Plan, comm: Communicator | None = None, ti
         for part in parts:
             clip_value(part.grads, part.shard, plan.clip_value)
     if plan.clip_norm is not None:
-        norm = float(np.sqrt(tiles.squared_norm() if tiles else _squared_norm(parts, comm)))
+        norm = float(np.sqrt(tiles.squared_norm() if tiles else _squared_norm(parts, reach)))
         if norm > plan.clip_norm:
             for part in parts:
                 scale(part.grads, part.shard, plan.clip_norm / norm)
 
 
-def _squared_norm(parts: Sequence[Part], comm: Communicator | None) -> float:
-    partial = sum(squared_norm(part.grads, part.shard) for part in parts)
-    return float(comm.allreduce(np.float64(partial))) if comm else partial
+def _squared_norm(parts: Sequence[Part], reach: Reach) -> float:
+    partial = sum(squared_norm(part.grads, part.shard, reach.elsewhere) for part in parts)
+    return float(reach.sum(np.array(partial, np.float64)))
 
 
 def update(
@@ -152,22 +204,24 @@ def update(
     parts: Sequence[Part],
     plan: Plan,
     step: int,
-    comm: Communicator | None = None,
+    reach: Reach = _ALL_HERE,
     tiles: Tiles | None = None,
 ) -> None:
-    """Run the optimizer on every part; ``comm`` or ``tiles`` sum what it needs of whole tensors, as in `clip`."""
-    totals = tiles.totals(optimizer, step) if tiles else _totals(optimizer, parts, step, comm)
+    """Run the optimizer on every part; ``reach`` or ``tiles`` sum what it needs of whole tensors, as in `clip`."""
+    totals = tiles.totals(optimizer, step) if tiles else _totals(optimizer, parts, step, reach)
     lr = plan.schedule(step)
     for each in parts:
         optimizer.update(each.params, each.grads, each.state, lr, step, each.shard, totals)
 
 
-def _totals(optimizer: Optimizer, parts: Sequence[Part], step: int, comm: Communicator | None) -> Array | None:
+def _totals(optimizer: Optimizer, parts: Sequence[Part], step: int, reach: Reach) -> Array | None:
     needed = [partial for each in parts if (partial := each.partials(optimizer, step)) is not None]
     if not needed:
         return None
     totals: Array = sum(needed[1:], start=needed[0])
-    return totals if comm is None else comm.allreduce(totals)
+    if reach.elsewhere:
+        totals[sorted(reach.elsewhere)] = 0
+    return reach.sum(totals)
 
 
 def add_sums(total: dict[str, Array] | None, sums: Mapping[str, Array]) -> dict[str, Array]:

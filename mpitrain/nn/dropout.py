@@ -43,13 +43,17 @@ class Dropout(Layer):
                 expected=f"{x.shape[0]} positions",
                 remedy="set Batch.index",
             )
-        words = call.key.bits(call.index, (0, prod(x.shape[1:]))).reshape(x.shape)
+        words = call.key.bits(call.index, self._elements(x, call)).reshape(x.shape)
         context["mask"] = mask = context.take(x.shape, x.dtype)
         call.xp.greater_equal(words, np.uint32(self.p * 2.0**32), out=mask)
         mask *= 1.0 / (1.0 - self.p)
         y = context.take(x.shape, x.dtype)
         call.xp.multiply(x, mask, out=y)
         return y, context
+
+    def _elements(self, x: Array, call: Call) -> tuple[int, int]:
+        """Return which elements of a sample these are, first and last plus one."""
+        return 0, prod(x.shape[1:])
 
     def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
         """Return ``dy`` with the same elements dropped."""

@@ -51,7 +51,7 @@ class Embedding(Layer):
         self._check(x)
         context = call.context()
         y = context.take((*x.shape, self.features), params["weight"].dtype)
-        _gather(params["weight"], x, y)
+        gather_rows(params["weight"], x, y)
         context["x"] = x
         return y, context
 
@@ -62,22 +62,9 @@ class Embedding(Layer):
         return dx
 
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
-        """Add the sum of ``dy`` over the occurrences of each number.
-
-        Occurrences are sorted and summed run by run: five times as fast as ``add.at``, and in a fixed order.
-        """
-        xp, numbers = call.xp, context["x"].ravel()
-        if numbers.size == 0:
-            return
-        order = xp.argsort(numbers, kind="stable")
-        ordered = numbers[order]
-        starts_run = xp.ones(ordered.shape, bool)
-        xp.not_equal(ordered[1:], ordered[:-1], out=starts_run[1:])
-        starts = xp.flatnonzero(starts_run)
-        rows = call.take((numbers.size, self.features), dy.dtype)
-        _gather(dy.reshape(rows.shape), order, rows)
-        grads["weight"][ordered[starts]] += xp.add.reduceat(rows, starts, axis=0)
-        call.give(rows)
+        """Add the sum of ``dy`` over the occurrences of each number."""
+        numbers = context["x"].ravel()
+        add_rows(grads["weight"], numbers, dy.reshape(numbers.size, self.features), call)
 
     def _check(self, x: Array) -> None:
         if x.dtype.kind not in "iu":
@@ -91,7 +78,26 @@ class Embedding(Layer):
             )
 
 
-def _gather(table: Array, numbers: Array, out: Array) -> None:
+def add_rows(table: Array, numbers: Array, values: Array, call: Call) -> None:
+    """Add row i of ``values`` to row ``numbers[i]`` of ``table``, for every i.
+
+    Occurrences are sorted and summed run by run: five times as fast as ``add.at``, and in a fixed order.
+    """
+    xp = call.xp
+    if numbers.size == 0:
+        return
+    order = xp.argsort(numbers, kind="stable")
+    ordered = numbers[order]
+    starts_run = xp.ones(ordered.shape, bool)
+    xp.not_equal(ordered[1:], ordered[:-1], out=starts_run[1:])
+    starts = xp.flatnonzero(starts_run)
+    rows = call.take(values.shape, values.dtype)
+    gather_rows(values, order, rows)
+    table[ordered[starts]] += xp.add.reduceat(rows, starts, axis=0)
+    call.give(rows)
+
+
+def gather_rows(table: Array, numbers: Array, out: Array) -> None:
     """Write ``table[numbers]`` into ``out``; the numbers are known to be in the table."""
     if is_cupy(table):
         table.take(numbers, axis=0, out=out)

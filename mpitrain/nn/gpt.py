@@ -64,7 +64,7 @@ class GPT(Sequential):
         dropout: float = 0.0,
         tied: bool = True,
     ) -> None:
-        self.tied = tied
+        self.vocabulary, self.tied = vocabulary, tied
         scale = 1.0 / sqrt(2 * checks.positive("GPT: layers", layers))
         blocks = {f"block{i}": block(width, heads, hidden, dropout, scale) for i in range(layers)}
         super().__init__(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain._typing import Array, DType, Shape, Tree
-from mpitrain.arrays import Group, Key, Segment
+from mpitrain.arrays import Box, Group, Key, Segment
 from mpitrain.nn.model import Reduce
 from mpitrain.nn.pool import Pool
 
@@ -42,6 +42,10 @@ class Parameter:
         Parameter group.
     rate : float
         ``statistics`` only, see `mpitrain.arrays.Segment`.
+    box : tuple of (int, int)
+        Which part of it this layer holds; all of it unless it is divided among ranks.
+    axes : frozenset of str
+        Mesh axes over which its gradient is summed.
     """
 
     name: str
@@ -49,6 +53,8 @@ class Parameter:
     initialiser: Initialiser
     group: Group = "decay"
     rate: float = 0.0
+    box: Box = ()
+    axes: frozenset[str] = frozenset({"data"})
 
     def under(self, prefix: str) -> Parameter:
         """Return the parameter as the container of the layer ``prefix`` names it."""
@@ -56,7 +62,7 @@ class Parameter:
 
     def segment(self) -> Segment:
         """Return the segment that a layout needs for it."""
-        return Segment(self.name, self.shape, group=self.group, rate=self.rate)
+        return Segment(self.name, self.shape, self.box, self.group, self.axes, self.rate)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class CrossEntropy(Loss):
         labels, predicted = targets.ravel(), outputs.argmax(axis=-1).ravel()
         found = {"correct": (labels == predicted).sum()}
         if classes <= CONFUSION_CLASSES:
-            found["confusion"] = _confusion(labels, predicted, classes)
+            found["confusion"] = confusion(labels, predicted, classes)
         return found
 
     def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class BinaryCrossEntropy(Loss):
 
     def tallies(self, outputs: Array, targets: Array) -> dict[str, Array]:
         """Count pairs of true and predicted value."""
-        return {"confusion": _confusion(targets.ravel().astype(np.int64), (outputs > 0).ravel(), 2)}
+        return {"confusion": confusion(targets.ravel().astype(np.int64), (outputs > 0).ravel(), 2)}
 
     def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
         """Return ``loss``, ``accuracy`` and ``confusion``."""
@@ -210,7 +210,7 @@ def _as_outputs(targets: Array, outputs: Array) -> Array:
     return targets.reshape(outputs.shape).astype(outputs.dtype, copy=False)
 
 
-def _confusion(labels: Array, predicted: Array, classes: int) -> Array:
+def confusion(labels: Array, predicted: Array, classes: int) -> Array:
     """Count the pairs (true class, predicted class), shape (classes, classes)."""
     pairs = labels.astype(np.int64) * classes + predicted
     counts: Array = namespace(labels).bincount(pairs, minlength=classes * classes)

@@ -47,7 +47,7 @@ class PositionEmbedding(Layer):
             )  # fmt: skip
         context = call.context()
         y = context.take(x.shape, x.dtype)
-        call.xp.add(x, params["weight"][: x.shape[1]], out=y)
+        call.xp.add(x, params["weight"][self._places(x, call)], out=y)
         return y, context
 
     def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
@@ -56,4 +56,8 @@ class PositionEmbedding(Layer):
 
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add the sums of ``dy`` over the samples."""
-        grads["weight"][: dy.shape[1]] += sample_sums(dy, call)
+        grads["weight"][self._places(dy, call)] += sample_sums(dy, call)
+
+    def _places(self, x: Array, call: Call) -> slice:
+        """Return which places of the sequence these are."""
+        return slice(0, x.shape[1])

@@ -7,7 +7,7 @@ method reduces `squared_norm` and `finite` over the shards' owners.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def finite(grads: Array) -> bool:
     return all(bool(xp.isfinite(grads[chunk]).all()) for chunk in chunks(slice(0, grads.size), grads))
 
 
-def squared_norm(grads: Array, shard: Shard) -> float:
+def squared_norm(grads: Array, shard: Shard, without: Container[int] = ()) -> float:
     """Return the sum of squares of a shard's gradients, ``statistics`` left out.
 
     Parameters
@@ -41,6 +41,8 @@ def squared_norm(grads: Array, shard: Shard) -> float:
         The shard of the gradients.
     shard : Shard
         Which part of the layout this is.
+    without : container of int
+        Numbers of tensors that are left out, too: another rank, which has them as well, counts them.
 
     Returns
     -------
@@ -48,7 +50,8 @@ def squared_norm(grads: Array, shard: Shard) -> float:
         Summed in float64; to be added up over the owners of the other shards.
     """
     wide = scratch(grads, np.float64)
-    return float(sum(sum_of_squares(grads[chunk], wide) for chunk in _trained(grads, shard)))
+    pieces = _trained_pieces(grads, shard, without) if without else _trained(grads, shard)
+    return float(sum(sum_of_squares(grads[chunk], wide) for chunk in pieces))
 
 
 def scale(grads: Array, shard: Shard, factor: float) -> None:
@@ -69,6 +72,13 @@ def clip_value(grads: Array, shard: Shard, limit: float) -> None:
     xp = namespace(grads)
     for chunk in _trained(grads, shard):
         xp.clip(grads[chunk], -limit, limit, out=grads[chunk])
+
+
+def _trained_pieces(grads: Array, shard: Shard, without: Container[int]) -> Iterator[slice]:
+    """Yield chunks of the tensors that are trained, but for some."""
+    for number, piece in shard.pieces:
+        if number not in without and shard.layout.segments[number].group != "statistics":
+            yield from chunks(piece, grads)
 
 
 def _trained(grads: Array, shard: Shard) -> Iterator[slice]:

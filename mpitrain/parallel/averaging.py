@@ -28,7 +28,7 @@ class ModelAveraging(DataParallel):
     average_every : int
         Steps between two averagings; the commit points.
     **options
-        As for `DataParallel`; no codec.
+        As for `DataParallel`; neither codec nor ``across``.
 
     Notes
     -----
@@ -43,6 +43,11 @@ class ModelAveraging(DataParallel):
             raise InputError(
                 "a codec compresses gradients, and this method sends none", operation="ModelAveraging",
                 got=self.codec.name, remedy="use DataParallel, or no codec",
+            )  # fmt: skip
+        if self.across is not None:
+            raise InputError(
+                "ranks that divide a model take every step together", operation="ModelAveraging", got="across",
+                remedy="use DataParallel or GradientParallel",
             )  # fmt: skip
         if average_every < 1:
             raise InputError(

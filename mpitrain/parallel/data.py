@@ -7,13 +7,15 @@ a single rank would take on the whole batch, however unevenly it is shared.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from mpitrain._errors import InputError
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Layout, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.codecs import Codec, CompressedSum, make_codec
 from mpitrain.method.state import Read, State, fill, pieces_of
-from mpitrain.method.steps import Part, all_finite, clip, divide, reduce_gradients, update, verify_replicas
+from mpitrain.method.steps import Part, all_finite, clip, divide, reduce_gradients, update
 from mpitrain.optim import State as OptimizerState
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
 
@@ -34,6 +36,8 @@ class DataParallel(Synchronous):
         How gradients are compressed on the wire: a codec, or the name of one; None: not at all.
     allocator : Allocator
         Where parameters, gradients and optimizer state live.
+    across : Communicator, optional
+        The ranks that divide the model, see `Synchronous`; no codec then.
 
     Notes
     -----
@@ -51,9 +55,15 @@ class DataParallel(Synchronous):
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         codec: str | Codec | None = None,
         allocator: Allocator = plain,
+        across: Communicator | None = None,
     ) -> None:
-        super().__init__(comm, microbatches, bucket_bytes, allocator)
+        super().__init__(comm, microbatches, bucket_bytes, allocator, across)
         self.codec = make_codec(codec) if isinstance(codec, str) else codec
+        if self.codec and across:
+            raise InputError(
+                "a codec keeps what it leaves out for whole tensors, which are divided", operation=type(self).__name__,
+                got=self.codec.name, remedy="use no codec, or leave out across",
+            )  # fmt: skip
 
     def _allocate(self, layout: Layout) -> None:
         self.params = FlatBuffer(layout, self._allocator)
@@ -69,7 +79,7 @@ class DataParallel(Synchronous):
 
     def _initialise(self) -> None:
         self.model.initialise(self.params, self.plan.key.child("init"))
-        verify_replicas(self.comm, self.params)
+        self._verify(self.params)
 
     @property
     def optimizer_state(self) -> OptimizerState:
@@ -82,9 +92,11 @@ class DataParallel(Synchronous):
             own = self._gradients(microbatches, self.grads, self._reduce)
         with phase("reduce"):
             total = self._sum(own)
+            self._sum_terms()
             self._reduce_gradients(total.count)
         with phase("check"):
-            self._check_finite(not total.bad and all_finite(self.parts), microbatches)
+            total = self._agreed(replace(total, bad=float(total.bad or not all_finite(self.parts))))
+            self._check_finite(not total.bad, microbatches)
         self.step += 1
         with phase("update"):
             self._update(total.count)
@@ -99,8 +111,9 @@ class DataParallel(Synchronous):
     def _update(self, count: float) -> None:
         """Divide, clip and update."""
         divide(self.parts, count)
-        clip(self.parts, self.plan)
-        update(self.optimizer, self.parts, self.plan, self.step)
+        reach = self._reach()
+        clip(self.parts, self.plan, reach)
+        update(self.optimizer, self.parts, self.plan, self.step, reach)
 
     def state(self) -> State:
         """See `Method.state`."""

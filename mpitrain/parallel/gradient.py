@@ -15,7 +15,7 @@ from mpitrain.arrays import Allocator, Batch, FlatBuffer, Layout, Shard, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.shard_plans import AllgatherPlan
 from mpitrain.method.state import Kind, Read
-from mpitrain.method.steps import Part, all_finite, clip, divide, update, verify_replicas
+from mpitrain.method.steps import Part, all_finite, clip, divide, update
 from mpitrain.parallel.buckets import Bucket, StreamedGradients, WholeGradients
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
 
@@ -37,6 +37,8 @@ class GradientParallel(Synchronous):
         are never divided, so that a larger layer makes a piece by itself.
     allocator : Allocator, optional
         Where all memory of this rank's lives; None: where the ranks of a node share it, as far as they can.
+    across : Communicator, optional
+        The ranks that divide the model, see `Synchronous`.
 
     Notes
     -----
@@ -63,8 +65,9 @@ class GradientParallel(Synchronous):
         microbatches: int = 1,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         allocator: Allocator | None = None,
+        across: Communicator | None = None,
     ) -> None:
-        super().__init__(comm, microbatches, bucket_bytes, allocator or plain)
+        super().__init__(comm, microbatches, bucket_bytes, allocator or plain, across)
         if stage not in (1, 2):
             raise InputError(
                 "there is no such stage", operation="GradientParallel", got=stage, expected="1 or 2",
@@ -74,6 +77,11 @@ class GradientParallel(Synchronous):
         self._private = allocator
 
     def _allocate(self, layout: Layout) -> None:
+        if self._terms and self.stage == 2:
+            raise InputError(
+                "stage 2 reduces gradients while ranks have only terms of some", operation="GradientParallel",
+                got=", ".join(self._terms[:3]), remedy="use stage 1, or divide no activations along the sequence",
+            )  # fmt: skip
         memory = self._private or self.comm.empty
         self.params = FlatBuffer(layout, self._private or self.comm.shared)
         self.grads: WholeGradients | StreamedGradients = (
@@ -94,7 +102,7 @@ class GradientParallel(Synchronous):
     def _initialise(self) -> None:
         initial = FlatBuffer(self.params.layout, self._allocator)  # what is shared would hide that ranks differ
         self.model.initialise(initial, self.plan.key.child("init"))
-        verify_replicas(self.comm, initial)
+        self._verify(initial)
         for part in self.parts:
             part.params[...] = initial.flat[part.shard.start : part.shard.stop]
         self._publish()
@@ -109,15 +117,17 @@ class GradientParallel(Synchronous):
         with phase("gradients"):
             own = self._gradients(microbatches, self.grads, self._reduce)
         with phase("reduce"):
+            self._sum_terms()
             self.grads.reduce()
         with phase("check"):
-            total = self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts))))
+            total = self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
             self._check_finite(not total.bad, microbatches)
         self.step += 1
         with phase("update"):
             divide(self.parts, total.count)
-            clip(self.parts, self.plan, self.comm)
-            update(self.optimizer, self.parts, self.plan, self.step, self.comm)
+            reach = self._reach(self.comm)
+            clip(self.parts, self.plan, reach)
+            update(self.optimizer, self.parts, self.plan, self.step, reach)
         with phase("gather"):
             self._publish()
         return total

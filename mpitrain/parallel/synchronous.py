@@ -9,7 +9,8 @@ from __future__ import annotations
 import reprlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,12 +18,14 @@ import numpy as np
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Layout
+from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
-from mpitrain.method.state import Kind, Piece, Read, State, fill, pieces_of
-from mpitrain.method.steps import Part, add_sums, check_finite
+from mpitrain.method.state import Kind, Piece, Read, State, box_size, fill, pieces_of
+from mpitrain.method.steps import Part, Reach, add_sums, check_finite, verify_replicas
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, finite
+from mpitrain.parallel.whole import whole_tensor
 
 DEFAULT_BUCKET_BYTES = 4 << 20
 
@@ -52,6 +55,15 @@ class Synchronous(Method):
         At least 1.
     allocator : Allocator
         Where memory of this rank's comes from.
+    across : Communicator, optional
+        The ranks that divide the model and see the same samples, the ``"tensor"`` axis of a mesh of which ``comm`` is
+        another axis; None: each rank of ``comm`` has all of the model.
+
+    Notes
+    -----
+    With ``across``: what is global of the gradients (their norm, whether they are finite) and stops are agreed on by
+    all ranks of both; tensors that all ranks of ``across`` hold count once.  Where a rank has only terms of a gradient
+    (`Segment.axes`), they are summed over ``across`` first.
     """
 
     kind: ClassVar[Kind] = "replicated"
@@ -60,13 +72,20 @@ class Synchronous(Method):
     grads: Gradients
     parts: tuple[Part, ...]
 
-    def __init__(self, comm: Communicator, microbatches: int, bucket_bytes: int, allocator: Allocator) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        microbatches: int,
+        bucket_bytes: int,
+        allocator: Allocator,
+        across: Communicator | None = None,
+    ) -> None:
         for name, value in (("microbatches", microbatches), ("bucket_bytes", bucket_bytes)):
             if value < 1:
                 raise InputError(
                     f"{name} is too small", operation=type(self).__name__, got=value, expected="at least 1"
                 )
-        self.comm = comm
+        self.comm, self.across = comm, across
         self.microbatches = microbatches
         self.bucket_bytes = bucket_bytes
         self._allocator = allocator
@@ -77,6 +96,7 @@ class Synchronous(Method):
         self.model, self.optimizer, self.plan = model, optimizer, plan
         self.step = 0
         self._feed: Feed | None = None
+        self._terms = [segment.name for segment in model.layout if segment.axes - {"data"}]
         self._allocate(model.layout)
         self._initialise()
 
@@ -87,6 +107,20 @@ class Synchronous(Method):
     @abstractmethod
     def _initialise(self) -> None:
         """Fill ``params`` with the model's initial values, verified between ranks."""
+
+    def _verify(self, params: FlatBuffer) -> None:
+        """Check that ranks hold the same values of the same tensors.  Collective."""
+        verify_replicas(self.comm, params)
+        if self.across:
+            verify_replicas(self.across, params, [segment.name for segment in params.layout if segment.is_whole])
+
+    def _reach(self, *groups: Communicator) -> Reach:
+        """Return over which ranks a sum over the model goes, of which ``groups`` divide this rank's part."""
+        if self.across is None:
+            return Reach(groups)
+        counted = self.across.rank > 0  # by the first rank
+        shared = (number for number, segment in enumerate(self.model.layout) if counted and segment.is_whole)
+        return Reach((*groups, self.across), frozenset(shared))
 
     @abstractmethod
     def _train_step(self, microbatches: list[Batch]) -> Tally:
@@ -113,6 +147,11 @@ class Synchronous(Method):
     def shares(self) -> tuple[tuple[int, int], ...]:
         """Which shares of each batch this rank computes, each as (number, of how many)."""
         return ((self.comm.rank, self.comm.size),)
+
+    @property
+    def evaluation_shares(self) -> tuple[tuple[int, int], ...]:
+        """Which shares of what is evaluated this rank hands in."""
+        return self.shares
 
     def _own_shares(self, feed: Feed) -> list[Share]:
         """Return this rank's shares of a feed, which is cut once."""
@@ -141,6 +180,19 @@ class Synchronous(Method):
     def _sum(self, own: Tally) -> Tally:
         return Tally(*self.comm.allreduce(np.array(astuple(own), np.float64)).tolist())
 
+    def _sum_terms(self) -> None:
+        """Sum the gradients of which the ranks that divide the model have terms.  Collective over them."""
+        if self.across and self._terms:
+            terms = [self.grads.views[name] for name in self._terms]
+            self.across.allreduce(terms, out=terms)
+
+    def _agreed(self, total: Tally) -> Tally:
+        """Return a tally with the stops and troubles of the ranks that divide the model, too."""
+        if self.across is None:
+            return total
+        stops, bad = self.across.allreduce(np.array([total.stops, total.bad]), "max").tolist()
+        return replace(total, stops=stops, bad=bad)
+
     def _reduce(self, array: Array) -> Array:
         self.comm.allreduce(array, out=array)
         return array
@@ -153,7 +205,7 @@ class Synchronous(Method):
             alone = self._gradients(microbatches, grads, None)  # BatchNorm spread one rank's trouble to all
             return not alone.bad and finite(grads.flat)
 
-        check_finite(self.comm, good, self.parts, self.step + 1, own_part_finite)
+        check_finite(self.comm, good, self.parts, self.step + 1, own_part_finite, self.across)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`."""
@@ -162,11 +214,19 @@ class Synchronous(Method):
             sums = add_sums(sums, self.model.sums(self.params, batch))
         if sums is None:
             raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        return self.model.metrics(self.comm.allreduce(sums))
+        total = self.comm.allreduce(sums)
+        return self.model.metrics(self.across.broadcast(total) if self.across else total)
 
     def predict(self, inputs: Array) -> Array:
         """See `Method.predict`."""
         return self.model.predict(self.params, inputs)
+
+    def weights_sha256(self) -> str:
+        """See `Method.weights_sha256`."""
+        if self.across is None:
+            return self.params.sha256()
+        segments = sorted(self.params.layout, key=lambda segment: segment.name)
+        return sha256(whole_tensor(self.across, each, self.params.views[each.name]) for each in segments)
 
     def state(self) -> State:
         """See `Method.state`."""
@@ -175,6 +235,8 @@ class Synchronous(Method):
             pieces += pieces_of("params", part.params, part.shard, self.kind)
             for slot, array in part.state.items():
                 pieces += pieces_of(f"optimizer.{slot}", array, part.shard, self.kind)
+        if self.across and self.across.rank > 0:  # what all ranks hold, the first one gives
+            pieces = [piece for piece in pieces if box_size(piece.box) < prod(piece.global_shape)]
         return State(tuple(pieces), {"step": self.step})
 
     def load(self, scalars: Mapping[str, Any], read: Read) -> None:

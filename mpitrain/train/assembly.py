@@ -6,7 +6,9 @@ Every rank builds the same parts by itself; the only communication is the method
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -16,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain import data, nn, optim
+from mpitrain import adapters, data, nn, optim
 from mpitrain._errors import DataError, JobError
 from mpitrain._typing import Array
+from mpitrain.adapters import is_torch_module
 from mpitrain.arrays import Batch, Key, device, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.codecs import make_codec
@@ -29,15 +32,19 @@ from mpitrain.parallel import (
     DataParallel,
     GradientParallel,
     ModelAveraging,
+    PipelineParallel,
     ReproducibleDataParallel,
     ReproducibleGradientParallel,
     Synchronous,
 )
+from mpitrain.parallel.pipeline import counted
+from mpitrain.parallel.tensor import divided_network
 from mpitrain.train.cadence import Cadence
 from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
 from mpitrain.train.job.model import LOSS_OF_TASK, BuiltModel
 from mpitrain.train.job.userfile import load_object
+from mpitrain.train.mesh import Axes, axes_of
 
 _EVALUATION_ROWS = 1024
 
@@ -116,24 +123,29 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     Collective: the method verifies that all ranks hold the same parameters.
     """
     samples = load_samples(job)
-    feed = _batches(job, samples.train)
+    feed, axes = _batches(job, samples.train), axes_of(job, comm)
     _check_lanes(job, feed)
-    method = _method(job, comm)
+    model = build_model(job, samples.facts, axes.tensor)
+    method = _method(job, axes, model, samples.facts)
     steps_per_epoch = feed.share(*method.shares[0], job.method.microbatches).steps_per_epoch
     steps = job.train.steps or (job.train.epochs or 1) * steps_per_epoch
-    model = build_model(job, samples.facts)
     method.setup(model, optimizer or job_optimizer(job), _plan(job, feed.batch_size, steps))
-    held_out = {
-        kind: partial(_evaluation_batches, part, job.dtype, method.shares) for kind, part in samples.held_out.items()
-    }
+    batches = partial(_evaluation_batches, dtype=job.dtype, shares=method.evaluation_shares)
+    held_out = {kind: partial(batches, part) for kind, part in samples.held_out.items()}
     title = (
-        f"{job.name}: {model.layout.parameter_count:,} parameters, {len(samples.train):,} samples, "
-        f"batches of {feed.batch_size}, {steps:,} steps on {comm.size} rank{'s' if comm.size > 1 else ''}"
+        f"{job.name}: {model.layout.global_parameter_count:,} parameters, {len(samples.train):,} samples, "
+        f"batches of {feed.batch_size}, {steps:,} steps on {_ranks(comm, axes)}"
     )
     cadence = _cadence(job, steps, steps_per_epoch)
     parts = Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
-    _check_metrics(job, parts, islice(held_out[parts.watched](), len(method.shares)))
+    _check_metrics(job, parts, islice(held_out[parts.watched](), len(method.evaluation_shares)))
     return parts
+
+
+def _ranks(comm: Communicator, axes: Axes) -> str:
+    if axes.tensor is None:
+        return f"{comm.size} rank{'s' if comm.size > 1 else ''}"
+    return f"{comm.size} ranks, data {axes.data.size} × tensor {axes.tensor.size}"
 
 
 def _check_lanes(job: Job, feed: Batches) -> None:
@@ -235,20 +247,35 @@ def _sampling_weights(job: Job) -> Array | None:
     return weights
 
 
-def build_model(job: Job, facts: Facts) -> Model:
-    """Return the model of a job, sized for its data."""
+def build_model(job: Job, facts: Facts, tensor: Communicator | None = None) -> Model:
+    """Return the model of a job, sized for its data; with ``tensor``, this rank's part of it."""
     section = job.model
     built: Any = _preset(job, facts)
     if isinstance(section, BuiltModel):
-        built = _built(section.build, section.options)
+        built = _built_model(section, job.seed)
     if isinstance(built, Layer):
-        return Network(built, _loss(job, facts), job.dtype)
+        loss = _loss(job, facts)
+        return (
+            divided_network(built, loss, tensor, job.dtype, job.mesh.sequence_parallel)
+            if tensor else Network(built, loss, job.dtype)
+        )  # fmt: skip
     if isinstance(built, Model):
         return built
+    if is_torch_module(built):
+        return adapters.TorchModel(built, _loss(job, facts), job.dtype)
+    if isinstance(built, tuple) and len(built) == 2 and is_torch_module(built[0]):
+        return adapters.TorchModel(*built, job.dtype)
     raise JobError(
         "model.build gave no model", operation=str(getattr(section, "build", section.kind)), got=type(built).__name__,
-        expected="mpitrain.Layer or mpitrain.Model",
+        expected="mpitrain.Layer, mpitrain.Model, torch.nn.Module, or (torch.nn.Module, loss)",
     )  # fmt: skip
+
+
+def _built_model(section: BuiltModel, seed: int) -> Any:
+    """Call the user's function; where its file has imported PyTorch, with PyTorch's generator seeded by the job."""
+    load_object(section.build, Path())
+    with adapters.seeded(Key(seed, "init")) if "torch" in sys.modules else nullcontext():
+        return _built(section.build, section.options)
 
 
 def _preset(job: Job, facts: Facts) -> Layer | None:
@@ -323,19 +350,26 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
     return Plan(Key(job.seed), course, steps, section.clip_norm, section.clip_value)
 
 
-def _method(job: Job, comm: Communicator) -> Synchronous:
+def _method(job: Job, axes: Axes, model: Model, facts: Facts) -> Synchronous:
     section, on_gpu = job.method, job.device == "gpu"
     if job.lanes is not None:
         made = ReproducibleGradientParallel if section.kind == "gradient" else ReproducibleDataParallel
-        return made(comm, lanes=job.lanes, microbatches=section.microbatches)
+        return made(axes.data, lanes=job.lanes, microbatches=section.microbatches)
     options: dict[str, Any] = {"microbatches": section.microbatches, "bucket_bytes": section.bucket_bytes}
+    comm = axes.data
     if section.kind == "gradient":
-        return GradientParallel(comm, stage=section.stage, allocator=device if on_gpu else None, **options)
+        return GradientParallel(
+            comm, across=axes.tensor, stage=section.stage, allocator=device if on_gpu else None, **options
+        )
+    if section.kind == "pipeline":
+        costs = counted(model, facts.sample_shape) if isinstance(model, Network) else None
+        options |= {"schedule": section.schedule, "chunks": section.chunks, "costs": costs}
+        return PipelineParallel(comm, allocator=device if on_gpu else plain, **options)
     options["codec"] = make_codec(section.codec.kind, **section.codec.arguments()) if section.codec else None
     options["allocator"] = device if on_gpu else plain
     if section.average_every:
         return ModelAveraging(comm, average_every=section.average_every, **options)
-    return DataParallel(comm, **options)
+    return DataParallel(comm, across=axes.tensor, **options)
 
 
 def _cadence(job: Job, steps: int, steps_per_epoch: int) -> Cadence:

@@ -19,7 +19,8 @@ from mpitrain.arrays import Allocator, Shard, plain, to_host
 from mpitrain.comm import Communicator
 from mpitrain.method.state import Piece, pieces_of
 from mpitrain.optim import Optimizer, State
-from mpitrain.train.assembly import assemble, job_optimizer
+from mpitrain.parallel import Synchronous
+from mpitrain.train.assembly import Assembly, assemble, job_optimizer
 from mpitrain.train.job import Job
 from mpitrain.train.session import settle_arithmetic
 
@@ -81,7 +82,7 @@ def record(job: Job, comm: Communicator, steps: int) -> Record | None:
     while method.step < min(steps, parts.steps):
         losses.append(method.advance(parts.feed, method.step + 1).loss)
     weights = [_on_host(piece) for piece in method.state().pieces if piece.name.startswith(f"{_WEIGHTS}/")]
-    everyones = comm.gather_object((watch.first, watch.squares, weights))
+    everyones = comm.gather_object((watch.first, _counted(watch.squares, parts), weights))
     if everyones is None:
         return None
     firsts, squares, pieces = zip(*everyones, strict=True)
@@ -138,6 +139,15 @@ def _on_host(piece: Piece) -> Piece:
 
 def _place(piece: Piece) -> _Place:
     return piece.name.partition("/")[2], piece.box, piece.span
+
+
+def _counted(squares: list[dict[_Place, float]], parts: Assembly) -> list[dict[_Place, float]]:
+    """Leave out tensors that another rank has too, perhaps in other pieces, and counts: see `Synchronous`."""
+    across = parts.method.across if isinstance(parts.method, Synchronous) else None
+    if across is None or across.rank == 0:
+        return squares
+    layout = parts.model.layout
+    return [{place: value for place, value in step.items() if not layout[place[0]].is_whole} for step in squares]
 
 
 def _norms(everyones: Sequence[list[dict[_Place, float]]], names: Sequence[str]) -> dict[str, Array]:

@@ -30,7 +30,10 @@ _MAY_CHANGE = (
     "data.path",  # what is there is compared
     "method.kind",  # the same steps, however they are divided
     "method.stage",
+    "method.schedule",
+    "method.chunks",
     "method.bucket_bytes",
+    "mesh",  # likewise
     "train.steps",
     "train.epochs",
     "train.log_every_steps",
@@ -187,7 +190,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _newest(directory: RunDirectory, parts: Assembly, comm: Communicator) -> Checkpoint | None:
     """Open the newest checkpoint of a run; None if the run was killed before its first one, and starts anew."""
     newest = _agreed_path(comm, lambda: checkpoint.latest(directory.checkpoints))
-    return checkpoint.load(newest, comm, parts.method.params.layout) if newest else None
+    return checkpoint.load(newest, comm, parts.model.layout) if newest else None
 
 
 def _keep_what_runs(
@@ -219,7 +222,7 @@ def _warm_start(parts: Assembly, run: Path, comm: Communicator) -> None:
     found = _agreed_path(comm, lambda: checkpoint.best(directory) or checkpoint.latest(directory))
     if found is None:
         raise JobError(f"{run}: holds no checkpoint", operation="train.warm_start", expected="the directory of a run")
-    parts.method.load_parameters(checkpoint.load(found, comm, parts.method.params.layout).read)
+    parts.method.load_parameters(checkpoint.load(found, comm, parts.model.layout).read)
 
 
 def _agreed_path(comm: Communicator, find: Callable[[], Path | None]) -> Path | None:
@@ -250,7 +253,7 @@ def _finish(
         "seconds": round(trainer.standing.seconds, 3),
         "loss": trainer.standing.loss,
         "metrics": numbers,
-        "weights_sha256": trainer.method.params.sha256(),
+        "weights_sha256": trainer.method.weights_sha256(),
         "run_dir": str(directory.path),
         "report": None,
         "stopped": stopped,

@@ -33,6 +33,12 @@ def test_copies_a_job_and_its_sbatch_file(tmp_path, monkeypatch):
     assert (tmp_path / "gpu.sbatch").is_file()
 
 
+def test_copies_the_model_of_a_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert init("digits_torch").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"digits_torch.toml", "digits_torch.py", "cpu.sbatch"}
+
+
 def test_copies_a_script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert init("research_allreduce").exit_code == 0

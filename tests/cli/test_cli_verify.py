@@ -58,13 +58,15 @@ def test_the_same_in_words(broken):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{}, {"method__kind": "gradient", "method__stage": 2}], ids=["data-parallel", "gradient-parallel"]
+    "changes",
+    [{}, {"method__kind": "gradient", "method__stage": 2}, {"mesh__tensor": 3}],
+    ids=["data-parallel", "gradient-parallel", "tensor-parallel"],
 )
 def test_a_method_is_the_serial_run(job, changes):
     done = mpitrain("verify", job, "-n", "3", "--steps", "8", *settings(**changes))
     assert (done.code, done.err) == (0, "")
     title, loss, *_, verdict = done.out.splitlines()
-    assert title == f"{job}, data=3 against serial: 8 steps in float64, equal if within 1e-10 of the norm"
+    assert title == f"{job}, 3 ranks against serial: 8 steps in float64, equal if within 1e-10 of the norm"
     assert loss.startswith("loss: largest difference ")
     assert verdict == "equal"
     assert "✗" not in done.out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,35 @@ def test_a_reproducible_job_is_equal_to_the_bit(load, changes):
     assert compare(found, expected, 0.0).first is None
     for name, array in expected.weights.items():
         assert array.tobytes() == found.weights[name].tobytes()
+
+
+JOBS: dict[str, list[str]] = {
+    "digits_mlp": [],
+    "digits_cnn": [],
+    "gpt_pydoc": [
+        "data.test=0.002",
+        "data.options.context=16",
+        "model.layers=2",
+        "model.width=16",
+        "model.dropout=0.1",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("name", JOBS)
+def test_every_job_that_comes_along_is_the_serial_run_under_every_method(name, changes, ranks):
+    if name.startswith("digits"):
+        pytest.importorskip("sklearn")
+    fixed = ["dtype=float64", *JOBS[name]]
+    settings = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+    path = Path(__file__).resolve().parents[2] / "jobs" / f"{name}.toml"
+    found = recorded(Job.load(path, [*fixed, *settings]), ranks)
+    compared = compare(found, recorded(Job.load(path, fixed), 1), TOLERANCE)
+    assert compared.first is None
+    assert worst(compared.totals).relative < 1e-12
 
 
 def test_what_is_recorded_is_what_the_method_has(load):

@@ -36,10 +36,11 @@
 #define FOR_THIS_CPU
 #endif
 
-enum { ABI = 3, BLOCK_BYTES = 8192, LINE_BYTES = 128, STORE_BYTES = 16, PLACES = 3, BRIEF_YIELDS = 32 };
+enum { ABI = 4, BLOCK_BYTES = 8192, LINE_BYTES = 128, STORE_BYTES = 16, PLACES = 3, BRIEF_YIELDS = 32 };
 static const int64_t POLITE_NS = 1000000; /* how long to yield before the caller is told to come again */
 
 enum posted { KIND = 0, BLOCK = 1, OFFSET = 2, ELEMENTS = 3, POSTED = 4 }; /* the numbers of a post */
+enum { OUTGROWS_BYTES = 1 << 20 }; /* a core's own cache does not hold more */
 enum { SAMPLE_BYTES = 4096, SAMPLE_EVERY = 16, SLOW_BYTES_PER_NS = 4, SLOW_IN_A_ROW = 3 };
 enum counter { FENCE = 0, COPIED = 1, REDUCED = 2 }; /* the lines of a row's page */
 
@@ -58,7 +59,7 @@ typedef struct {
   int64_t to_memory; /* what others read is written past the cache */
   int64_t slow, writes; /* how often in a row it was slow to write through the cache; how often past it */
   struct laid_out *laid_out; /* reductions of arrays where they lie, that were performed before */
-  int64_t laid_out_count;
+  int64_t laid_out_count, laid_out_next; /* the next is likely to follow the one before, as it did the last time */
   int64_t brief; /* wait for some microseconds only: the caller keeps others waiting */
 } team;
 
@@ -253,6 +254,11 @@ static void write_for_others(team *t, char *to, const char *from, int64_t nbytes
   copy_past(to + tried, from + tried, nbytes - tried);
 }
 
+/* Whether results are written past the cache: they are large, or it is slow to write through it. */
+static int64_t is_past_cache(const stream *s) {
+  return s->past_cache || (s->ranks->to_memory && s->nbytes >= OUTGROWS_BYTES);
+}
+
 /* Combine in order, a block at a time, and store where it belongs; a result may be one of the parts. */
 static void combine(const combination *c) {
   _Alignas(64) char block[BLOCK_BYTES];
@@ -329,7 +335,7 @@ static void reduce_own(stream *s) {
   for (int64_t rank = 0; rank < t->ranks; rank++) s->parts[rank] = place(s, chunk, rank, COPIED) + own.begin;
   s->parts[t->rank] = (char *)s->from + at;
   char *results[] = {place(s, chunk, t->rank, REDUCED) + own.begin, s->into + at};
-  combine(&(combination){s->op, s->parts, t->ranks, results, 2, length, t->to_memory | s->past_cache << 1});
+  combine(&(combination){s->op, s->parts, t->ranks, results, 2, length, t->to_memory | is_past_cache(s) << 1});
   publish(t, REDUCED, t->chunks + s->reduced);
 }
 
@@ -339,7 +345,7 @@ static void take(stream *s) {
   for (int64_t rank = 0; rank < s->ranks->ranks; rank++) {
     const range part = shard(s, chunk, rank);
     const char *from = place(s, chunk, rank, REDUCED) + part.begin;
-    if (rank != s->ranks->rank) copy(into + part.begin, from, part.end - part.begin, s->past_cache);
+    if (rank != s->ranks->rank) copy(into + part.begin, from, part.end - part.begin, is_past_cache(s));
   }
 }
 
@@ -398,7 +404,7 @@ int mpitrain_stream(stream *s) {
       take(s);
     }
   }
-  drain(s->past_cache);
+  drain(1);
   t->chunks += chunks;
   s->met = s->handed_in = s->reduced = s->taken = 0;
   return 0;
@@ -408,11 +414,18 @@ static int64_t *posted(const team *t, int64_t rank) {
   return (int64_t *)(t->rows + rank * t->row_bytes) + 1 + t->exchanges % 2 * POSTED;
 }
 
-static shared_reduction *find_laid_out(const team *t) {
-  for (const laid_out *each = t->laid_out; each < t->laid_out + t->laid_out_count; each++) {
-    int64_t rank = 0;
-    while (rank < t->ranks && !memcmp(posted(t, rank), each->posts + rank * POSTED, POSTED * sizeof(int64_t))) rank++;
-    if (rank == t->ranks) return each->reduction;
+static int is_posted(const team *t, const laid_out *l) {
+  int64_t rank = 0;
+  while (rank < t->ranks && !memcmp(posted(t, rank), l->posts + rank * POSTED, POSTED * sizeof(int64_t))) rank++;
+  return rank == t->ranks;
+}
+
+static shared_reduction *find_laid_out(team *t) {
+  for (int64_t tried = 0; tried < t->laid_out_count; tried++) {
+    const laid_out *each = &t->laid_out[(t->laid_out_next + tried) % t->laid_out_count];
+    if (!is_posted(t, each)) continue;
+    t->laid_out_next = each - t->laid_out + 1;
+    return each->reduction;
   }
   return 0;
 }

@@ -23,7 +23,7 @@ from mpitrain.comm.transports.program import Combine
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
-ABI = 3
+ABI = 4
 """Of `kernel.c`, as this file calls it."""
 
 _TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
@@ -36,6 +36,9 @@ _NAP_S = 50e-6
 
 SPINS = 2000
 """Looks of a waiting rank that has a core to itself, before it yields: some 50 µs."""
+
+LAID_OUT = 1024
+"""How many reductions of arrays where they lie are remembered."""
 
 PLACES = 6
 """Of a rank: three for chunks that it hands in, and three for results."""
@@ -57,7 +60,7 @@ class _Team(ctypes.Structure):
         ("slot_bytes", c_int64), ("rank", c_int64), ("ranks", c_int64), ("spins", c_int64), ("fence", c_int64),
         ("exchanges", c_int64), ("chunks", c_int64), ("late", c_int64), ("patience", c_int64), ("to_memory", c_int64),
         ("slow", c_int64), ("writes", c_int64), ("laid_out", POINTER(_LaidOut)), ("laid_out_count", c_int64),
-        ("brief", c_int64),
+        ("laid_out_next", c_int64), ("brief", c_int64),
     ]  # fmt: skip
 
 
@@ -156,6 +159,8 @@ class Kernel:
         self._memory, self.ranks, self._library = memory, ranks, found
         self._team = _Team(_address(memory), row_bytes, header_bytes, place_bytes, SLOT_BYTES, rank, ranks, spins)
         self._team.patience = _PATIENCE
+        self._table, self._remembered = (_LaidOut * LAID_OUT)(), list[tuple[Any, Callable[[], object]]]()
+        self._team.laid_out = self._table
         self._finish = partial(_finish, self._team, progress)
         self.fence = partial(self._finish, found.mpitrain_fence, byref(self._team))
         self._stream = _Stream(pointer(self._team), None, None, None, (c_void_p * ranks)())
@@ -221,14 +226,20 @@ class Kernel:
         self._stream.met = self._stream.handed_in = 0
         self._team.chunks += handed_in
 
-    def remember(self, laid_out: dict[tuple[int, ...], Callable[[], object]]) -> None:
-        """Let `allreduce` itself perform what `reduction` laid out, by the numbers that all ranks post for it."""
-        table = (_LaidOut * len(laid_out))()
-        keys = [(c_int64 * len(posts))(*posts) for posts in laid_out]
-        for entry, key, run in zip(table, keys, laid_out.values(), strict=True):
-            entry.posts, entry.reduction = key, ctypes.addressof(run.args[-1]._obj)  # type: ignore[attr-defined]
-        self._remembered = table, keys, list(laid_out.values())
-        self._team.laid_out, self._team.laid_out_count = table, len(table)
+    def remember(self, posts: Sequence[int], run: Callable[[], object]) -> None:
+        """Let `allreduce` itself perform what `reduction` laid out, by the numbers that all ranks post for it.
+
+        Where there is no room for more, all are forgotten; ranks remember the same, in the same order.
+        """
+        count = self._team.laid_out_count
+        if count == LAID_OUT:
+            count = 0
+            self._remembered.clear()
+        key = (c_int64 * len(posts))(*posts)
+        entry = self._table[count]
+        entry.posts, entry.reduction = key, ctypes.addressof(run.args[-1]._obj)  # type: ignore[attr-defined]
+        self._remembered.append((key, run))
+        self._team.laid_out_count, self._team.laid_out_next = count + 1, 0
 
     def plan(self, op: str, send: Array, recv: Array, divisor: int) -> Callable[[], object]:
         """Return what reduces the same ordinary arrays, which it holds, again and again; all ranks agree on it."""

@@ -66,9 +66,6 @@ BY_LEVELS_FROM_BYTES = 1024 * 1024
 
 Set by the cost model: no machine with several caches or sockets was at hand to measure on."""
 
-LAID_OUT = 64
-"""How many reductions in place are remembered."""
-
 SMALLEST_BYTES = 64 * 1024
 """Below this, NumPy does not reduce arrays in place, wherever they lie."""
 
@@ -126,7 +123,6 @@ class SharedTransport(Transport):
         self.always_left_bytes = min(self.least_bytes, SMALLEST_BYTES)
         self._levels = Levels.of(self._node.allgather_object(topology.domain(os.sched_getaffinity(0))))
         self._entry: Entry | None = None
-        self._laid_out: dict[tuple[int, ...], Callable[[], object]] = {}
         self._arena.changed = self._hold
 
     def empty(self, shape: Shape, dtype: DType) -> Array:
@@ -265,19 +261,13 @@ class SharedTransport(Transport):
         """Reduce arrays that all lie in one block, in place; compiled loops do it by themselves the next time."""
         run = self._lay_out(op, self._views(_places(posts), values), None)
         if self._kernel is not None and self._kernel.streams(values.dtype, op):  # this holds no memory
-            self._remember(self._kernel, tuple(chain.from_iterable(posts)), run)
+            self._kernel.remember(list(chain.from_iterable(posts)), run)
         run()
 
     def _hold(self) -> None:
         """Tell the entry in which memory arrays are reduced where they lie."""
         if self._entry is not None:
             self._entry.hold(array("q", chain.from_iterable(self._arena.own_parts())).tobytes())
-
-    def _remember(self, kernel: Kernel, posts: tuple[int, ...], run: Callable[[], object]) -> None:
-        if len(self._laid_out) >= LAID_OUT:
-            self._laid_out.clear()
-        self._laid_out[posts] = run
-        kernel.remember(self._laid_out)
 
     def _lay_out(self, op: str, parts: list[Array], result: Array | None) -> Callable[[], object]:
         """Return what reduces arrays in shared memory, between two fences: into one result, or where they lie."""

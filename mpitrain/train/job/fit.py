@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mpitrain.train.job.model import Gpt, Mlp
 from mpitrain.train.job.section import Problem
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def misfits(job: Job) -> Iterator[Problem]:
     yield from _model_and_data(job)
     yield from _loss_and_data(job)
     yield from _optimizer_and_batches(job)
+    yield from _mesh_and_model(job)
+    yield from _mesh_and_method(job)
     yield from _reproducible(job)
 
 
@@ -66,6 +69,44 @@ def _optimizer_and_batches(job: Job) -> Iterator[Problem]:
         yield Problem("method.microbatches", "is more than the samples of a batch", microbatches, expected)
 
 
+def _mesh_and_model(job: Job) -> Iterator[Problem]:
+    mesh, model = job.mesh, job.model
+    if not mesh.divides_model:
+        return
+    if not isinstance(model, Gpt | Mlp):
+        remedy = 'method.kind = "gradient" divides gradients and optimizer state of any model'
+        what = f'does not divide model.kind = "{model.kind}"'
+        yield Problem("mesh.tensor", what, mesh.tensor, '1, or model.kind = "gpt" or "mlp"', remedy)
+    elif isinstance(model, Gpt) and mesh.tensor > model.heads:
+        yield Problem("mesh.tensor", "is more than the attention heads", mesh.tensor, f"at most {model.heads}")
+    elif isinstance(model, Gpt) and (model.loss or "cross_entropy") != "cross_entropy":
+        what = "is not for scores that ranks divide, as mesh.tensor > 1 does"
+        yield Problem("model.loss", what, model.loss, '"cross_entropy"')
+    elif mesh.sequence_parallel and not isinstance(model, Gpt):
+        what = f'does not fit model.kind = "{model.kind}", which has no sequence'
+        yield Problem("mesh.sequence_parallel", what, True, "false")
+
+
+def _mesh_and_method(job: Job) -> Iterator[Problem]:
+    mesh, method = job.mesh, job.method
+    if method.kind == "pipeline":
+        axis = "tensor" if mesh.divides_model else "data"
+        if mesh.divides_model or mesh.data:
+            what = 'does not go with method.kind = "pipeline", which puts all ranks into one pipeline'
+            yield Problem(f"mesh.{axis}", what, getattr(mesh, axis), "no mesh")
+        return
+    if not mesh.divides_model:
+        return
+    if method.codec:
+        yield Problem("method.codec.kind", "does not go with mesh.tensor > 1", method.codec.kind, "no codec")
+    if method.average_every:
+        yield Problem("method.average_every", "does not go with mesh.tensor > 1", method.average_every, "0")
+    if mesh.sequence_parallel and method.kind == "gradient" and method.stage == 2:
+        yield Problem("mesh.sequence_parallel", "does not go with method.stage = 2", True, "false, or method.stage = 1")
+    if job.reproducible:
+        yield Problem("reproducible", "does not go with mesh.tensor > 1", True, "false")
+
+
 def _reproducible(job: Job) -> Iterator[Problem]:
     lanes, method, batch_size = job.lanes, job.method, job.train.batch_size
     if not job.reproducible:
@@ -74,6 +115,8 @@ def _reproducible(job: Job) -> Iterator[Problem]:
         return
     if lanes is not None and batch_size != "full" and lanes > batch_size:
         yield Problem("lanes", "is more than the samples of a batch", lanes, f"at most train.batch_size = {batch_size}")
+    if method.kind == "pipeline":
+        yield Problem("reproducible", 'does not go with method.kind = "pipeline"', True, "false")
     if method.codec:
         what = "rounds by what each rank has, so that no run of reproducible = true may use it"
         yield Problem("method.codec.kind", what, method.codec.kind, "no codec")

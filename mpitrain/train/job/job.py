@@ -15,6 +15,7 @@ from mpitrain.train.job import file as job_file
 from mpitrain.train.job.data import KNOWN, DataSection
 from mpitrain.train.job.errors import job_error, translate
 from mpitrain.train.job.fit import misfits
+from mpitrain.train.job.mesh import MeshSection
 from mpitrain.train.job.model import LOSS_OF_TASK, ModelSection
 from mpitrain.train.job.optimizer import OptimizerSection
 from mpitrain.train.job.reference import reference
@@ -51,6 +52,7 @@ class Job(Section):
     model: ModelSection
     optimizer: OptimizerSection
     method: MethodSection = MethodSection()
+    mesh: MeshSection = MeshSection()
     train: Train
 
     @classmethod

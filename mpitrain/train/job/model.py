@@ -112,7 +112,7 @@ class Gpt(Model):
 
 
 class BuiltModel(Model):
-    """Your own model: a function in a Python file that returns a `Model` or a layer."""
+    """Your own model: a function in a Python file that returns a `Model`, a layer, or a PyTorch module."""
 
     kind: Literal["build"]
     build: BuildText = Field(description='Where it is: `"my_model.py:build"`.')

@@ -1,0 +1,167 @@
+"""A JAX loss function and its parameters, as the model that the training methods know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpitrain._errors import DtypeError, InputError
+from mpitrain._typing import Array
+from mpitrain.adapters.tree import add
+from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, Segment
+from mpitrain.nn import Model, Reduce
+
+Parameters = Any
+"""A tree of arrays: dictionaries, lists, tuples, data classes that JAX knows."""
+
+
+class JaxModel(Model):
+    """Trains a JAX function under any method.
+
+    Parameters
+    ----------
+    loss : callable
+        ``loss(params, batch, key)`` returns the *sum* of the batch's losses, a scalar, and can be traced.  ``params``
+        is a tree like ``parameters``; ``batch`` a dictionary of ``inputs`` (n, …), ``targets`` (n, …) and ``weights``
+        (n,), the factor on each sample's loss; ``key`` a JAX random key of the step and microbatch, None in
+        evaluation.
+    parameters : tree of arrays
+        Initial values, all float32 or all float64; the same on all ranks, which methods verify.
+    predict : callable, optional
+        ``predict(params, inputs)`` returns the outputs.
+
+    Raises
+    ------
+    DtypeError
+        The parameters are of other dtypes, or float64 while ``jax_enable_x64`` is off.
+
+    Notes
+    -----
+    The loss is averaged over labels where targets are integers, else over samples; it is the only metric.  The gradient
+    is one compiled function, compiled anew for each shape of batch: rank counts that do not divide the batch size
+    cost a second compilation.  Values come to JAX and back through host memory.
+
+    What is random depends on how a batch is divided, as the key is one of the first sample's place in the global batch.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Parameters, dict[str, Any], Any], Any],
+        parameters: Parameters,
+        predict: Callable[[Parameters, Any], Any] | None = None,
+    ) -> None:
+        leaves, self._tree = jax.tree_util.tree_flatten_with_path(parameters)
+        self._names = [jax.tree_util.keystr(path, simple=True, separator=".") or "parameters" for path, _ in leaves]
+        self._initial = {name: np.array(leaf) for name, (_, leaf) in zip(self._names, leaves, strict=True)}
+        self._layout = _layout(self._initial)
+        self._prefixes = {name for name in self._names if any(n != name and n.startswith(name) for n in self._names)}
+        self._loss = jax.jit(loss)
+        self._gradient = jax.jit(jax.value_and_grad(lambda params, batch, words, step: loss(
+            params, batch, jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), step)
+        )))  # fmt: skip
+        self._predict = None if predict is None else jax.jit(predict)
+        self._is_a_sum = False
+
+    @property
+    def layout(self) -> Layout:
+        """Names, shapes and groups of the parameters: weights (two axes or more) decay, others do not."""
+        return self._layout
+
+    def initialise(self, params: FlatBuffer, key: Key) -> None:
+        """Fill ``params`` with the values that were handed over; ``key`` has no say in them."""
+        for segment in params.layout.segments:
+            params.views[segment.name][...] = self._initial[segment.name]
+
+    def loss_and_gradients(
+        self, params: FlatBuffer, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
+    ) -> tuple[float, float]:
+        """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`.
+
+        Raises
+        ------
+        InputError
+            The loss is seen to be a mean: it does not grow when the batch is there twice.
+        """
+        if not len(batch):
+            return 0.0, 0.0
+        values = self._values(params)
+        if not self._is_a_sum:
+            self._check_sum(values, batch)
+        key = rng.child(f"from{int(batch.index[0])}")
+        words, step = np.array(key.words, np.uint32), np.uint32(key.step)
+        loss_sum, found = self._gradient(values, self._fields(batch), words, step)
+        for name, gradient in zip(self._names, jax.tree_util.tree_leaves(found), strict=True):
+            add(grads.tree, name, np.asarray(gradient))
+        for name in self._names:
+            if name not in self._prefixes:  # else it would complete others too
+                grads.complete(name)
+        return float(loss_sum), _count(batch)
+
+    def predict(self, params: FlatBuffer, inputs: Array) -> Array:
+        """Return the outputs for ``inputs``, shape (n, …); a new array."""
+        if self._predict is None:
+            raise InputError("the model has no predict", operation="JaxModel", remedy="pass predict=")
+        return np.array(self._predict(self._values(params), self._inputs(inputs)))
+
+    def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
+        """Return ``count`` and ``loss`` of the batch."""
+        loss = float(self._loss(self._values(params), self._fields(batch), None)) if len(batch) else 0.0
+        return {"count": np.array(_count(batch)), "loss": np.array(loss)}
+
+    def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
+        """Return ``loss``."""
+        count = float(sums["count"])
+        return {"loss": float(sums["loss"]) / count if count else float("nan")}
+
+    def _values(self, params: FlatBuffer) -> Parameters:
+        return self._tree.unflatten([params.views[name] for name in self._names])
+
+    def _inputs(self, inputs: Array) -> Array:
+        return inputs if inputs.dtype.kind in "iub" else inputs.astype(self._layout.dtype, copy=False)
+
+    def _fields(self, batch: Batch) -> dict[str, Array]:
+        weights = np.ones(len(batch)) if batch.weights is None else batch.weights
+        return {
+            "inputs": self._inputs(batch.inputs),
+            "targets": self._inputs(batch.targets),
+            "weights": weights.astype(self._layout.dtype, copy=False),
+        }
+
+    def _check_sum(self, values: Parameters, batch: Batch) -> None:
+        """Refuse a mean: with every sample there twice, a sum doubles."""
+        once = self._fields(batch)
+        twice = {name: np.concatenate([field, field]) for name, field in once.items()}
+        one, two = (float(self._loss(values, fields, None)) for fields in (once, twice))
+        if abs(two - one) < abs(two - 2 * one):
+            raise InputError(
+                "the loss is a mean over the batch", operation="JaxModel",
+                got=f"{one:.6g} for a batch, {two:.6g} for the same batch twice", expected="the sum of the losses",
+                remedy="return losses.sum(); the division, by the number of samples of all ranks, comes later",
+            )  # fmt: skip
+        self._is_a_sum = True
+
+
+def _count(batch: Batch) -> float:
+    return float(batch.targets.size if batch.targets.dtype.kind in "iu" else len(batch))
+
+
+def _layout(initial: Mapping[str, Array]) -> Layout:
+    kinds = {array.dtype.name for array in initial.values()}
+    if kinds not in ({"float32"}, {"float64"}):
+        raise DtypeError(
+            "the parameters are not of one dtype that can be trained", operation="JaxModel",
+            got=", ".join(sorted(kinds)) or "no arrays", expected="all float32, or all float64",
+        )  # fmt: skip
+    (dtype,) = kinds
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise DtypeError(
+            "JAX would round float64 to float32", operation="JaxModel", got="float64 parameters",
+            remedy='jax.config.update("jax_enable_x64", True), or float32 parameters',
+        )  # fmt: skip
+    segments = [
+        Segment(name, array.shape, group="decay" if array.ndim > 1 else "no_decay") for name, array in initial.items()
+    ]
+    return Layout.build(segments, dtype)

@@ -1,0 +1,205 @@
+"""A PyTorch module and a loss, as the model that the training methods know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpitrain._errors import DtypeError, InputError
+from mpitrain._typing import Array, Tree
+from mpitrain.adapters.torch_layout import layout_of, statistics_of
+from mpitrain.adapters.torch_loss import TorchLoss, tensor
+from mpitrain.adapters.torch_random import seeded
+from mpitrain.adapters.tree import add
+from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout
+from mpitrain.nn import Loss, Model, Pool, Reduce
+
+_PREDICT_ROWS = 256
+"""Samples that `TorchModel.predict` takes at a time."""
+
+
+class TorchModel(Model):
+    """Trains a PyTorch module under any method.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        On the CPU, all float32 or all float64.  It is taken over: from now on its parameters are views of whatever
+        buffer a call is handed.
+    loss : Loss or callable
+        One of `mpitrain.nn`, or a function of PyTorch's that gives one loss per sample, see `TorchLoss`.
+    dtype : dtype, optional
+        To which the module is converted first.
+
+    Raises
+    ------
+    DtypeError, InputError
+        See `layout_of` and `statistics_of`.
+
+    Notes
+    -----
+    *Batches*: floating inputs come in the module's dtype, integers as int64.  Images, and whatever else has four axes
+    or more, are channels-last here and come to the module as PyTorch has them, (n, channels, height, width).
+
+    *Initial values* are those that the module was handed over with, so they may be pretrained ones; make it under
+    `seeded` where they are random.  They must be the same on all ranks, which methods verify.
+
+    *What depends on the layout*: dropout and the like draw from PyTorch's generator, seeded for each microbatch of each
+    rank from the step's key and the first sample's place in the global batch.  So runs repeat, but other numbers of
+    ranks draw other values.  Batch normalisation normalises over each rank's microbatch; its statistics are averaged
+    over all samples.  Both are layout-free in `mpitrain.nn`.  Without them, any number of ranks takes the same steps.
+
+    Unlike other models it may not be shared by threads, since a module holds its parameters.
+    """
+
+    def __init__(self, module: Any, loss: Loss | Callable[[Any, Any], Any], dtype: Any = None) -> None:
+        if dtype is not None:
+            module = module.to(_torch_dtype(dtype))
+        self.module = module
+        self.loss = loss if isinstance(loss, Loss) else TorchLoss(loss)
+        self._layout = layout_of(module)
+        self._statistics = statistics_of(module)
+        self._parameters = dict(module.named_parameters())
+        self._initial = {name: each.detach().clone() for name, each in self._tensors().items()}
+        self._pool = Pool()
+        self._bound: Array | None = None
+        self._grads: Gradients | None = None
+        self._constants = [each for name, each in module.named_buffers() if not self._is_statistic(name)]
+        names = [segment.name for segment in self._layout]
+        self._prefixes = {name for name in names if any(each != name and each.startswith(name) for each in names)}
+        for layer in self._statistics.values():
+            layer.momentum = 1.0  # then what a forward pass leaves behind is the batch's own statistic
+        for name, parameter in self._parameters.items():
+            parameter.grad = None
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
+
+    @property
+    def layout(self) -> Layout:
+        """Names, shapes and groups of the parameters and running statistics."""
+        return self._layout
+
+    def initialise(self, params: FlatBuffer, key: Key) -> None:
+        """Fill ``params`` with the values that the module was handed over with; ``key`` has no say in them."""
+        for segment in params.layout.segments:
+            params.views[segment.name][...] = self._initial[segment.name].numpy()
+
+    def loss_and_gradients(
+        self, params: FlatBuffer, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
+    ) -> tuple[float, float]:
+        """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`.
+
+        Each gradient is complete as soon as autograd has it.  ``reduce`` is not called.
+
+        Raises
+        ------
+        InputError
+            The module changes a buffer that is no running statistic; no checkpoint would hold it.
+        """
+        if not len(batch):
+            return 0.0, 0.0
+        self._bind(params)
+        self.module.train()
+        count = self.loss.count(batch)
+        with seeded(rng.child(f"from{int(batch.index[0])}")), self._gathered_statistics(grads.tree, count):
+            outputs = self.module(self._inputs(batch.inputs))
+        loss_sum, context = self.loss.forward(_shown(outputs), batch, self._pool)
+        self._grads = grads
+        try:
+            outputs.backward(torch.from_numpy(self.loss.backward(context)))
+        finally:
+            self._grads = None
+        context.release()
+        return loss_sum, count
+
+    def predict(self, params: FlatBuffer, inputs: Array) -> Array:
+        """Return the outputs for ``inputs``, shape (n, …), in evaluation mode; a new array."""
+        self._bind(params)
+        self.module.eval()
+        starts = range(0, max(len(inputs), 1), _PREDICT_ROWS)
+        with torch.no_grad():
+            parts = [_shown(self.module(self._inputs(inputs[start : start + _PREDICT_ROWS]))) for start in starts]
+        found: Array = np.concatenate(parts)
+        return found
+
+    def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
+        """Return the sums over the batch from which `metrics` follow."""
+        return self.loss.sums(self.predict(params, batch.inputs), batch)
+
+    def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
+        """Turn added `sums` into the loss's metrics."""
+        return self.loss.metrics(sums)
+
+    def _tensors(self) -> dict[str, Any]:
+        """Return parameters and running statistics by name."""
+        return {name: each for name, each in self.module.named_buffers() if self._is_statistic(name)} | self._parameters
+
+    def _is_statistic(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        return path in self._statistics and leaf in ("running_mean", "running_var", "num_batches_tracked")
+
+    def _bind(self, params: FlatBuffer) -> None:
+        """Make the module's tensors views of a buffer."""
+        if params.flat is self._bound:
+            return
+        if not isinstance(params.flat, np.ndarray):
+            raise InputError("a PyTorch module is trained on the CPU", operation="TorchModel", remedy='device = "cpu"')
+        for name, parameter in self._parameters.items():
+            parameter.data = torch.from_numpy(params.views[name])
+        for path, layer in self._statistics.items():
+            for leaf in ("running_mean", "running_var"):
+                setattr(layer, leaf, torch.from_numpy(params.views[f"{path}.{leaf}".lstrip(".")]))
+        self._bound = params.flat
+
+    @contextmanager
+    def _gathered_statistics(self, tree: Tree, count: float) -> Iterator[None]:
+        """Let a forward pass leave the batch's statistics, weighted by its count, in the gradients."""
+        running = {path: (layer.running_mean, layer.running_var) for path, layer in self._statistics.items()}
+        versions = [each._version for each in self._constants]
+        for path, (mean, variance) in running.items():
+            layer = self._statistics[path]
+            layer.running_mean, layer.running_var = torch.zeros_like(mean), torch.zeros_like(variance)
+        try:
+            yield
+            for path, layer in self._statistics.items():
+                for leaf in ("running_mean", "running_var"):
+                    add(tree, f"{path}.{leaf}".lstrip("."), getattr(layer, leaf).numpy() * count)
+        finally:
+            for path, (mean, variance) in running.items():
+                self._statistics[path].running_mean, self._statistics[path].running_var = mean, variance
+        if [each._version for each in self._constants] != versions:
+            raise InputError(
+                "the module changes buffers while it trains, which no checkpoint would hold", operation="TorchModel",
+                expected="no buffers that change but those of batch normalisation",
+            )  # fmt: skip
+
+    def _inputs(self, inputs: Array) -> Any:
+        values = tensor(inputs, self._layout.dtype)
+        return values.movedim(-1, 1) if values.ndim >= 4 else values
+
+    def _arrived(self, name: str, parameter: Any) -> None:
+        """Move a gradient that autograd has just completed to its place."""
+        grad, parameter.grad = parameter.grad, None
+        if self._grads is None:
+            return  # a backward pass of the user's own
+        add(self._grads.tree, name, grad.detach().numpy())
+        if name not in self._prefixes:  # else it would complete others too
+            self._grads.complete(name)
+
+
+def _shown(outputs: Any) -> Array:
+    """Return a contiguous array over the values of a tensor."""
+    found: Array = outputs.detach().contiguous().numpy()
+    return found
+
+
+def _torch_dtype(dtype: Any) -> Any:
+    name = np.dtype(dtype).name
+    if name not in ("float32", "float64"):
+        raise DtypeError("TorchModel: no such dtype", got=name, expected="float32 or float64")
+    return getattr(torch, name)

@@ -1,0 +1,360 @@
+"""What drops the views, or would give a wrong number, is an error that says what to do instead."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs PyTorch")
+from adapter_cases import loss_sum, mean_gradients, mlp, samples, seeded  # noqa: E402
+
+import mpitrain.torch as mt  # noqa: E402
+from mpitrain._errors import CheckpointError, DtypeError, InputError, NonFiniteError  # noqa: E402
+from mpitrain.comm import LocalWorld  # noqa: E402
+
+ROWS = 10
+
+
+class Run:
+    """One rank with a module, an optimizer and ten samples."""
+
+    def __init__(self, comm, **options):
+        self.module = seeded(mlp)
+        self.sgd = torch.optim.SGD(self.module.parameters(), lr=0.1, momentum=0.9)
+        self.opt = mt.DistributedOptimizer(self.sgd, self.module, comm, **options)
+        self.weight = self.module[0].weight
+
+    def backward(self, reduction="sum"):
+        loss_sum(self.module, *samples("mlp"), reduction).backward()
+
+    def step(self, count=ROWS):
+        self.opt.step(count=count)
+
+
+def replace_grad(run):
+    run.backward()
+    run.weight.grad = run.weight.grad * 2
+    run.step()
+
+
+def drop_after_backward(run):
+    run.backward()
+    run.module.zero_grad(set_to_none=True)
+    run.step()
+
+
+def drop_between_passes(run):
+    run.backward()
+    run.module.zero_grad(set_to_none=True)
+    run.backward()
+
+
+def grad_without_backward(run):
+    run.weight.grad = torch.ones_like(run.weight)
+    run.step(0)
+
+
+def clip_too_early(run):
+    run.backward()
+    torch.nn.utils.clip_grad_norm_(run.module.parameters(), 1e9)
+    run.step()
+
+
+def no_zero_grad(run):
+    run.backward()
+    run.step()
+    run.backward()
+
+
+def twice(run):
+    run.backward()
+    run.step()
+    run.step()
+
+
+def no_count(run):
+    run.backward()
+    run.step(None)
+
+
+def bad_count(run):
+    run.backward()
+    run.step(float("nan"))
+
+
+def nobody(run):
+    run.step(0)
+
+
+def other_count(run):
+    run.backward()
+    run.opt.clip_grad_norm_(1.0, count=ROWS)
+    run.step(ROWS + 1)
+
+
+def backward_after_clip(run):
+    run.backward()
+    run.opt.clip_grad_norm_(1.0, count=ROWS)
+    run.backward()
+
+
+def step_after_a_refused_sum(run):
+    (float("nan") * loss_sum(run.module, *samples("mlp"))).backward()
+    with pytest.raises(NonFiniteError, match=r"ranks whose own samples gave it: \[0\]"):
+        run.step()
+    run.step()
+
+
+def silent_step(run):
+    with run.opt.no_sync():
+        run.backward()
+        run.step()
+
+
+def silent_clip(run):
+    with run.opt.no_sync():
+        run.backward()
+        run.opt.clip_grad_norm_(1.0, count=ROWS)
+
+
+def mean_loss(run):
+    run.backward("mean")
+
+
+def mean_with_penalty(run):
+    (loss_sum(run.module, *samples("mlp"), "mean") + 0.1 * run.weight.square().sum()).backward()
+
+
+def penalty_before_mean(run):
+    (run.weight.square().sum() + loss_sum(run.module, *samples("mlp"), "mean")).backward()
+
+
+def written_out_mean(run):
+    run.module(samples("mlp")[0]).square().mean().backward()
+
+
+def edited(run):
+    with torch.no_grad():
+        run.weight.mul_(0.5)
+    run.backward()
+    run.step()
+
+
+def moved(run):
+    run.module.float()
+    run.step(0)
+
+
+def assigned(run):
+    run.module.load_state_dict(seeded(mlp).state_dict(), assign=True)
+    run.backward()
+    run.step()
+
+
+def replaced_parameter(run):
+    run.module[0].bias = torch.nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    run.backward()
+    run.step()
+
+
+def another_group(run):
+    run.sgd.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    run.backward()
+    run.step()
+
+
+MISUSE = {
+    replace_grad: "no longer where the ranks share it; got parameter '0.weight'; .*zero_grad",
+    drop_after_backward: "no longer where the ranks share it; .*zero_grad",
+    drop_between_passes: "no longer where the ranks share it; .*zero_grad",
+    grad_without_backward: "no longer where the ranks share it; .*zero_grad",
+    clip_too_early: "changed after the backward pass; .*clip_grad_norm_",
+    no_zero_grad: "adds to gradients of the step before; .*zero_grad",
+    twice: "no backward pass since the last step",
+    no_count: "step: no count; .*len",
+    bad_count: "this is no count; got nan",
+    nobody: "no rank had samples",
+    other_count: "another count than clip_grad_norm_ was handed; got 11; expected 10",
+    backward_after_clip: "summed over ranks already; got reduced.*zero_grad",
+    step_after_a_refused_sum: "summed over ranks already; got refused.*zero_grad",
+    silent_step: "inside no_sync",
+    silent_clip: "clip_grad_norm_: called inside no_sync",
+    mean_loss: 'the loss is a mean.*reduction="sum"',
+    mean_with_penalty: 'the loss is a mean.*reduction="sum"',
+    penalty_before_mean: "the loss is a mean",
+    written_out_mean: "the loss is a mean",
+    edited: r"changed in place.*opt\.edit",
+    moved: "lie elsewhere",
+    assigned: "has another parameter of this name.*assign",
+    replaced_parameter: "has another parameter of this name; got parameter '0.bias'",
+    another_group: "other parameter groups",
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSE, ids=lambda each: each.__name__)
+def test_misuse_is_an_error(misuse):
+    def rank(comm):
+        run = Run(comm)
+        run.opt.zero_grad()
+        with pytest.raises(InputError, match=MISUSE[misuse]) as caught:
+            misuse(run)
+        assert caught.value.exit_code == 2
+
+    LocalWorld(1).run(rank)
+
+
+def test_what_is_harmless_is_allowed():
+    """A user's zero_grad between steps, a mean that is multiplied out, edits of one's own memory."""
+
+    def rank(comm):
+        run, other = Run(comm), Run(comm, shard=False)
+        run.backward()
+        run.step()
+        run.module.zero_grad(set_to_none=True)
+        (ROWS * loss_sum(run.module, *samples("mlp"), "mean")).backward()
+        run.step()
+        with torch.no_grad():
+            other.weight.mul_(1.0)
+        for _ in range(2):
+            other.opt.zero_grad()
+            with other.opt.no_sync():
+                other.backward()
+            other.step()
+        for name, value in run.module.state_dict().items():
+            torch.testing.assert_close(value, other.module.state_dict()[name], rtol=1e-12, atol=1e-14)
+
+    LocalWorld(1).run(rank)
+
+
+def test_a_module_may_be_saved_and_copied_and_wrapped_anew(tmp_path):
+    def rank(comm):
+        run = Run(comm)
+        torch.save(run.module, tmp_path / "module.pt")
+        loaded = torch.load(tmp_path / "module.pt", weights_only=False)
+        assert torch.equal(loaded[0].weight, run.weight)
+        copied = copy.deepcopy(run.module)
+        copied[0].weight.data.zero_()
+        assert not torch.equal(copied[0].weight, run.weight)
+        again = mt.DistributedOptimizer(torch.optim.SGD(run.module.parameters(), lr=0.1), run.module, comm)
+        again.zero_grad()
+        run.backward()
+        again.step(count=ROWS)
+        with pytest.raises(InputError, match="lie elsewhere"):
+            run.step()
+
+    LocalWorld(1).run(rank)
+
+
+@pytest.mark.parametrize("shard", [True, False])
+def test_ranks_without_common_memory(shard):
+    """Threads, each with memory of its own; five, three and two samples."""
+    expected = mean_gradients(seeded(mlp), "mlp")
+    modules = [seeded(mlp) for _ in range(3)]  # threads share PyTorch's generator
+
+    def rank(comm):
+        module, (inputs, targets) = modules[comm.rank], samples("mlp")
+        before = copy.deepcopy(module)
+        rows = [slice(0, 5), slice(5, 8), slice(8, 10)][comm.rank]
+        opt = mt.DistributedOptimizer(torch.optim.SGD(module.parameters(), lr=1.0), module, comm, shard=shard)
+        opt.edit(lambda: module[0].weight.mul_(1.0))
+        loss_sum(module, inputs[rows], targets[rows]).backward()
+        norm = opt.clip_grad_norm_(1e9, count=rows.stop - rows.start)
+        opt.step()
+        for name, gradient in expected.items():
+            got = before.get_parameter(name).detach() - module.get_parameter(name).detach()
+            assert (got - gradient).norm() <= 1e-10 * gradient.norm(), name
+        assert norm == pytest.approx(sum(float(each.square().sum()) for each in expected.values()) ** 0.5, rel=1e-12)
+
+    LocalWorld(3).run(rank)
+
+
+def test_a_graph_from_before_the_step_is_stale():
+    def rank(comm):
+        run = Run(comm)
+        loss = (run.module(samples("mlp")[0]) ** 2).sum()
+        run.backward()
+        run.step()
+        run.opt.zero_grad()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    LocalWorld(1).run(rank)
+
+
+def test_means_are_not_added_up():
+    def rank(comm):
+        run = Run(comm, reduction="mean")
+        run.backward("mean")
+        run.backward("mean")
+        with pytest.raises(InputError, match=r'several means were added up; got 2 backward passes.*reduction="sum"'):
+            run.step()
+        run.opt.zero_grad()
+        with pytest.raises(InputError, match="the loss is a sum"):
+            run.backward("sum")
+
+    LocalWorld(1).run(rank)
+
+
+def test_what_cannot_be_trained_is_refused():
+    def rank(comm):
+        module, other = seeded(mlp), seeded(mlp)
+        mixed = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).double())
+        half = torch.nn.Linear(2, 2).half()
+        for make, error, words in (
+            (lambda: mt.DistributedOptimizer(torch.optim.SGD(mixed.parameters()), mixed, comm), DtypeError,
+             "torch.float32 on cpu, torch.float64 on cpu"),
+            (lambda: mt.DistributedOptimizer(torch.optim.SGD(half.parameters()), half, comm), DtypeError,
+             "torch.float16 on cpu"),
+            (lambda: mt.DistributedOptimizer(torch.optim.SGD(other.parameters()), module, comm), InputError,
+             "the module has not; got 4 in parameter group 0"),
+            (lambda: mt.DistributedOptimizer(torch.optim.LBFGS(module.parameters()), module, comm, shard=True),
+             InputError, "LBFGS; expected ASGD"),
+            (lambda: mt.DistributedOptimizer(torch.optim.SGD(module.parameters()), module, comm, reduction="avg"),
+             InputError, "'avg'; expected \"sum\""),
+            (lambda: mt.DistributedOptimizer(torch.optim.SGD(other.requires_grad_(False).parameters()), other, comm),
+             InputError, "nothing is trained"),
+        ):  # fmt: skip
+            with pytest.raises(error, match=re.escape(words)):
+                make()
+
+    LocalWorld(1).run(rank)
+
+
+def test_sparse_gradients_are_refused():
+    def rank(comm):
+        table = torch.nn.Embedding(4, 2, sparse=True)
+        mt.DistributedOptimizer(torch.optim.SGD(table.parameters()), table, comm)
+        with pytest.raises(InputError, match="sparse=False"):
+            table(torch.tensor([1])).sum().backward()
+
+    LocalWorld(1).run(rank)
+
+
+def test_states_of_other_groups_are_refused():
+    def rank(comm):
+        run = Run(comm)
+        saved = torch.optim.SGD([run.weight], lr=0.1).state_dict()
+        with pytest.raises(CheckpointError, match=re.escape("groups of [1] parameters; expected [4]")):
+            run.opt.load_state_dict(saved)
+        adam = torch.optim.Adam(run.module.parameters())
+        run.backward()
+        adam.step()
+        uneven = adam.state_dict()
+        uneven["state"][0]["step"] = torch.tensor(5.0)
+        module = seeded(mlp)
+        opt = mt.DistributedOptimizer(torch.optim.Adam(module.parameters()), module, comm)
+        with pytest.raises(CheckpointError, match=re.escape("different 'step'; got [1.0, 5.0]")):
+            opt.load_state_dict(uneven)
+
+    LocalWorld(1).run(rank)
+
+
+def test_a_sampler_needs_samples_for_every_rank():
+    def rank(comm):
+        for rows, batch_size in ((1, 1), (5, 0)):
+            with pytest.raises(InputError, match=f"got {rows} samples, batch_size {batch_size}"):
+                mt.DistributedSampler(rows, comm, batch_size)
+
+    LocalWorld(2).run(rank)
