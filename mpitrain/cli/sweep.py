@@ -118,4 +118,4 @@ def _print_table(found: dict[str, Any], width: int | None) -> None:
             click.echo(f"failed    {_settings(point)}: {_brief(point['error'])}")
     click.echo(f"kept in   {found['sweep_dir']}")
     if any(point["status"] != "done" for point in points):
-        click.echo("go on     the same command runs what is not done")
+        click.echo("go on     the same command runs again what is not done")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import JOB, mpitrain, started, write_job
+from threadpoolctl import threadpool_limits
 
 from mpitrain._errors import JobError
 from mpitrain.comm.local import alone
@@ -85,6 +86,15 @@ def test_a_second_start_skips_what_is_done(sweeps):
     assert "\x1b" not in wider.out
 
 
+def test_points_have_the_threads_of_their_rank(tmp_path, monkeypatch):
+    for name in ("OMP", "OPENBLAS", "MKL", "BLIS"):
+        monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)
+    with threadpool_limits(1):  # as on a rank that shares its CPUs with others, which a serial run knows nothing of
+        sweep_job(write_job(tmp_path, SMALL), [], {"seed": [3]}, alone(), tmp_path / "sweep")
+    environment = json.loads((tmp_path / "sweep" / "seed=3" / "environment.json").read_text())
+    assert {library["threads"] for node in environment["nodes"] for library in node["blas"]} == {1}
+
+
 def test_another_job_is_refused_in_the_same_directory(sweeps):
     folder, _ = sweeps
     what = "another job was run here; got seed = 1, the run has 0; choose another directory with --sweep-dir"
@@ -133,6 +143,6 @@ def test_a_grid_that_cannot_be_understood_is_refused(grids):
 
 
 def test_a_mistake_in_any_point_ends_the_sweep_before_it_begins(tmp_path):
-    with pytest.raises(JobError, match="--set: optimizer.lr"):
+    with pytest.raises(JobError, match=r"--set: optimizer\.lr"):
         sweep_job(write_job(tmp_path), [], {"optimizer.lr": [0.1, -1]}, alone(), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
