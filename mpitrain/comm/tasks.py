@@ -118,7 +118,7 @@ def map_tasks(
         if comm.rank == 0:
             tasks = _ordered(list(items), costs)
     answers: dict[int, _Answer] = {}
-    # Not only rank 0 waits in this block: the others leave the executor when rank 0 does, however that leaves it.
+    # The block communicates, as one of `agree` else must not: the others leave it when rank 0 does, by an error too.
     with guard.agree(comm), _serving(comm, function), _quick_switches(), comm._executor() as pool:
         for index, answer in _answers(pool, tasks):
             answers[index] = answer

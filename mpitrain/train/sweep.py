@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import signal
 import threading
 import tomllib
@@ -146,10 +145,12 @@ def sweep_job(
     no other is begun.  The ranks share the file system.
     """
     points: list[Point] = []
+    due: list[Point] = []
     with agree(comm):
         if comm.rank == 0:
             points = _plan(path, overrides, grid, directory.resolve())
-    outcomes = _run([point for point in points if not point.done], comm, on_point)
+            due = [point for point in points if not point.done]
+    outcomes = _run(due, comm, on_point)
     summary: dict[str, Any] = {}
     with agree(comm):
         if comm.rank == 0:
@@ -163,6 +164,8 @@ def _plan(
     path: str | PathLike[str], overrides: Sequence[str], grid: Mapping[str, Sequence[Any]], directory: Path
 ) -> list[Point]:  # fmt: skip
     """Return the points, all checked."""
+    if not grid or not all(grid.values()):
+        raise JobError("has no points", operation="sweep", got=dict(grid), expected="a value or more of each key")
     points = []
     for values in product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
@@ -208,15 +211,22 @@ def _train(point: Point, threads: int, stop: Stop) -> None:
         return
     run = RunDirectory(point.directory)
     begun = run.job.is_file()
-    if not begun and run.path.exists():
-        with disk("remove what a crash has left", run.path):
-            shutil.rmtree(run.path)
+    if not begun:
+        _clean_up(run.path)
     result = train_job(
         point.job, alone(), run_dir=None if begun else run.path, resume=run.path if begun else None,
         blas_threads=threads, report=False,
     )  # fmt: skip
     if result["stopped"] in {f"stopped by {number.name}" for number in STOP_SIGNALS}:
         stop.asked = True
+
+
+def _clean_up(directory: Path) -> None:
+    """Remove what a crash has left of a run that had not yet begun; nothing else is touched."""
+    with disk("remove what a crash has left", directory):
+        for name in ("data.json", "environment.json", "job.toml"):
+            (directory / name).unlink(missing_ok=True)
+            (directory / f".{name}.writing").unlink(missing_ok=True)
 
 
 @dataclass
@@ -253,7 +263,7 @@ def _record(point: Point, outcome: Outcome | None) -> dict[str, Any]:
     """Return what is to be told of a point, from its run directory."""
     run, error = RunDirectory(point.directory), outcome.error if outcome else None
     result = json.loads(run.result.read_text()) if error is None and run.result.is_file() else {}
-    status = "failed" if error is not None else "done" if run.completed.is_file() else "stopped"
+    status = "failed" if error is not None else "done" if point.done else "stopped"
     metrics = result.get("metrics", {})
     return {
         "settings": point.settings,

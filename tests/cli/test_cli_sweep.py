@@ -89,9 +89,12 @@ def test_a_second_start_skips_what_is_done(sweeps):
 def test_points_have_the_threads_of_their_rank(tmp_path, monkeypatch):
     for name in ("OMP", "OPENBLAS", "MKL", "BLIS"):
         monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)
+    crashed = tmp_path / "sweep" / "seed=3"
+    crashed.mkdir(parents=True)
+    (crashed / "environment.json").write_text("{")  # before there is a job.toml, there is no run
     with threadpool_limits(1):  # as on a rank that shares its CPUs with others, which a serial run knows nothing of
         sweep_job(write_job(tmp_path, SMALL), [], {"seed": [3]}, alone(), tmp_path / "sweep")
-    environment = json.loads((tmp_path / "sweep" / "seed=3" / "environment.json").read_text())
+    environment = json.loads((crashed / "environment.json").read_text())
     assert {library["threads"] for node in environment["nodes"] for library in node["blas"]} == {1}
 
 
@@ -145,4 +148,7 @@ def test_a_grid_that_cannot_be_understood_is_refused(grids):
 def test_a_mistake_in_any_point_ends_the_sweep_before_it_begins(tmp_path):
     with pytest.raises(JobError, match=r"--set: optimizer\.lr"):
         sweep_job(write_job(tmp_path), [], {"optimizer.lr": [0.1, -1]}, alone(), tmp_path / "sweep")
+    for grid in ({}, {"seed": []}):
+        with pytest.raises(JobError, match="sweep: has no points"):
+            sweep_job(tmp_path / "job.toml", [], grid, alone(), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
