@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
-from parallel_cases import METHODS, Make, cnn, every_method, mlp, plan, same_on_all, set_up
+from parallel_cases import METHODS, Make, RowsFeed, cnn, every_method, mlp, plan, same_on_all, set_up
 
 from mpitrain import nn
 from mpitrain._errors import InputError, MismatchError
@@ -98,3 +99,28 @@ def test_setup_begins_anew(on_ranks, make):
 def test_unusable_options_are_named(build, message):
     with pytest.raises(InputError, match=message):
         LocalWorld(1).run(build)
+
+
+class ReadsAtOnce(Network):
+    """As a PyTorch module does."""
+
+    reads_by_layer = False
+
+    def loss_and_gradients(self, params: FlatBuffer, *rest: Any) -> tuple[float, float]:
+        assert params.flat.size == self.layout.size
+        return super().loss_and_gradients(params, *rest)
+
+
+def check_models_that_read_at_once(comm: Communicator) -> None:
+    """In stage 3 too, where those that read layer by layer take the same steps."""
+    found = []
+    for made in (ReadsAtOnce, Network):
+        network = made(mlp().layer, nn.CrossEntropy(), np.float64)
+        method = set_up(comm, network, 2, make=METHODS["gradient 3"])
+        method.advance(RowsFeed(), until=2)
+        found.append(method.weights_sha256())
+    assert found[0] == found[1]
+
+
+def test_parameters_stay_whole_for_models_that_read_them_at_once(on_ranks):
+    on_ranks(check_models_that_read_at_once)
