@@ -11,7 +11,7 @@ import numpy as np
 from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import Array
 from mpitrain.adapters.tree import add
-from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, Segment
+from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, Segment
 from mpitrain.nn import Model, Reduce
 
 Parameters = Any
@@ -76,7 +76,7 @@ class JaxModel(Model):
             params.views[segment.name][...] = self._initial[segment.name]
 
     def loss_and_gradients(
-        self, params: FlatBuffer, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
+        self, params: ParameterSource, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
     ) -> tuple[float, float]:
         """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`.
 
@@ -116,7 +116,7 @@ class JaxModel(Model):
         count = float(sums["count"])
         return {"loss": float(sums["loss"]) / count if count else float("nan")}
 
-    def _values(self, params: FlatBuffer) -> Parameters:
+    def _values(self, params: ParameterSource) -> Parameters:
         return self._tree.unflatten([params.views[name] for name in self._names])
 
     def _inputs(self, inputs: Array) -> Array:

@@ -16,7 +16,7 @@ from mpitrain.adapters.torch_layout import layout_of, statistics_of
 from mpitrain.adapters.torch_loss import TorchLoss, tensor
 from mpitrain.adapters.torch_random import seeded
 from mpitrain.adapters.tree import add
-from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout
+from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource
 from mpitrain.nn import Loss, Model, Pool, Reduce
 
 _PREDICT_ROWS = 256
@@ -90,7 +90,7 @@ class TorchModel(Model):
             params.views[segment.name][...] = self._initial[segment.name].numpy()
 
     def loss_and_gradients(
-        self, params: FlatBuffer, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
+        self, params: ParameterSource, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
     ) -> tuple[float, float]:
         """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`.
 
@@ -143,7 +143,7 @@ class TorchModel(Model):
         path, _, leaf = name.rpartition(".")
         return path in self._statistics and leaf in ("running_mean", "running_var", "num_batches_tracked")
 
-    def _bind(self, params: FlatBuffer) -> None:
+    def _bind(self, params: ParameterSource) -> None:
         """Make the module's tensors views of a buffer."""
         if params.flat is self._bound:
             return

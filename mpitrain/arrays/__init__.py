@@ -6,6 +6,7 @@ from mpitrain.arrays.flatbuffer import Allocator, FlatBuffer, device, nest, plai
 from mpitrain.arrays.gradients import GradientBuffer, Gradients, GradientTree, unwritten
 from mpitrain.arrays.layout import Box, Group, Layout, Segment, Shard
 from mpitrain.arrays.namespace import by_device, is_cupy, namespace, to_host
+from mpitrain.arrays.parameters import ParameterSource, ParameterTree
 from mpitrain.arrays.random import Key, philox4x32
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "Group",
     "Key",
     "Layout",
+    "ParameterSource",
+    "ParameterTree",
     "Segment",
     "Shard",
     "by_device",

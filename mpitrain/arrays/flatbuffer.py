@@ -12,7 +12,7 @@ import numpy as np
 
 from mpitrain._typing import Array, DType
 from mpitrain.arrays.layout import Layout
-from mpitrain.arrays.namespace import by_device, to_host
+from mpitrain.arrays.namespace import by_device, namespace, to_host
 
 
 class Allocator(Protocol):
@@ -69,6 +69,11 @@ class FlatBuffer:
         self.flat = allocator(layout.size, layout.dtype)
         self.views = views(layout, self.flat)
         self.tree = nest(self.views)
+
+    @property
+    def xp(self) -> Any:
+        """The library of the arrays: ``numpy`` or ``cupy``."""
+        return namespace(self.flat)
 
     def zero(self) -> None:
         """Set every element to zero."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mpitrain._typing import Array
-from mpitrain.arrays import Batch, FlatBuffer, Key
+from mpitrain.arrays import Batch, FlatBuffer, Key, ParameterSource
 from mpitrain.method.state import Read, State
 from mpitrain.nn.model import Model
 from mpitrain.optim.optimizer import Optimizer
@@ -87,7 +87,7 @@ class Plan:
 class Method(ABC):
     """Turns gradients into parameters.  All calls are collective over the method's communicator."""
 
-    params: FlatBuffer
+    params: ParameterSource
     step: int
 
     @abstractmethod
@@ -114,9 +114,18 @@ class Method(ABC):
     def predict(self, inputs: Array) -> Array:
         """Return the model's outputs for ``inputs``, shape (n, …), the same on all ranks."""
 
+    def whole(self) -> FlatBuffer:
+        """Return all parameters that this rank's model has, to be read until `advance`.
+
+        Collective.  Where a rank holds them at all times it is those (`params`), else they are gathered.
+        """
+        found = self.params
+        assert isinstance(found, FlatBuffer)  # else a method overrides this one
+        return found
+
     def weights_sha256(self) -> str:
         """Return a hash of all parameters, the same on all ranks and however they are divided.  Collective."""
-        return self.params.sha256()
+        return self.whole().sha256()
 
     @abstractmethod
     def state(self) -> State:

@@ -21,6 +21,7 @@ from mpitrain.nn.pool import Pool
 from mpitrain.nn.pooling import AvgPool2d, MaxPool2d
 from mpitrain.nn.positions import PositionEmbedding
 from mpitrain.nn.presets import LOSSES, MODELS
+from mpitrain.nn.recompute import Recompute
 from mpitrain.nn.unembedding import Unembedding
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "Pool",
     "PositionEmbedding",
     "ReLU",
+    "Recompute",
     "Reduce",
     "Residual",
     "Sequential",

@@ -16,6 +16,7 @@ from mpitrain.nn.layer import Layer
 from mpitrain.nn.layernorm import LayerNorm
 from mpitrain.nn.linear import Linear
 from mpitrain.nn.positions import PositionEmbedding
+from mpitrain.nn.recompute import Recompute
 from mpitrain.nn.unembedding import Unembedding
 
 _STD = 0.02
@@ -45,6 +46,9 @@ class GPT(Sequential):
         Fraction of the embeddings, and of what each branch adds, that is dropped in training.
     tied : bool
         Whether the head's table is that of the tokens.
+    recompute : bool
+        Whether each block is computed again in the backward pass, so that its activations need not be kept; the bits
+        are the same.
 
     Notes
     -----
@@ -63,10 +67,13 @@ class GPT(Sequential):
         hidden: int | None = None,
         dropout: float = 0.0,
         tied: bool = True,
+        recompute: bool = False,
     ) -> None:
         self.vocabulary, self.tied = vocabulary, tied
         scale = 1.0 / sqrt(2 * checks.positive("GPT: layers", layers))
         blocks = {f"block{i}": block(width, heads, hidden, dropout, scale) for i in range(layers)}
+        if recompute:
+            blocks = {name: Recompute(each) for name, each in blocks.items()}
         super().__init__(
             tokens=Embedding(vocabulary, width, _STD, decay=False),
             positions=PositionEmbedding(context, width, _STD),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from mpitrain._typing import Array
-from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout
+from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource
 
 Reduce: TypeAlias = Callable[[Array], Array]
 """Sums an array over all ranks that share the batch, in place, and returns it.  Collective."""
@@ -20,6 +20,11 @@ class Model(ABC):
     other ranks (BatchNorm), a reduction.  So microbatches, pipelines and recomputation are safe.
     """
 
+    reads_by_layer: ClassVar[bool] = False
+    """Whether `loss_and_gradients` reads parameters through ``params.tree`` alone, those of one layer (one prefix) at a
+    time, holds on to none of them, and goes through the layers in the same order on all ranks, whatever the batch.
+    Then a method need not have all parameters at once."""
+
     @property
     @abstractmethod
     def layout(self) -> Layout:
@@ -27,18 +32,21 @@ class Model(ABC):
 
     @abstractmethod
     def initialise(self, params: FlatBuffer, key: Key) -> None:
-        """Fill ``params`` with initial values that depend on ``key`` and the tensors' names alone."""
+        """Fill ``params`` with initial values that depend on ``key`` and the tensors' names alone.
+
+        A model that `reads_by_layer` may be handed a buffer with only some of its tensors.
+        """
 
     @abstractmethod
     def loss_and_gradients(
-        self, params: FlatBuffer, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
+        self, params: ParameterSource, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
     ) -> tuple[float, float]:
         """Add the gradient of the *sum* of the batch's losses to ``grads``.
 
         Parameters
         ----------
-        params : FlatBuffer
-            Parameters; not changed.
+        params : ParameterSource
+            Parameters; not changed.  A `FlatBuffer`, unless the model `reads_by_layer`.
         batch : Batch
             This rank's share; may be empty, and then the same reductions are called as with samples.
         grads : Gradients

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mpitrain._errors import DataError
 from mpitrain._typing import Array
-from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, namespace
+from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, namespace
 from mpitrain.arrays.dtypes import floating
 from mpitrain.nn.layer import Call, Layer
 from mpitrain.nn.layout import layout_of
@@ -43,6 +43,8 @@ class Network(Model):
         Any other dtype.
     """
 
+    reads_by_layer: ClassVar[bool] = True
+
     def __init__(self, layer: Layer, loss: Loss, dtype: Any = np.float32) -> None:
         self.layer = layer
         self.loss = loss
@@ -57,13 +59,13 @@ class Network(Model):
 
     def initialise(self, params: FlatBuffer, key: Key) -> None:
         """Fill ``params``, which may hold only a part of the tensors, with values that no layout changes."""
-        xp = namespace(params.flat)
+        xp = params.xp
         for segment in params.layout.segments:
             values = self._parameters[segment.name].initialiser(key.child(segment.name), segment)
             params.views[segment.name][...] = xp.asarray(values.astype(params.layout.dtype))
 
     def loss_and_gradients(
-        self, params: FlatBuffer, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
+        self, params: ParameterSource, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
     ) -> tuple[float, float]:
         """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`."""
         batch, count = self.prepared(batch, params), self.loss.count(batch)
@@ -95,7 +97,7 @@ class Network(Model):
             outputs, context = self.layer.forward(params.tree, part, self._call(part))
             parts.append(outputs.copy())
             context.release()
-        found: Array = namespace(params.flat).concatenate(parts)
+        found: Array = params.xp.concatenate(parts)
         return found
 
     def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
@@ -117,16 +119,16 @@ class Network(Model):
         rows = max(1, min(_PREDICT_ROWS, _PREDICT_TOKENS // max(1, tokens)))
         return (slice(start, start + rows) for start in range(0, max(len(inputs), 1), rows))
 
-    def prepared(self, batch: Batch, params: FlatBuffer) -> Batch:
+    def prepared(self, batch: Batch, params: ParameterSource) -> Batch:
         """Return the batch in the parameters' library, its inputs as the layer takes them."""
-        xp = namespace(params.flat)
+        xp = params.xp
         inputs = self.prepared_inputs(batch.inputs, params)
         weights = None if batch.weights is None else xp.asarray(batch.weights)
         return Batch(inputs, xp.asarray(batch.targets), xp.asarray(batch.index), weights)
 
-    def prepared_inputs(self, inputs: Array, params: FlatBuffer) -> Array:
+    def prepared_inputs(self, inputs: Array, params: ParameterSource) -> Array:
         """Return the inputs contiguous, in the parameters' library, and unless they are indices in their dtype."""
-        xp = namespace(params.flat)
+        xp = params.xp
         if inputs.dtype.kind not in "fiub":
             raise DataError("network: the inputs are not numbers", got=inputs.dtype, expected="floats or integers")
         dtype = inputs.dtype if self.layer.takes_indices else params.layout.dtype

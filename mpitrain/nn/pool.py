@@ -20,11 +20,13 @@ class Pool:
     ----------
     misses : int
         How often nothing fitting was free and memory was allocated.
+    nbytes : int
+        How much was allocated; of a model that always sees the same shapes, the activations that it needs at once.
     """
 
     def __init__(self) -> None:
         self._free: dict[_Kind, list[Array]] = {}
-        self.misses = 0
+        self.misses = self.nbytes = 0
 
     def take(self, shape: Shape, dtype: DType, xp: Any = np) -> Array:
         """Lend an array of ``xp`` with *arbitrary* contents; it belongs to the caller until `give`."""
@@ -36,6 +38,7 @@ class Pool:
                 pass
         self.misses += 1
         array: Array = xp.empty(shape, dtype)
+        self.nbytes += array.nbytes
         return array
 
     def give(self, array: Array) -> None:

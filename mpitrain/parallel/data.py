@@ -45,6 +45,7 @@ class DataParallel(Synchronous):
     library uses a ring, and one of five numbers.  With a codec: see there.
     """
 
+    params: FlatBuffer
     grads: GradientBuffer
 
     def __init__(

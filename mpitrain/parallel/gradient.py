@@ -1,11 +1,13 @@
 """Gradient-parallel SGD: each rank reduces the shard of the gradients that it owns, and updates that shard.
 
-Optimizer state is kept by the owner alone (stage 1), and reduced gradients too, bucket by bucket as the backward pass
-gives them (stage 2).  On one node the parameters are one array for all ranks, so that nothing is gathered.
+Optimizer state is kept by the owner alone (stage 1), reduced gradients too, bucket by bucket as the backward pass gives
+them (stage 2), and the parameters too, gathered bucket by bucket for the layers that use them (stage 3).  In stages 1
+and 2 the parameters are one array for all ranks of a node, so that on one node nothing is gathered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -17,24 +19,27 @@ from mpitrain.comm.shard_plans import AllgatherPlan
 from mpitrain.method.state import Kind, Read
 from mpitrain.method.steps import Part, all_finite, clip, divide, update
 from mpitrain.parallel.buckets import Bucket, StreamedGradients, WholeGradients
+from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
 
 
 class GradientParallel(Synchronous):
-    """Synchronous SGD with gradients and optimizer state divided among the ranks.
+    """Synchronous SGD with optimizer state, gradients and parameters divided among the ranks.
 
     Parameters
     ----------
     comm : Communicator
         The ranks that share each batch.
-    stage : {1, 2}
-        1: each rank keeps the optimizer state of a shard of the model.  2: and the gradients of that shard only.
+    stage : {1, 2, 3}
+        1: each rank keeps the optimizer state of a shard of the model.  2: and the gradients of that shard only.  3:
+        and the parameters of that shard only, if the model `reads_by_layer` (a `Network` does); else as 2.
     microbatches : int
         Into how many parts a batch is cut, see `DataParallel`.  In stage 1 their gradients are added up before they
-        are reduced; in stage 2, where there is nowhere to add them up, those of each are reduced.
+        are reduced; from stage 2 on, where there is nowhere to add them up, those of each are reduced.
     bucket_bytes : int
-        Stage 2: gradients are reduced in pieces of about this size, each as soon as it is complete.  A layer's weights
-        are never divided, so that a larger layer makes a piece by itself.
+        From stage 2 on: gradients are reduced in pieces of about this size, each as soon as it is complete; in stage 3
+        parameters are gathered in the same pieces.  A layer's weights are never divided, so that a larger layer makes a
+        piece by itself.
     allocator : Allocator, optional
         Where all memory of this rank's lives; None: where the ranks of a node share it, as far as they can.
     across : Communicator, optional
@@ -43,19 +48,26 @@ class GradientParallel(Synchronous):
     Notes
     -----
     The step is that of `DataParallel`.  Cost of one, for parameters of n bytes on p ranks, beyond the gradient: a
-    reduce_scatter of the gradients (in stage 2 of those of each microbatch), an allgather of the parameters, each
-    (p−1)/p · n bytes moved per rank where the library uses a ring, and an allreduce of five numbers.  On one node with
-    shared memory no byte is moved: each rank reads n bytes of gradients and writes n/p of parameters.
+    reduce_scatter of the gradients (in stages 2 and 3 of those of each microbatch), an allgather of the parameters,
+    each (p−1)/p · n bytes moved per rank where the library uses a ring, and an allreduce of five numbers.  In stage 3
+    parameters are gathered in each pass instead, forward and backward: two allgathers a microbatch, less what is still
+    there when a pass begins or turns, and what the first layer's backward pass need not read.  On one node with shared
+    memory no byte is sent: each rank reads n bytes of gradients and writes n/p of parameters at a time.
 
     Memory per rank, with k numbers of optimizer state a parameter: n of parameters, or n/p where the node's p ranks
     share them; stage 1: n of gradients and kn/p of state, and n/p more of gradients in ordinary memory; stage 2: (k+1)
-    n/p, and the largest bucket.
+    n/p, and the largest bucket; stage 3: (k+2) n/p, the largest bucket of gradients, and the largest buckets of
+    parameters that a layer needs together, once a node where its ranks share memory.  On one node stage 3 therefore
+    saves nothing over stage 2; with several, each node has its share of the parameters instead of all.  Evaluating,
+    predicting and `whole` gather all parameters, for as long as they take.
 
     Source: S. Rajbhandari, J. Rasley, O. Ruwase, Y. He, "ZeRO: memory optimizations toward training trillion parameter
-    models", SC 2020, sections 5.1 and 5.2; here a shard may begin and end within a tensor.
+    models", SC 2020, sections 5.1 to 5.3; here a shard may begin and end within a tensor.
     """
 
     kind: ClassVar[Kind] = "sharded"
+
+    params: FlatBuffer | ShardedParameters
 
     def __init__(
         self,
@@ -68,31 +80,41 @@ class GradientParallel(Synchronous):
         across: Communicator | None = None,
     ) -> None:
         super().__init__(comm, microbatches, bucket_bytes, allocator or plain, across)
-        if stage not in (1, 2):
+        if stage not in (1, 2, 3):
             raise InputError(
-                "there is no such stage", operation="GradientParallel", got=stage, expected="1 or 2",
-                remedy="1 divides the optimizer state, 2 the gradients too",
+                "there is no such stage", operation="GradientParallel", got=stage, expected="1, 2 or 3",
+                remedy="1 divides the optimizer state, 2 the gradients too, 3 the parameters too",
             )  # fmt: skip
         self.stage = stage
         self._private = allocator
 
     def _allocate(self, layout: Layout) -> None:
-        if self._terms and self.stage == 2:
+        if self._terms and self.stage > 1:
             raise InputError(
-                "stage 2 reduces gradients while ranks have only terms of some", operation="GradientParallel",
-                got=", ".join(self._terms[:3]), remedy="use stage 1, or divide no activations along the sequence",
+                f"stage {self.stage} reduces gradients while ranks have only terms of some",
+                operation="GradientParallel", got=", ".join(self._terms[:3]),
+                remedy="use stage 1, or divide no activations along the sequence",
             )  # fmt: skip
         memory = self._private or self.comm.empty
-        self.params = FlatBuffer(layout, self._private or self.comm.shared)
         self.grads: WholeGradients | StreamedGradients = (
             WholeGradients(self.comm, layout, memory) if self.stage == 1
             else StreamedGradients(self.comm, layout, self.bucket_bytes, memory, self._allocator)
         )  # fmt: skip
-        self.parts = tuple(self._part(*each) for each in zip(self.grads.shards, self.grads.sums, strict=True))
-        self._gathers = [self._gather(*each) for each in zip(self.grads.buckets, self.grads.shards, strict=True)]
+        owned = self._allocate_parameters(layout)
+        shards, sums = self.grads.shards, self.grads.sums
+        self.parts = tuple(self._part(*each) for each in zip(shards, owned, sums, strict=True))
 
-    def _part(self, shard: Shard, sums: Array) -> Part:
-        own = self.params.flat[shard.start : shard.stop]
+    def _allocate_parameters(self, layout: Layout) -> list[Array]:
+        """Set ``params``, and what hands them out; return where this rank's shards are."""
+        buckets, shards = self.grads.buckets, self.grads.shards
+        if self.stage == 3 and self.model.reads_by_layer:
+            self.params = ShardedParameters(self.comm, layout, buckets, shards, self._private, self._allocator)
+            return self.params.owned
+        self.params = FlatBuffer(layout, self._private or self.comm.shared)
+        self._gathers = [self._gather(*each) for each in zip(buckets, shards, strict=True)]
+        return [self.params.flat[shard.start : shard.stop] for shard in shards]
+
+    def _part(self, shard: Shard, own: Array, sums: Array) -> Part:
         return Part(shard, own, sums, self.optimizer.init(shard, self._allocator))
 
     def _gather(self, bucket: Bucket, shard: Shard) -> AllgatherPlan:
@@ -100,17 +122,33 @@ class GradientParallel(Synchronous):
         return self.comm.allgather_plan(place, shard.start - bucket.start, shard.stop - bucket.start)
 
     def _initialise(self) -> None:
-        initial = FlatBuffer(self.params.layout, self._allocator)  # what is shared would hide that ranks differ
-        self.model.initialise(initial, self.plan.key.child("init"))
-        self._verify(initial)
-        for part in self.parts:
-            part.params[...] = initial.flat[part.shard.start : part.shard.stop]
+        layout = self.params.layout
+        if isinstance(self.params, ShardedParameters):
+            for bucket, part in zip(self.grads.buckets, self.parts, strict=True):
+                self._begin(layout.select(segment.name for segment in bucket.segments), bucket.start, (part,))
+        else:
+            self._begin(layout, 0, self.parts)
         self._publish()
 
+    def _begin(self, layout: Layout, start: int, parts: Sequence[Part]) -> None:
+        """Fill parts of a stretch of the model, which begins at ``start`` and is laid out as ``layout`` says."""
+        initial = FlatBuffer(layout, self._allocator)  # what is shared would hide that ranks differ
+        self.model.initialise(initial, self.plan.key.child("init"))
+        self._verify(initial)
+        for part in parts:
+            part.params[...] = initial.flat[part.shard.start - start : part.shard.stop - start]
+
     def _publish(self) -> None:
-        """Give all ranks the parameters that their owners have written.  Collective."""
+        """Give all ranks the parameters that their owners have written, or see to it that they are gathered anew."""
+        if isinstance(self.params, ShardedParameters):
+            self.params.release()
+            return
         for gather in self._gathers:
             gather()
+
+    def whole(self) -> FlatBuffer:
+        """See `Method.whole`; a copy in stage 3."""
+        return self.params.whole() if isinstance(self.params, ShardedParameters) else self.params
 
     def _train_step(self, microbatches: list[Batch]) -> Tally:
         phase = self.comm.phase

@@ -16,7 +16,7 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Batch, GradientBuffer
+from mpitrain.arrays import Batch, FlatBuffer, GradientBuffer
 from mpitrain.data.shares import share
 from mpitrain.method.method import Plan
 from mpitrain.method.steps import Part, add_sums, check_finite, clip, divide, update
@@ -35,6 +35,7 @@ class LaneSteps(Synchronous):
         How many a batch is cut into.
     """
 
+    params: FlatBuffer
     lanes: int
 
     def _deal(self, lanes: int) -> None:

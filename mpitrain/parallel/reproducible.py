@@ -66,6 +66,8 @@ class ReproducibleGradientParallel(LaneSteps, GradientParallel):
     parameters.
     """
 
+    params: FlatBuffer
+
     def __init__(
         self, comm: Communicator, *, lanes: int, microbatches: int = 1, allocator: Allocator | None = None
     ) -> None:  # fmt: skip
@@ -76,7 +78,8 @@ class ReproducibleGradientParallel(LaneSteps, GradientParallel):
         self.params = FlatBuffer(layout, self._private or self.comm.shared)
         shards = tile_shards(layout, self.comm.size)
         own, self._counts = shards[self.comm.rank], [shard.size for shard in shards]
-        self.parts = (self._part(own, self._allocator(own.size, layout.dtype)),)
+        here = self.params.flat[own.start : own.stop]
+        self.parts = (self._part(own, here, self._allocator(own.size, layout.dtype)),)
         self._gathers = [self._gather(Bucket(0, layout.size, layout.segments), own)]
 
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:

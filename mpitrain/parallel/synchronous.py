@@ -209,9 +209,9 @@ class Synchronous(Method):
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`."""
-        sums = None
+        sums, params = None, self.whole()
         for batch in batches:
-            sums = add_sums(sums, self.model.sums(self.params, batch))
+            sums = add_sums(sums, self.model.sums(params, batch))
         if sums is None:
             raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
         total = self.comm.allreduce(sums)
@@ -219,14 +219,15 @@ class Synchronous(Method):
 
     def predict(self, inputs: Array) -> Array:
         """See `Method.predict`."""
-        return self.model.predict(self.params, inputs)
+        return self.model.predict(self.whole(), inputs)
 
     def weights_sha256(self) -> str:
         """See `Method.weights_sha256`."""
+        params = self.whole()
         if self.across is None:
-            return self.params.sha256()
-        segments = sorted(self.params.layout, key=lambda segment: segment.name)
-        return sha256(whole_tensor(self.across, each, self.params.views[each.name]) for each in segments)
+            return params.sha256()
+        segments = sorted(params.layout, key=lambda segment: segment.name)
+        return sha256(whole_tensor(self.across, each, params.views[each.name]) for each in segments)
 
     def state(self) -> State:
         """See `Method.state`."""

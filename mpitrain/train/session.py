@@ -34,6 +34,7 @@ _MAY_CHANGE = (
     "method.chunks",
     "method.bucket_bytes",
     "mesh",  # likewise
+    "model.recompute",  # the same bits
     "train.steps",
     "train.epochs",
     "train.log_every_steps",

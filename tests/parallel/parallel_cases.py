@@ -127,9 +127,9 @@ def cnn(dtype: Any = np.float64, dropout: float = 0.3) -> KeptKeys:
     return KeptKeys(layer, nn.CrossEntropy(), dtype)
 
 
-def gpt(dtype: Any = np.float64) -> KeptKeys:
+def gpt(dtype: Any = np.float64, recompute: bool = False) -> KeptKeys:
     """Two blocks of attention and perceptron, Dropout, a tied head; for `TEXT`."""
-    layer = nn.MODELS["gpt"](4, 6, layers=2, width=8, heads=2, hidden=12, dropout=0.2)
+    layer = nn.MODELS["gpt"](4, 6, layers=2, width=8, heads=2, hidden=12, dropout=0.2, recompute=recompute)
     return KeptKeys(layer, nn.CrossEntropy(), dtype)
 
 
@@ -139,6 +139,7 @@ METHODS: dict[str, Make] = {
     "data": DataParallel,
     "gradient 1": GradientParallel,
     "gradient 2": partial(GradientParallel, stage=2, bucket_bytes=256),  # a bucket a layer, or several
+    "gradient 3": partial(GradientParallel, stage=3, bucket_bytes=256),
 }
 """All that must take the same steps."""
 

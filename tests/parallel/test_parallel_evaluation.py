@@ -30,18 +30,18 @@ def evaluated(comm: Communicator, network: Network, dataset: Dataset, batch_size
 def check_classification(comm: Communicator, batch_size: int) -> None:
     method, metrics = evaluated(comm, mlp(), IMAGES, batch_size)
     labels, whole = IMAGES.targets, Batch(IMAGES.inputs, IMAGES.targets, np.arange(ROWS))
-    hidden = np.tanh(IMAGES.inputs.reshape(ROWS, -1) @ method.params.views["1.weight"])  # the biases are zero still
-    predicted = (hidden @ method.params.views["3.weight"]).argmax(1)
+    hidden = np.tanh(IMAGES.inputs.reshape(ROWS, -1) @ method.whole().views["1.weight"])  # the biases are zero still
+    predicted = (hidden @ method.whole().views["3.weight"]).argmax(1)
     confusion = [[int(((labels == row) & (predicted == column)).sum()) for column in range(3)] for row in range(3)]
     assert metrics["accuracy"] == (predicted == labels).sum() / ROWS
     assert metrics["confusion"].tolist() == confusion
-    assert metrics["loss"] == pytest.approx(mlp_gradients(method.params.views, whole)[0] / ROWS, rel=1e-12)
+    assert metrics["loss"] == pytest.approx(mlp_gradients(method.whole().views, whole)[0] / ROWS, rel=1e-12)
 
 
 def check_regression(comm: Communicator, batch_size: int) -> None:
     network = Network(nn.Linear(4, 2), nn.MeanSquaredError(), np.float64)
     method, metrics = evaluated(comm, network, TABLE, batch_size)
-    errors = TABLE.inputs @ method.params.views["weight"] - TABLE.targets
+    errors = TABLE.inputs @ method.whole().views["weight"] - TABLE.targets
     spread = TABLE.targets - TABLE.targets.mean(0)
     assert metrics["r2"] == pytest.approx((1 - (errors**2).sum(0) / (spread**2).sum(0)).mean(), rel=1e-11)
     assert metrics["rmse"] == pytest.approx(np.sqrt((errors**2).mean()), rel=1e-12)
@@ -60,7 +60,7 @@ def check_one_rank_has_all(comm: Communicator) -> None:
     rows = np.arange(ROWS if comm.rank == comm.size - 1 else 0)
     mine = Batch(IMAGES.inputs[rows], IMAGES.targets[rows], rows)
     whole = Batch(IMAGES.inputs, IMAGES.targets, np.arange(ROWS))
-    expected = method.model.metrics(method.model.sums(method.params, whole))
+    expected = method.model.metrics(method.model.sums(method.whole(), whole))
     found = method.evaluate([mine])
     assert found["accuracy"] == expected["accuracy"]
     assert found["confusion"].tolist() == expected["confusion"].tolist()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from parallel_cases import CLASSES, STEPS_PER_EPOCH, RowsFeed, by_label, cnn, mlp, plan
 
 from mpitrain import nn
+from mpitrain.arrays import Segment
 from mpitrain.comm import Communicator, Count, LocalWorld
 from mpitrain.comm.tuning import Key, Row, Table
 from mpitrain.data import evaluation_batches
@@ -83,6 +85,54 @@ def test_each_gradient_goes_to_its_owner_and_each_parameter_to_all(on_ranks, sta
     on_ranks(check_gradient_parallel, stage, microbatches)
 
 
+DEEP = [16, 24, 8]
+"""Hidden units: four linear layers, each of which is a bucket of weights and one of biases."""
+
+
+def check_fully_sharded(comm: Communicator, microbatches: int) -> None:
+    """Each pass gathers every layer forward, and backward all but the last, which is there, and the first."""
+    method = GradientParallel(comm, stage=3, microbatches=microbatches, bucket_bytes=1)
+    network = Network(nn.MODELS["mlp"](32, CLASSES, hidden=DEEP), nn.CrossEntropy())
+    method.setup(network, make_optimizer("adam"), plan(2))
+    layout = network.layout
+    ends = sum(padded_bytes(layout[f"{layer}.{name}"]) for layer in (1, 7) for name in ("weight", "bias"))
+    gathers, nbytes = 8 + 4, 2 * layout.nbytes - ends
+    comm.ledger.reset()
+    method.advance(replace(FEED, dtype=np.float32), until=STEPS_PER_EPOCH)
+    counts = dict(comm.ledger.snapshot())
+    passes, planned = STEPS_PER_EPOCH * microbatches, "_plan" if comm.transport == "shared" else ""
+    expected = {"allreduce": Count(STEPS_PER_EPOCH, STEPS_PER_EPOCH, STEPS_PER_EPOCH * TALLY_BYTES)}
+    if comm.size > 1:
+        expected[f"reduce_scatter{planned}"] = Count(8 * passes, 8 * passes, passes * layout.nbytes)
+        expected[f"allgather{planned}"] = Count(gathers * passes, gathers * passes, passes * nbytes)
+    assert counts.pop(("node", "barrier"), Count()).calls == (gathers * passes if planned else 0)
+    assert counts == {(comm.ledger.axis, operation): count for operation, count in expected.items()}
+
+
+def padded_bytes(segment: Segment) -> int:
+    return -(-segment.size * 4 // 64) * 64
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_parameters_are_gathered_for_each_pass(on_ranks, microbatches):
+    on_ranks(check_fully_sharded, microbatches)
+
+
+def check_memory(comm: Communicator) -> None:
+    """A rank keeps its shards; in turn, the largest buckets of weights and of biases are there."""
+    method = GradientParallel(comm, stage=3, bucket_bytes=1)
+    network = Network(nn.MODELS["mlp"](32, CLASSES, hidden=DEEP), nn.CrossEntropy())
+    method.setup(network, make_optimizer("adam"), plan(1))
+    params, layout = method.params, network.layout
+    assert sum(comm.allgather_object(params.nbytes)) == layout.nbytes
+    assert params.nbytes <= layout.nbytes / comm.size + 64 * 8  # each bucket is cut at cache lines
+    assert params.passage_nbytes == 32 * 16 * 4 + padded_bytes(layout["3.bias"])
+
+
+def test_a_rank_keeps_its_shards_and_the_largest_buckets(on_ranks):
+    on_ranks(check_memory)
+
+
 def rings(size: int) -> Table:
     rows = [Row(operation, size, 1, "ring", {}) for operation in ("reduce_scatter", "allgather")]
     return Table(Key("", "", "", ""), tuple(rows))
@@ -102,9 +152,13 @@ def moved_by_a_ring(comm: Communicator, stage: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize(("stage", "buckets"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(("stage", "buckets"), [(1, 1), (2, 3), (3, 3)])
 def test_rings_move_what_zero_says(size, stage, buckets):
-    """Each of p ranks sends all shards but one, of n/p bytes, twice: 2(p-1)/p n; all together exactly 2(p-1) n."""
+    """Each of p ranks sends all shards but one, of n/p bytes, twice: 2(p-1)/p n; all together exactly 2(p-1) n.
+
+    So does stage 3 with two layers of weights, which are both gathered once: the last is still there when its backward
+    pass begins, and the first one's reads none.
+    """
     found = LocalWorld(size).run(moved_by_a_ring, stage)
     assert [messages for messages, _, _ in found] == [2 * (size - 1) * buckets] * size
     assert sum(nbytes for _, nbytes, _ in found) == 2 * (size - 1) * found[0][2]

@@ -47,13 +47,13 @@ def test_steps_are_those_of_data_parallel_wherever_memory_lies(
         method = each(comm, microbatches=2)
         method.setup(cnn(), make_optimizer("lamb"), plan(8, clip_norm=0.2))
         loss = method.advance(RowsFeed(owner=by_label), until=8).loss
-        same_on_all(comm, method.params.sha256())
-        found.append((method.params, loss))
+        same_on_all(comm, method.whole().sha256())
+        found.append((method.whole(), loss))
     assert_close(found[0][0], found[1][0], 1e-10)
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
 
 
-@gradient_methods
+@pytest.mark.parametrize("make", [METHODS["gradient 1"], METHODS["gradient 2"]], ids=["gradient 1", "gradient 2"])
 def test_parameters_are_one_array_for_all_ranks_of_a_node(comm: Communicator, make: Make) -> None:
     method = make(comm)
     method.setup(cnn(), make_optimizer("adam"), plan(1))
@@ -105,5 +105,6 @@ def test_a_node_has_parameters_and_optimizer_state_once(world: Communicator, nam
         "data": ranks * (1 + 2 + 1),
         "gradient 1": 1 + 2 + ranks,
         "gradient 2": 1 + 2 + 1 + ranks / LAYERS,  # the shards' gradients, and in turn each layer's
+        "gradient 3": 1 + 2 + 1 + ranks / LAYERS + 1 / LAYERS,  # and in turn each layer's parameters
     }[name]
     assert grown / nbytes == pytest.approx(expected, abs=0.1 * ranks)

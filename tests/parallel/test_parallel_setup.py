@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
-from parallel_cases import METHODS, Make, cnn, every_method, mlp, plan, same_on_all, set_up
+from parallel_cases import METHODS, Make, RowsFeed, cnn, every_method, mlp, plan, same_on_all, set_up
 
 from mpitrain import nn
 from mpitrain._errors import InputError, MismatchError
@@ -19,7 +20,7 @@ from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
 
 
 def initial_hash(comm: Communicator, make: Make, dtype: str) -> str:
-    found = set_up(comm, cnn(dtype), 1, make=make).params.sha256()
+    found = set_up(comm, cnn(dtype), 1, make=make).whole().sha256()
     same_on_all(comm, found)
     return str(found)
 
@@ -43,7 +44,7 @@ class OneBitOff(Network):
 
     def initialise(self, params: FlatBuffer, key: Key) -> None:
         super().initialise(params, key)
-        if self.off:
+        if self.off and "bias" in params.views:
             bias = params.views["bias"]
             bias[-1] = np.nextafter(bias[-1], np.float32(1))
 
@@ -71,12 +72,13 @@ def test_differing_initial_parameters_name_the_ranks(on_ranks):
 def check_setup_twice(comm: Communicator, make: Make) -> None:
     """A method that is set up again begins anew."""
     method = set_up(comm, mlp(), 1, make=make)
-    first = method.params.sha256()
+    first = method.whole().sha256()
     comm.barrier()
-    method.params.flat[...] = 1
+    for part in method.parts:
+        part.params[...] = 1
     method.step = 7
     method.setup(mlp(), SGD(), plan(1))
-    assert (method.params.sha256(), method.step) == (first, 0)
+    assert (method.whole().sha256(), method.step) == (first, 0)
 
 
 @every_method
@@ -91,9 +93,34 @@ def test_setup_begins_anew(on_ranks, make):
         (lambda comm: DataParallel(comm, bucket_bytes=0), "bucket_bytes is too small; got 0; expected at least 1"),
         (lambda comm: ModelAveraging(comm, average_every=0), "average_every is too small; got 0; expected at least 1"),
         (lambda comm: GradientParallel(comm, microbatches=0), "GradientParallel: microbatches is too small; got 0"),
-        (lambda comm: GradientParallel(comm, stage=3), "there is no such stage; got 3; expected 1 or 2"),
+        (lambda comm: GradientParallel(comm, stage=4), "there is no such stage; got 4; expected 1, 2 or 3"),
     ],
 )
 def test_unusable_options_are_named(build, message):
     with pytest.raises(InputError, match=message):
         LocalWorld(1).run(build)
+
+
+class ReadsAtOnce(Network):
+    """As a PyTorch module does."""
+
+    reads_by_layer = False
+
+    def loss_and_gradients(self, params: FlatBuffer, *rest: Any) -> tuple[float, float]:
+        assert params.flat.size == self.layout.size
+        return super().loss_and_gradients(params, *rest)
+
+
+def check_models_that_read_at_once(comm: Communicator) -> None:
+    """In stage 3 too, where those that read layer by layer take the same steps."""
+    found = []
+    for made in (ReadsAtOnce, Network):
+        network = made(mlp().layer, nn.CrossEntropy(), np.float64)
+        method = set_up(comm, network, 2, make=METHODS["gradient 3"])
+        method.advance(RowsFeed(), until=2)
+        found.append(method.weights_sha256())
+    assert found[0] == found[1]
+
+
+def test_parameters_stay_whole_for_models_that_read_them_at_once(on_ranks):
+    on_ranks(check_models_that_read_at_once)

@@ -25,9 +25,18 @@ Saved = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 MAKES = METHODS | {"averaging": partial(ModelAveraging, average_every=2)}
-FEW = [("data", "data"), ("averaging", "averaging"), ("gradient 1", "data"), ("data", "gradient 2")]
+FEW = [
+    ("data", "data"),
+    ("averaging", "averaging"),
+    ("gradient 1", "data"),
+    ("data", "gradient 2"),
+    ("gradient 3", "gradient 3"),
+]
 MORE = [
-    (writer, reader) for writer in METHODS for reader in ("gradient 1", "gradient 2") if (writer, reader) not in FEW
+    (writer, reader)
+    for writer in METHODS
+    for reader in ("gradient 1", "gradient 2", "gradient 3")
+    if (writer, reader) not in FEW
 ]
 PAIRS = [*FEW, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)]
 """Who writes a state, and who reads it."""
@@ -54,7 +63,8 @@ def run(comm: Communicator, name: str, until: int, start: Saved | None = None) -
     """Train from the beginning or from a state; return the state at ``until``."""
     method = ready(comm, name)
     if start is not None:
-        method.params.flat[...] = np.nan  # whatever is not loaded shows
+        for part in method.parts:
+            part.params[...] = np.nan  # whatever is not loaded shows
         comm.barrier()
         scalars, tensors = start
         method.load(scalars, tensors.__getitem__)
@@ -110,7 +120,12 @@ def test_two_ranks_give_the_same_bits_under_every_method(on_ranks):
     on_ranks(check_same_bits)
 
 
-EXCHANGES = [("gradient 1", 3, "data", 2), ("gradient 2", 4, "gradient 1", 1), ("data", 2, "gradient 2", 3)]
+EXCHANGES = [
+    ("gradient 1", 3, "data", 2),
+    ("gradient 2", 4, "gradient 1", 1),
+    ("data", 2, "gradient 3", 3),
+    ("gradient 3", 4, "gradient 2", 1),
+]
 
 
 @pytest.mark.parametrize(("writer", "writers", "reader", "readers"), EXCHANGES)
@@ -164,7 +179,7 @@ def check_warm_start(comm: Communicator, name: str) -> None:
     method.load_parameters(tensors.__getitem__)
     assert method.step == 0
     assert not any(array.any() for part in method.parts for array in part.state.values())
-    for name, view in method.params.views.items():
+    for name, view in method.whole().views.items():
         np.testing.assert_array_equal(view, tensors[f"params/{name}"])
 
 

@@ -62,7 +62,7 @@ def check_stop(comm: Communicator, name: str) -> None:
     progress = method.advance(Interrupted(-1, 3, method.request_stop), until=STEPS)
     assert progress.stop_requested
     assert progress.step == method.step == {1: 4, 3: 6}[EVERY.get(name, 1)]
-    same_on_all(comm, (progress, method.params.sha256()))
+    same_on_all(comm, (progress, method.whole().sha256()))
 
 
 @every_name
@@ -102,12 +102,12 @@ def poisoned(value: float) -> RowsFeed:
 def check_not_finite(comm: Communicator, name: str, make: Callable[[], Network], value: float) -> None:
     culprit = comm.size - 1
     method = ready(comm, name, make())
-    before = method.params.sha256()
+    before = method.whole().sha256()
     with np.errstate(all="ignore"), pytest.raises(NonFiniteError) as caught:
         method.advance(poisoned(value), until=STEPS)
     assert "step 1 is not finite" in str(caught.value)
     assert f"ranks whose own samples gave it: [{culprit}]" in str(caught.value)
-    assert method.params.sha256() == before  # nothing was updated with it
+    assert method.whole().sha256() == before  # nothing was updated with it
     assert method.step == 0
     same_on_all(comm, str(caught.value))
 

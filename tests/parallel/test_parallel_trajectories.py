@@ -59,9 +59,9 @@ def trained(
     """Train to the end of the plan; return the method, and where it began."""
     method = make(comm)
     method.setup(network, optimizer, settings)
-    start = buffer(network.layout, method.params.flat)
+    start = buffer(network.layout, method.whole().flat)
     assert method.advance(feed, until=settings.steps).step == settings.steps
-    same_on_all(comm, method.params.sha256())
+    same_on_all(comm, method.whole().sha256())
     return method, start
 
 
@@ -71,7 +71,7 @@ def check_mlp(comm: Communicator, make: Make, optimizer: Optimizer, limits: dict
     def mean_gradient(params: FlatBuffer, step: int) -> FlatBuffer:
         return mlp_mean_gradient(params, FEED.whole(step)[0])[1]
 
-    assert_close(method.params, descend(start, optimizer, mean_gradient, STEPS, schedule, **limits), BOUND)
+    assert_close(method.whole(), descend(start, optimizer, mean_gradient, STEPS, schedule, **limits), BOUND)
 
 
 def check_cnn(comm: Communicator, make: Make, optimizer: Optimizer, limits: dict[str, float]) -> None:
@@ -96,7 +96,7 @@ def check_network(
     def mean_gradient(params: FlatBuffer, step: int) -> FlatBuffer:
         return network_mean_gradient(exact, params, feed.whole(step), [network.keys[step]])[1]
 
-    assert_close(method.params, descend(start, optimizer, mean_gradient, STEPS, schedule, **limits), BOUND)
+    assert_close(method.whole(), descend(start, optimizer, mean_gradient, STEPS, schedule, **limits), BOUND)
 
 
 @every_method_and("name", {name: name for name in sorted(OPTIMIZERS)}, {"adam", "lamb"})
@@ -167,8 +167,8 @@ def check_exact(comm: Communicator, make: Make, feed: RowsFeed, microbatches: in
     for _ in range(steps):
         errors = x @ weight + bias - targets
         weight, bias = weight - Fraction(1, 32) * (x.T @ errors), bias - Fraction(1, 32) * errors.sum(0)
-    assert (exact(method.params.views["weight"].astype(float)) == weight).all()
-    assert (exact(method.params.views["bias"].astype(float)) == bias).all()
+    assert (exact(method.whole().views["weight"].astype(float)) == weight).all()
+    assert (exact(method.whole().views["bias"].astype(float)) == bias).all()
 
 
 @pytest.mark.parametrize("microbatches", [1, 3])
@@ -184,7 +184,7 @@ def check_rounded_once(comm: Communicator, make: Make) -> None:
     method = integer_run(comm, make, RowsFeed(table, 7, dtype=np.float32), 1)
     total = table.inputs.T @ (table.inputs @ WEIGHT + BIAS - table.targets)
     step = total.astype(np.float32) / np.float32(7) * np.float32(0.25)
-    np.testing.assert_array_equal(method.params.views["weight"], WEIGHT.astype(np.float32) - step)
+    np.testing.assert_array_equal(method.whole().views["weight"], WEIGHT.astype(np.float32) - step)
 
 
 @every_method
@@ -198,11 +198,12 @@ def check_progress(comm: Communicator, make: Make) -> None:
 
     class Watched(KeptKeys):
         def loss_and_gradients(self, p: FlatBuffer, *args: Any) -> tuple[float, float]:
-            params.append(p.flat.copy())
+            params.append(method.whole().flat.copy())
             return super().loss_and_gradients(p, *args)
 
     network, feed = Watched(mlp().layer, nn.CrossEntropy(), np.float64), RowsFeed(owner=last_rank)
-    progress = set_up(comm, network, 3, make=make).advance(feed, until=3)
+    method = set_up(comm, network, 3, make=make)
+    progress = method.advance(feed, until=3)
     batches = [feed.whole(step)[0] for step in range(3)]
     losses = [
         mlp_mean_gradient(buffer(network.layout, flat), batch)[0] * len(batch)
@@ -223,14 +224,14 @@ def check_feeds_in_turn(comm: Communicator, make: Make) -> None:
     """A method may be handed another feed at any time."""
     feeds = [RowsFeed(owner=by_label), RowsFeed(batch_size=ROWS)]
     method = set_up(comm, mlp(), 2, make=make)
-    start = buffer(method.params.layout, method.params.flat)
+    start = buffer(method.params.layout, method.whole().flat)
     for step, feed in enumerate(feeds):
         assert method.advance(feed, until=step + 1).samples == feed.batch_size
 
     def mean_gradient(params: FlatBuffer, step: int) -> FlatBuffer:
         return mlp_mean_gradient(params, feeds[step].whole(step)[0])[1]
 
-    assert_close(method.params, descend(start, SGD(), mean_gradient, 2, schedule), 1e-12)
+    assert_close(method.whole(), descend(start, SGD(), mean_gradient, 2, schedule), 1e-12)
 
 
 @every_method

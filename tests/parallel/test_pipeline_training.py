@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from parallel_cases import IMAGES, STEPS_PER_EPOCH, KeptKeys, RowsFeed, cnn, gpt, mlp, plan, same_on_all, schedule
+from parallel_cases import IMAGES, STEPS_PER_EPOCH, TEXT, KeptKeys, RowsFeed, cnn, gpt, mlp, plan, same_on_all, schedule
 from parallel_reference import Named, assert_close, descend
 from pipeline_cases import (
     CASES,
@@ -35,11 +36,12 @@ from mpitrain.parallel.pipeline.links import Edge, Links
 from mpitrain.parallel.synchronous import Synchronous
 
 TIED = {"tokens.weight"}
+RECOMPUTED = {"gpt, recomputed": (partial(gpt, recompute=True), TEXT)}
 
 
 def check_gradients(comm: Communicator, name: str, case: Case) -> None:
     """An epoch of a batch of 7 and one of 3 rows, in microbatches of which some are empty."""
-    build, dataset = MODELS[name]
+    build, dataset = (MODELS | RECOMPUTED)[name]
     network, recorder, feed = build(), StageRecorder(), RowsFeed(dataset)
     if not fits(case, network, comm.size):
         return
@@ -64,6 +66,11 @@ def check_gradients(comm: Communicator, name: str, case: Case) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_and_losses_are_those_of_one_rank(on_ranks, name, case):
     on_ranks(check_gradients, name, case)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_so_are_those_of_recomputed_blocks(on_ranks, schedule):
+    on_ranks(check_gradients, "gpt, recomputed", CASES[schedule])
 
 
 def check_trajectory(comm: Communicator, case: Case, name: str) -> None:

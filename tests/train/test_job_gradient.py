@@ -37,7 +37,12 @@ def job(method: str, steps: int = 4) -> Job:
 
 
 @pytest.mark.parametrize(
-    ("lines", "stage"), [('kind = "gradient"', 1), ('kind = "gradient"\nstage = 2\nmicrobatches = 3', 2)]
+    ("lines", "stage"),
+    [
+        ('kind = "gradient"', 1),
+        ('kind = "gradient"\nstage = 2\nmicrobatches = 3', 2),
+        ('kind = "gradient"\nstage = 3', 3),
+    ],
 )
 def test_a_line_chooses_the_method(lines: str, stage: int):
     def check(comm: Communicator) -> None:
@@ -52,7 +57,7 @@ def test_a_line_chooses_the_method(lines: str, stage: int):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ('kind = "gradient"\nstage = 3', "a.toml: method.stage: is too large; got 3; expected integer ≥ 1 and ≤ 2"),
+        ('kind = "gradient"\nstage = 4', "a.toml: method.stage: is too large; got 4; expected integer ≥ 1 and ≤ 3"),
         (
             "stage = 2",
             'method.stage: says what is divided, which kind = "data_parallel" does not; got 2; expected kind = ',
@@ -95,7 +100,7 @@ def test_a_run_goes_on_under_another_method_and_number_of_ranks(tmp_path: Path):
 
     run = tmp_path / "run"
     LocalWorld(2).run(lambda comm: trained(comm, 'kind = "data_parallel"', 2, run_dir=run))
-    resumed = LocalWorld(3).run(lambda comm: trained(comm, 'kind = "gradient"\nstage = 2', 4, resume=run))[0]
+    resumed = LocalWorld(3).run(lambda comm: trained(comm, 'kind = "gradient"\nstage = 3', 4, resume=run))[0]
     whole = LocalWorld(1).run(lambda comm: trained(comm, "", 4, run_dir=tmp_path / "whole"))[0]
     assert resumed["steps"] == whole["steps"] == 4
     assert resumed["metrics"]["test_loss"] == pytest.approx(whole["metrics"]["test_loss"], rel=1e-5)

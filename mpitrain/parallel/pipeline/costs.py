@@ -12,7 +12,7 @@ import numpy as np
 
 from mpitrain._typing import Array, Shape, Tree
 from mpitrain.arrays import Batch, FlatBuffer, Key
-from mpitrain.nn import Call, CausalAttention, Context, Layer, Network, Residual, Sequential
+from mpitrain.nn import Call, CausalAttention, Context, Layer, Network, Recompute, Residual, Sequential
 from mpitrain.nn.cutting import units
 
 _PER_VALUE = 8
@@ -92,6 +92,8 @@ def _count(layer: Layer, params: Tree, x: Array, call: Call) -> tuple[float, Arr
             work, x = _count(child, params.get(name, {}), x, call)
             total += work
         return total, x
+    if isinstance(layer, Recompute):
+        return _count(layer.layer, params, x, call)
     if isinstance(layer, Residual):
         branches = [_count(child, params.get(name, {}), x, call) for name, child in layer.children]
         y = branches[0][1]

@@ -79,6 +79,7 @@ class PipelineParallel(Synchronous):
 
     kind: ClassVar[Kind] = "sharded"
 
+    params: FlatBuffer
     grads: GradientBuffer
 
     def __init__(

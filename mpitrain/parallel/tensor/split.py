@@ -22,6 +22,7 @@ from mpitrain.nn import (
     Linear,
     Loss,
     PositionEmbedding,
+    Recompute,
     Residual,
     Sequential,
     Unembedding,
@@ -165,6 +166,8 @@ def _part(name: str, layer: Layer, portion: Portion, sequence: bool, heads: int 
     match layer:
         case Residual():
             return Residual(_part("inner", layer.children[0][1], portion, sequence, None))
+        case Recompute():
+            return Recompute(_part(name, layer.layer, portion, sequence, heads))
         case Sequential():
             return Sequential(**_divided(layer.children, portion, sequence))
         case Embedding():

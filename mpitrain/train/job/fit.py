@@ -101,8 +101,9 @@ def _mesh_and_method(job: Job) -> Iterator[Problem]:
         yield Problem("method.codec.kind", "does not go with mesh.tensor > 1", method.codec.kind, "no codec")
     if method.average_every:
         yield Problem("method.average_every", "does not go with mesh.tensor > 1", method.average_every, "0")
-    if mesh.sequence_parallel and method.kind == "gradient" and method.stage == 2:
-        yield Problem("mesh.sequence_parallel", "does not go with method.stage = 2", True, "false, or method.stage = 1")
+    if mesh.sequence_parallel and method.stage > 1:
+        what = f"does not go with method.stage = {method.stage}"
+        yield Problem("mesh.sequence_parallel", what, True, "false, or method.stage = 1")
     if job.reproducible:
         yield Problem("reproducible", "does not go with mesh.tensor > 1", True, "false")
 
@@ -123,5 +124,7 @@ def _reproducible(job: Job) -> Iterator[Problem]:
     if method.average_every:
         what = "gives another model on every number of ranks, so that no run of reproducible = true may use it"
         yield Problem("method.average_every", what, method.average_every, "0")
+    if method.stage == 3:
+        yield Problem("method.stage", "does not go with reproducible = true", method.stage, "1 or 2")
     if job.device == "gpu":
         yield Problem("device", "is not shown to be reproducible yet", job.device, '"cpu"')

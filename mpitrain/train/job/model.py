@@ -104,6 +104,11 @@ class Gpt(Model):
         0.0, description="Fraction of the embeddings, and of what each branch adds, that is dropped in training."
     )
     tied: bool = Field(True, description="Whether the last layer's table of tokens is the first one's.")
+    recompute: bool = Field(
+        False,
+        description="Whether the backward pass computes each block again instead of keeping its activations: less "
+        "memory, about a third more work, the same bits.",
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Yield what does not fit together."""

@@ -32,11 +32,14 @@ class MethodSection(Section):
     kind: Literal["data_parallel", "gradient", "pipeline"] = Field(
         "data_parallel",
         description="`data_parallel`: each rank holds the model and computes a share of each batch. `gradient`: the "
-        "same steps, with optimizer state, and in stage 2 gradients, divided among the ranks. `pipeline`: each rank "
-        "holds some of the layers, through which microbatches flow.",
+        "same steps, with optimizer state, from stage 2 on gradients, and in stage 3 parameters, divided among the "
+        "ranks. `pipeline`: each rank holds some of the layers, through which microbatches flow.",
     )
     stage: int = Field(
-        1, ge=1, le=2, description='Of `kind = "gradient"`: 1 divides the optimizer state, 2 the gradients too.'
+        1,
+        ge=1,
+        le=3,
+        description='Of `kind = "gradient"`: 1 divides the optimizer state, 2 the gradients too, 3 the parameters too.',
     )
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1"] = Field(
         "1f1b", description='Of `kind = "pipeline"`: the order in which a rank computes its microbatches.'
@@ -51,7 +54,8 @@ class MethodSection(Section):
     )
     bucket_bytes: Count = Field(
         4 << 20,
-        description="Largest piece in which gradients are reduced; a codec, and stage 1, reduce all at once.",
+        description="Largest piece in which gradients are reduced, and in stage 3 parameters gathered; a codec, and "
+        "stage 1, reduce all at once.",
     )
     average_every: int = Field(
         0,
