@@ -42,3 +42,8 @@ class Pool:
         """Take back an array that `take` lent; neither it nor a view of it may be used afterwards."""
         kind = (type(array).__module__.partition(".")[0], array.shape, array.dtype)
         self._free.setdefault(kind, []).append(array)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is free; between steps that is all there is."""
+        return sum(array.nbytes for free in list(self._free.values()) for array in free)
