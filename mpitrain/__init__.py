@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpitrain._errors import MpitrainError
     from mpitrain.arrays import Batch, FlatBuffer, Key, Layout, Segment
-    from mpitrain.comm import Communicator, LocalWorld, ProcessMesh, trace, world
+    from mpitrain.comm import Communicator, LocalWorld, Outcome, ProcessMesh, map_tasks, trace, world
     from mpitrain.data import Batches, Dataset
     from mpitrain.method import Method, Plan
     from mpitrain.nn import Layer, Model, Network
     from mpitrain.optim import Optimizer
-    from mpitrain.parallel import DataParallel, GradientParallel
+    from mpitrain.parallel import DataParallel, GradientParallel, PipelineParallel
     from mpitrain.train import Job, Trainer
 
 __version__ = "0.1.0.dev0"
@@ -39,10 +39,13 @@ _HOMES = {
     "MpitrainError": "_errors",
     "Network": "nn",
     "Optimizer": "optim",
+    "Outcome": "comm",
+    "PipelineParallel": "parallel",
     "Plan": "method",
     "ProcessMesh": "comm",
     "Segment": "arrays",
     "Trainer": "train",
+    "map_tasks": "comm",
     "trace": "comm",
     "world": "comm",
 }
@@ -65,10 +68,13 @@ __all__ = [
     "MpitrainError",
     "Network",
     "Optimizer",
+    "Outcome",
+    "PipelineParallel",
     "Plan",
     "ProcessMesh",
     "Segment",
     "Trainer",
+    "map_tasks",
     "trace",
     "world",
 ]

@@ -16,6 +16,7 @@ the input, 1 else.
     │   ├── MismatchError               ranks called different collectives
     │   ├── PeerError                   another rank failed
     │   └── AbortError                  the world was aborted while this rank waited
+    ├── TaskError (RuntimeError)        a task failed, whose value is asked for
     ├── NonFiniteError (ArithmeticError)
     └── StorageError (OSError)          a full disk, a read-only directory
 """
@@ -109,6 +110,10 @@ class PeerError(CommunicationError):
 
 class AbortError(CommunicationError):
     """The world was aborted while this rank waited."""
+
+
+class TaskError(MpitrainError, RuntimeError):
+    """The value of a task is asked for that failed."""
 
 
 class NonFiniteError(MpitrainError, ArithmeticError):

@@ -19,6 +19,7 @@ _COMMANDS = {
     "predict": "Apply a trained model to new inputs.",
     "report": "Write the report of a run again.",
     "run": "Train: run a job file on one rank, on N, or under mpirun and srun.",
+    "sweep": "Run a job over a grid of settings, each point on one rank.",
     "verify": "Show that a job on N ranks does what it does on one.",
 }
 

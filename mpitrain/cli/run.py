@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,15 +43,19 @@ def command(ranks: int | None, quiet: bool, exit_code: Path | None, **options: A
 
     Without -n this is one rank, or one of those that mpirun or srun has started.
     """
+    from mpitrain.train import Job
+
     if options["run_dir"] and options["resume"]:
         raise click.UsageError("--resume goes on in the run's own directory; leave out --run-dir.")
     check_no_launcher(ranks)
     if quiet:
         options["progress"] = "none"
     if ranks is None or ranks == 1:
-        _run_rank(exit_code, **options)
+        take_part(exit_code, lambda comm: _train(comm, **options))
     else:
-        sys.exit(_launch(ranks, options))
+        check_job_file(options["job"], ranks)
+        Job.load(options["job"], options["overrides"])  # a mistake in it ends here, in one line
+        sys.exit(launch(ranks, ["run", *_arguments(options)]))
 
 
 def check_no_launcher(ranks: int | None) -> None:
@@ -63,8 +68,16 @@ def check_no_launcher(ranks: int | None) -> None:
         )  # fmt: skip
 
 
-def _run_rank(exit_code: Path | None, **options: Any) -> None:
-    """Train as one rank of the world, and leave together with the others."""
+def take_part(exit_code: Path | None, work: Callable[[Communicator], int]) -> None:
+    """Work as one rank of the world, and leave together with the others.
+
+    Parameters
+    ----------
+    exit_code : Path, optional
+        Where the parent that has started the ranks looks for an exit code other than 0.
+    work : callable
+        Returns the exit code, the same on all ranks.
+    """
     from mpitrain.comm import abort_on_uncaught, leave_together, world
 
     signal.signal(signal.SIGUSR1, signal.default_int_handler)  # until training begins, there is nothing to save
@@ -72,7 +85,10 @@ def _run_rank(exit_code: Path | None, **options: Any) -> None:
     abort_on_uncaught(comm)
     try:
         with leave_together(comm):
-            _train(comm, **options)
+            code = work(comm)
+        if code:
+            comm.barrier()  # launchers end all ranks, rank 0 perhaps before it has spoken, once the first has left
+            sys.exit(code)
     except SystemExit as leaving:
         if exit_code is None or not hand_over(comm, leaving, exit_code):
             raise
@@ -81,18 +97,20 @@ def _run_rank(exit_code: Path | None, **options: Any) -> None:
 def _train(
     comm: Communicator, job: str, overrides: tuple[str, ...], run_dir: Path | None, resume: Path | None, as_json: bool,
     progress: str, width: int | None, trace: bool,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     from mpitrain.train import Observer, load_job, train_job
 
-    _check_job_file(job, comm.size)
+    check_job_file(job, comm.size)
     loaded = load_job(job, overrides, comm)
     watcher = observer(progress, width) if comm.rank == 0 else Observer()
     result = train_job(loaded, comm, run_dir=run_dir, resume=resume, observer=watcher, traced=trace)
     if comm.rank == 0:
         _print_result(result, as_json, trace)
+    return 0
 
 
-def _check_job_file(job: str, ranks: int) -> None:
+def check_job_file(job: str, ranks: int) -> None:
+    """Refuse a Python script in the place of a job file."""
     if Path(job).suffix == ".py":
         launcher = f"mpirun -n {ranks} " if ranks > 1 else ""
         raise JobError(
@@ -129,17 +147,22 @@ def _print_result(result: dict[str, Any], as_json: bool, traced: bool) -> None:
         click.echo(f"go on     mpitrain run {run_dir}/job.toml --resume {run_dir}")
 
 
-def _launch(ranks: int, options: dict[str, Any]) -> int:
-    """Start ``mpiexec`` with this command on ``ranks`` ranks and wait for it."""
-    from mpitrain.comm.launch import launch_command
-    from mpitrain.train import Job
+def launch(ranks: int, arguments: Sequence[str]) -> int:
+    """Start ``mpiexec`` with a command of ours on ``ranks`` ranks, wait for it, and return its exit code.
 
-    _check_job_file(options["job"], ranks)
-    Job.load(options["job"], options["overrides"])  # a mistake in it ends here, in one line
+    Parameters
+    ----------
+    ranks : int
+        How many.
+    arguments : sequence of str
+        Of the command line; ``--exit-code=FILE`` is added.
+    """
+    from mpitrain.comm.launch import launch_command
+
     with TemporaryDirectory(prefix="mpitrain-") as folder:
         told = Path(folder) / "exit-code"
-        arguments = ["run", *_arguments(options), f"--exit-code={told}"]
-        command_line, env = launch_command(ranks, [sys.executable, "-m", "mpitrain", *arguments])
+        argv = [sys.executable, "-m", "mpitrain", *arguments, f"--exit-code={told}"]
+        command_line, env = launch_command(ranks, argv)
         # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to stop at the next step.
         with subprocess.Popen(command_line, env=env, start_new_session=True) as child:
             _forward_signals(child)

@@ -11,6 +11,7 @@ from mpitrain.comm.local import LocalWorld
 from mpitrain.comm.mesh import Grid, ProcessMesh
 from mpitrain.comm.request import Request
 from mpitrain.comm.start import world
+from mpitrain.comm.tasks import Outcome, map_tasks
 from mpitrain.comm.tracing import trace
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "Ledger",
     "LocalWorld",
     "MpiCommunicator",
+    "Outcome",
     "ProcessMesh",
     "Request",
     "abort_on_uncaught",
@@ -31,6 +33,7 @@ __all__ = [
     "lane_reduce_scatter",
     "lane_sum",
     "leave_together",
+    "map_tasks",
     "trace",
     "world",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -116,6 +118,13 @@ class Communicator(Collectives, Messages):
         if part is not None:
             self._include(part)
         return part
+
+    def _executor(self) -> AbstractContextManager[Executor | None]:
+        """Return a block in which the other ranks serve rank 0, which gets an executor over them.  Collective.
+
+        The others get None, once rank 0 has left the block; so does rank 0 where nobody can serve it.
+        """
+        return nullcontext()
 
     # Shared memory and plans.
 

@@ -74,6 +74,11 @@ class LocalWorld:
         return results
 
 
+def alone() -> Communicator:
+    """Return a communicator of one rank, this thread, which takes no part in MPI: for serial work within a rank."""
+    return LocalCommunicator(Hub(1, rendezvous=False, timeout_s=0.0), (), (0,), 0, 1, Ledger())
+
+
 class LocalCommunicator(Communicator):
     """One rank of a `LocalWorld`, or of a part of it.
 

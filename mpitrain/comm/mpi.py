@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from typing import Any, NoReturn, cast
 
@@ -209,6 +210,14 @@ class MpiCommunicator(Communicator):
         window.Lock_all(MPI.MODE_NOCHECK)
         self._windows.append(window)
         return window.Sync
+
+    def _executor(self) -> AbstractContextManager[Executor | None]:
+        if self.size == 1:
+            return super()._executor()
+        from mpi4py.futures import MPICommExecutor  # which registers itself to be waited for at exit
+
+        found = MPICommExecutor(self._comm)
+        return cast("AbstractContextManager[Executor | None]", found)  # its stub names the wrong class
 
     def _split_node(self) -> Communicator:
         with _translated("node"):

@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 def broadcast(comm: Engine, obj: Any, root: int) -> Any:
     """Give the root's object to all: its length, then its bytes."""
     sends = comm.rank == root
-    data = _dump(obj) if sends else np.empty(0, np.uint8)
+    data = dump(obj) if sends else np.empty(0, np.uint8)
     length = comm._complete(prepare.broadcast("broadcast_object", _length(data), root, None, sends))
     data = data if sends else np.empty(int(length), np.uint8)
-    return _load(comm._complete(prepare.broadcast("broadcast_object", data, root, data, sends)))
+    return load(comm._complete(prepare.broadcast("broadcast_object", data, root, data, sends)))
 
 
 def gather(comm: Engine, obj: Any, root: int | None) -> list[Any] | None:
     """Collect one object from each rank: on the root, or on all if it is None."""
     operation = "allgather_object" if root is None else "gather_object"
-    data = _dump(obj)
+    data = dump(obj)
     lengths = comm._complete(
         prepare.gathering(operation, comm.rank, comm.size, _length(data), None, None, None)
     ).tolist()  # fmt: skip
     joined = comm._complete(prepare.gathering(operation, comm.rank, comm.size, data, lengths, None, root))
-    return None if joined is None else [_load(part) for part in np.split(joined, np.cumsum(lengths)[:-1])]
+    return None if joined is None else [load(part) for part in np.split(joined, np.cumsum(lengths)[:-1])]
 
 
 def scatter(comm: Engine, objects: Sequence[Any] | None, root: int) -> Any:
@@ -49,17 +49,17 @@ def scatter(comm: Engine, objects: Sequence[Any] | None, root: int) -> Any:
         if objects is None or len(objects) != comm.size:
             got = "None" if objects is None else f"{len(objects)} objects"
             raise InputError("unusable objects", operation=operation, got=got, expected=f"{comm.size}, one per rank")
-        whole = _dump(*objects, lengths=lengths)
+        whole = dump(*objects, lengths=lengths)
     lengths = comm._complete(prepare.broadcast(operation, lengths, root, None, comm.rank == root))
     if comm.rank != root:
         whole = prepare.placeholders(prepare.Spec(whole.dtype, (int(lengths.sum()),)), None)
     shares = tuple(lengths.tolist())
-    return _load(comm._complete(prepare.scatter(operation, comm.rank, comm.size, whole, root, shares, None)))
+    return load(comm._complete(prepare.scatter(operation, comm.rank, comm.size, whole, root, shares, None)))
 
 
 def send(comm: Engine, obj: Any, dest: int, tag: int) -> None:
     """Send an object: its length, then its bytes, which messages of one tag keep in order."""
-    data = _dump(obj)
+    data = dump(obj)
     for part in (_length(data), data):
         comm._complete(prepare.send("send_object", part, dest, tag))
 
@@ -68,10 +68,10 @@ def recv(comm: Engine, source: int, tag: int) -> Any:
     """Receive what `send` sent."""
     length = comm._complete(prepare.recv("recv_object", np.zeros((), np.int64), source, tag, None))
     data = np.empty(int(length), np.uint8)
-    return _load(comm._complete(prepare.recv("recv_object", data, source, tag, data)))
+    return load(comm._complete(prepare.recv("recv_object", data, source, tag, data)))
 
 
-def _dump(*objects: Any, lengths: Array | None = None) -> Array:
+def dump(*objects: Any, lengths: Array | None = None) -> Array:
     """Return the bytes of objects, one after the other, in memory that may be written to; fill in their lengths."""
     stream = io.BytesIO()
     for i, obj in enumerate(objects):
@@ -82,7 +82,8 @@ def _dump(*objects: Any, lengths: Array | None = None) -> Array:
     return np.frombuffer(stream.getbuffer(), np.uint8)
 
 
-def _load(data: Array) -> Any:
+def load(data: Array) -> Any:
+    """Return the object whose bytes a rank of this job has sent."""
     return pickle.loads(data.data)
 
 

@@ -143,20 +143,29 @@ def check_finite(
     """
     if good:
         return
-    bad = {number for part in parts for number, cut in part.shard.pieces if not finite(part.grads[cut])}
-    own: tuple[bool, set[int]] = own_part_finite(), bad
+    own: tuple[bool, list[str]] = own_part_finite(), _not_finite(parts)
     if across:
         found = across.allgather_object(own)
-        own = all(well for well, _ in found), set().union(*(numbers for _, numbers in found))
+        own = all(well for well, _ in found), [name for _, names in found for name in names]
     findings = comm.allgather_object(own)
     ranks = [rank for rank, (well, _) in enumerate(findings) if not well]
-    segments = parts[0].shard.layout.segments
-    names = [segments[number].name for number in sorted(set().union(*(found for _, found in findings)))]
+    names = dict.fromkeys(name for _, bad in findings for name in bad)
     raise NonFiniteError(
         f"the loss or gradient of step {step} is not finite",
         got=f"ranks whose own samples gave it: {ranks or 'none'}; tensors: {', '.join(names) or 'none'}",
         remedy="lower optimizer.lr, or set optimizer.clip_norm",
     )
+
+
+def _not_finite(parts: Sequence[Part]) -> list[str]:
+    """Return the names of the tensors whose gradients are not finite."""
+    found = [
+        (number, part.shard.layout.segments[number].name)
+        for part in parts
+        for number, cut in part.shard.pieces
+        if not finite(part.grads[cut])
+    ]
+    return [name for _, name in sorted(found)]
 
 
 def divide(parts: Sequence[Part], count: float) -> None:

@@ -70,9 +70,23 @@ class Sequential(_Container):
             dy = layer.backward_input(params.get(name, {}), child, dy, call)
         return dy
 
+    def backward_within(self, params: Tree, context: Context, dy: Array, call: Call) -> None:
+        """Do as `backward_input` where the input needs no gradient: no further than to the first parameters."""
+        context["gradients"] = gradients = []
+        for number, (name, layer, child) in enumerate(self._passes(context), start=1):
+            gradients.append(dy)
+            if number < len(self.children) - self._untrained:
+                dy = layer.backward_input(params.get(name, {}), child, dy, call)
+                continue
+            if isinstance(layer, Sequential):
+                layer.backward_within(params.get(name, {}), child, dy, call)
+            elif type(layer).backward is not Layer.backward:  # one that prepares there what its weights need
+                layer.backward_input(params.get(name, {}), child, dy, call)
+            return
+
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add the layers' gradients, from what `backward_input` kept."""
-        for (name, layer, child), gradient in zip(self._passes(context), context["gradients"], strict=True):
+        for (name, layer, child), gradient in zip(self._passes(context), context["gradients"], strict=False):
             layer.backward_weight(grads.get(name, {}), child, gradient, call)
 
     def backward(

@@ -66,7 +66,7 @@ class Network(Model):
         self, params: FlatBuffer, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
     ) -> tuple[float, float]:
         """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`."""
-        batch, count = self._prepared(batch, params), self.loss.count(batch)
+        batch, count = self.prepared(batch, params), self.loss.count(batch)
         call = self._call(
             batch.inputs, training=True, key=rng, index=batch.index, count=count, reduce=reduce,
             complete=grads.complete,
@@ -90,8 +90,8 @@ class Network(Model):
     def _outputs(self, params: FlatBuffer, inputs: Array) -> Array:
         """Return what the layer gives for ``inputs`` in evaluation mode; a new array."""
         parts = []
-        for rows in self._slices(inputs):
-            part = self._inputs(inputs[rows], params)
+        for rows in self.slices(inputs):
+            part = self.prepared_inputs(inputs[rows], params)
             outputs, context = self.layer.forward(params.tree, part, self._call(part))
             parts.append(outputs.copy())
             context.release()
@@ -100,8 +100,8 @@ class Network(Model):
 
     def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
         """Return the sums over the batch from which `metrics` follow."""
-        batch, total = self._prepared(batch, params), dict[str, Array]()
-        for rows in self._slices(batch.inputs):
+        batch, total = self.prepared(batch, params), dict[str, Array]()
+        for rows in self.slices(batch.inputs):
             part = batch.part(rows)
             sums = self.loss.sums(self._outputs(params, part.inputs), part)
             total = {name: total[name] + sums[name] for name in sums} if total else sums
@@ -111,19 +111,20 @@ class Network(Model):
         """Turn added `sums` into the loss's metrics."""
         return self.loss.metrics(sums)
 
-    def _slices(self, inputs: Array) -> Iterator[slice]:
+    def slices(self, inputs: Array) -> Iterator[slice]:
         """Yield the samples that are predicted at a time: one part of them at least, be it empty."""
         tokens = prod(inputs.shape[1:]) if self.layer.takes_indices else 1
         rows = max(1, min(_PREDICT_ROWS, _PREDICT_TOKENS // max(1, tokens)))
         return (slice(start, start + rows) for start in range(0, max(len(inputs), 1), rows))
 
-    def _prepared(self, batch: Batch, params: FlatBuffer) -> Batch:
+    def prepared(self, batch: Batch, params: FlatBuffer) -> Batch:
         """Return the batch in the parameters' library, its inputs as the layer takes them."""
         xp = namespace(params.flat)
+        inputs = self.prepared_inputs(batch.inputs, params)
         weights = None if batch.weights is None else xp.asarray(batch.weights)
-        return Batch(self._inputs(batch.inputs, params), xp.asarray(batch.targets), xp.asarray(batch.index), weights)
+        return Batch(inputs, xp.asarray(batch.targets), xp.asarray(batch.index), weights)
 
-    def _inputs(self, inputs: Array, params: FlatBuffer) -> Array:
+    def prepared_inputs(self, inputs: Array, params: FlatBuffer) -> Array:
         """Return the inputs contiguous, in the parameters' library, and unless they are indices in their dtype."""
         xp = namespace(params.flat)
         if inputs.dtype.kind not in "fiub":

@@ -1,9 +1,10 @@
-"""Synchronous methods: what is split names them (data; gradients and optimizer state; parameters to come)."""
+"""Synchronous methods: what is split names them (data; gradients and optimizer state; layers)."""
 
 from mpitrain.parallel.averaging import ModelAveraging
 from mpitrain.parallel.data import DataParallel
 from mpitrain.parallel.gradient import GradientParallel
 from mpitrain.parallel.lanes import LaneSteps
+from mpitrain.parallel.pipeline import PipelineParallel
 from mpitrain.parallel.reproducible import ReproducibleDataParallel, ReproducibleGradientParallel
 from mpitrain.parallel.synchronous import Synchronous, Tally
 
@@ -12,6 +13,7 @@ __all__ = [
     "GradientParallel",
     "LaneSteps",
     "ModelAveraging",
+    "PipelineParallel",
     "ReproducibleDataParallel",
     "ReproducibleGradientParallel",
     "Synchronous",

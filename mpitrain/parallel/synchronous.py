@@ -148,6 +148,11 @@ class Synchronous(Method):
         """Which shares of each batch this rank computes, each as (number, of how many)."""
         return ((self.comm.rank, self.comm.size),)
 
+    @property
+    def evaluation_shares(self) -> tuple[tuple[int, int], ...]:
+        """Which shares of what is evaluated this rank hands in."""
+        return self.shares
+
     def _own_shares(self, feed: Feed) -> list[Share]:
         """Return this rank's shares of a feed, which is cut once."""
         if self._feed is not feed:

@@ -35,14 +35,15 @@ def check_losses(wanted: Reduction) -> None:
     Raises
     ------
     InputError
-        It is seen to be reduced the other way.
+        It is seen to be reduced the other way: a term is a mean where none may be, or none is where one should.
     """
     for loss in _roots():
-        found = next(_reductions(loss.grad_fn), None)
-        if found is not None and found != wanted:
+        found = set(_reductions(loss.grad_fn))
+        if found and ("mean" in found) != (wanted == "mean"):
+            other = "sum" if wanted == "mean" else "mean"
             raise InputError(
-                f"the loss is a {found} over the batch", operation="DistributedOptimizer",
-                got=f"{found}-reduced loss", expected=f"{wanted}-reduced loss", remedy=_REMEDIES[wanted],
+                f"the loss is a {other} over the batch", operation="DistributedOptimizer",
+                got=f"{other}-reduced loss", expected=f"{wanted}-reduced loss", remedy=_REMEDIES[wanted],
             )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from mpitrain.train.observer import Observer
 from mpitrain.train.predictor import Predictor
 from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.session import load_job, train_job
+from mpitrain.train.sweep import sweep_job
 from mpitrain.train.trainer import Trainer
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "assemble",
     "job_reference",
     "load_job",
+    "sweep_job",
     "train_job",
 ]

@@ -32,10 +32,12 @@ from mpitrain.parallel import (
     DataParallel,
     GradientParallel,
     ModelAveraging,
+    PipelineParallel,
     ReproducibleDataParallel,
     ReproducibleGradientParallel,
     Synchronous,
 )
+from mpitrain.parallel.pipeline import counted
 from mpitrain.parallel.tensor import divided_network
 from mpitrain.train.cadence import Cadence
 from mpitrain.train.facts import Facts
@@ -123,21 +125,20 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     samples = load_samples(job)
     feed, axes = _batches(job, samples.train), axes_of(job, comm)
     _check_lanes(job, feed)
-    method = _method(job, axes)
+    model = build_model(job, samples.facts, axes.tensor)
+    method = _method(job, axes, model, samples.facts)
     steps_per_epoch = feed.share(*method.shares[0], job.method.microbatches).steps_per_epoch
     steps = job.train.steps or (job.train.epochs or 1) * steps_per_epoch
-    model = build_model(job, samples.facts, axes.tensor)
     method.setup(model, optimizer or job_optimizer(job), _plan(job, feed.batch_size, steps))
-    held_out = {
-        kind: partial(_evaluation_batches, part, job.dtype, method.shares) for kind, part in samples.held_out.items()
-    }
+    batches = partial(_evaluation_batches, dtype=job.dtype, shares=method.evaluation_shares)
+    held_out = {kind: partial(batches, part) for kind, part in samples.held_out.items()}
     title = (
         f"{job.name}: {model.layout.global_parameter_count:,} parameters, {len(samples.train):,} samples, "
         f"batches of {feed.batch_size}, {steps:,} steps on {_ranks(comm, axes)}"
     )
     cadence = _cadence(job, steps, steps_per_epoch)
     parts = Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
-    _check_metrics(job, parts, islice(held_out[parts.watched](), len(method.shares)))
+    _check_metrics(job, parts, islice(held_out[parts.watched](), len(method.evaluation_shares)))
     return parts
 
 
@@ -349,7 +350,7 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
     return Plan(Key(job.seed), course, steps, section.clip_norm, section.clip_value)
 
 
-def _method(job: Job, axes: Axes) -> Synchronous:
+def _method(job: Job, axes: Axes, model: Model, facts: Facts) -> Synchronous:
     section, on_gpu = job.method, job.device == "gpu"
     if job.lanes is not None:
         made = ReproducibleGradientParallel if section.kind == "gradient" else ReproducibleDataParallel
@@ -360,6 +361,10 @@ def _method(job: Job, axes: Axes) -> Synchronous:
         return GradientParallel(
             comm, across=axes.tensor, stage=section.stage, allocator=device if on_gpu else None, **options
         )
+    if section.kind == "pipeline":
+        costs = counted(model, facts.sample_shape) if isinstance(model, Network) else None
+        options |= {"schedule": section.schedule, "chunks": section.chunks, "costs": costs}
+        return PipelineParallel(comm, allocator=device if on_gpu else plain, **options)
     options["codec"] = make_codec(section.codec.kind, **section.codec.arguments()) if section.codec else None
     options["allocator"] = device if on_gpu else plain
     if section.average_every:

@@ -30,6 +30,8 @@ _MAY_CHANGE = (
     "data.path",  # what is there is compared
     "method.kind",  # the same steps, however they are divided
     "method.stage",
+    "method.schedule",
+    "method.chunks",
     "method.bucket_bytes",
     "mesh",  # likewise
     "train.steps",
@@ -68,6 +70,8 @@ def train_job(
     observer: Observer | None = None,
     on_phase: OnPhase | None = None,
     traced: bool = False,
+    blas_threads: int | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Train a job, keep the run, and return its result.
 
@@ -88,6 +92,11 @@ def train_job(
     traced : bool
         Write the timeline of all ranks to ``trace.json`` in the run directory (see `mpitrain.trace`); one that is there
         is replaced.
+    blas_threads : int, optional
+        Threads of BLAS on each rank of a job that is not reproducible.  Default: its share of the node's CPUs, as if
+        the ranks of ``comm`` were alone there.
+    report : bool
+        Write ``report.html``, which takes a second or two; ``mpitrain report`` can do so later.
 
     Returns
     -------
@@ -103,7 +112,7 @@ def train_job(
         if resume is not None and comm.rank == 0:
             _check_same_job(job, resume)
     parts = assemble(job, comm)
-    bits = settle_arithmetic(job, comm)
+    bits = settle_arithmetic(job, comm, blas_threads)
     directory = RunDirectory.create(comm, job.name, resume=resume) if resume is not None else None
     if directory:
         _check_same_data(parts, directory, comm)
@@ -118,10 +127,10 @@ def train_job(
     with _recording(comm, trainer, directory) if traced else nullcontext():
         _keep_what_runs(job, comm, trainer, directory, bits)
         stopped = trainer.run()
-        return _finish(job, comm, trainer, directory, stopped)
+        return _finish(job, comm, trainer, directory, stopped, report)
 
 
-def settle_arithmetic(job: Job, comm: Communicator) -> Fingerprint | None:
+def settle_arithmetic(job: Job, comm: Communicator, threads: int | None = None) -> Fingerprint | None:
     """Set the threads of BLAS, also of what came with the data set; return the fingerprint of a reproducible job.
 
     Notes
@@ -129,7 +138,7 @@ def settle_arithmetic(job: Job, comm: Communicator) -> Fingerprint | None:
     Collective.  A reproducible job has one thread a rank, unless the user set a thread variable: with a share of the
     CPUs, the bits would depend on the number of ranks.
     """
-    set_blas_threads(comm, 1 if job.reproducible else None)
+    set_blas_threads(comm, 1 if job.reproducible else threads)
     return agreed_fingerprint(comm, fingerprint()) if job.reproducible else None
 
 
@@ -139,20 +148,26 @@ def _recording(comm: Communicator, trainer: Trainer, directory: RunDirectory) ->
 
 def _check_same_job(job: Job, resume: Path) -> None:
     """Refuse to continue a run with a job whose trajectory would be another one."""
-    path = resume / "job.toml"
+    changed = differences(job, resume)
+    if changed:
+        raise JobError(
+            "the job is not the one that the run was started with", operation=f"resume {resume}", got=changed,
+            remedy=f"resume with {resume / 'job.toml'}, or start anew with train.warm_start",
+        )  # fmt: skip
+
+
+def differences(job: Job, run: Path) -> str:
+    """Return what keeps a run from going on with a job, in words; empty if nothing does, or there is no run."""
+    path = run / "job.toml"
     if not path.is_file():
-        return  # RunDirectory.create says what is wrong
+        return ""
     before, now = _flat(Job.load(path).model_dump()), _flat(job.model_dump())
     changed = [
         f"{key} = {now.get(key)!r}, the run has {before.get(key)!r}"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
     ]
-    if changed:
-        raise JobError(
-            "the job is not the one that the run was started with", operation=f"resume {resume}",
-            got="; ".join(changed[:5]), remedy=f"resume with {path}, or start anew with train.warm_start",
-        )  # fmt: skip
+    return "; ".join(changed[:5])
 
 
 def _check_same_data(parts: Assembly, directory: RunDirectory, comm: Communicator) -> None:
@@ -175,7 +190,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _newest(directory: RunDirectory, parts: Assembly, comm: Communicator) -> Checkpoint | None:
     """Open the newest checkpoint of a run; None if the run was killed before its first one, and starts anew."""
     newest = _agreed_path(comm, lambda: checkpoint.latest(directory.checkpoints))
-    return checkpoint.load(newest, comm, parts.method.params.layout) if newest else None
+    return checkpoint.load(newest, comm, parts.model.layout) if newest else None
 
 
 def _keep_what_runs(
@@ -207,7 +222,7 @@ def _warm_start(parts: Assembly, run: Path, comm: Communicator) -> None:
     found = _agreed_path(comm, lambda: checkpoint.best(directory) or checkpoint.latest(directory))
     if found is None:
         raise JobError(f"{run}: holds no checkpoint", operation="train.warm_start", expected="the directory of a run")
-    parts.method.load_parameters(checkpoint.load(found, comm, parts.method.params.layout).read)
+    parts.method.load_parameters(checkpoint.load(found, comm, parts.model.layout).read)
 
 
 def _agreed_path(comm: Communicator, find: Callable[[], Path | None]) -> Path | None:
@@ -220,8 +235,10 @@ def _agreed_path(comm: Communicator, find: Callable[[], Path | None]) -> Path | 
     return Path(path) if path else None
 
 
-def _finish(job: Job, comm: Communicator, trainer: Trainer, directory: RunDirectory, stopped: str) -> dict[str, Any]:
-    """Evaluate once more, write result and report."""
+def _finish(
+    job: Job, comm: Communicator, trainer: Trainer, directory: RunDirectory, stopped: str, report: bool
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate once more, write result and, if wanted, report."""
     metrics = {kind: trainer.final(kind) for kind in trainer.parts.held_out}
     numbers = {
         f"{kind}_{name}": value
@@ -245,16 +262,19 @@ def _finish(job: Job, comm: Communicator, trainer: Trainer, directory: RunDirect
     if "confusion" in metrics["test"]:
         result["confusion"] = metrics["test"]["confusion"].tolist()
         result["classes"] = list(trainer.parts.samples.train.class_names)
-    return _keep(result, comm, directory, trainer.observer)
+    return _keep(result, comm, directory, trainer.observer if report else None)
 
 
-def _keep(result: dict[str, Any], comm: Communicator, directory: RunDirectory, observer: Observer) -> dict[str, Any]:
-    """Write result and report, which is made from the result and then named in it."""
+def _keep(
+    result: dict[str, Any], comm: Communicator, directory: RunDirectory, observer: Observer | None
+) -> dict[str, Any]:  # fmt: skip
+    """Write the result, and if somebody observes it the report, which is made from the result and then named in it."""
     with agree(comm):
         if comm.rank == 0:
             directory.write_result(result)
-            with comm.phase("report"):
-                result["report"] = _report(directory, observer)
+            if observer is not None:
+                with comm.phase("report"):
+                    result["report"] = _report(directory, observer)
             keep = directory.finish if result["completed"] else directory.write_result
             keep(result)
     kept: dict[str, Any] = comm.broadcast_object(result)  # each rank has a clock of its own

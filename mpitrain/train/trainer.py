@@ -192,7 +192,7 @@ class Trainer:
             self.method.step,
             State(state.pieces, scalars),
             self.comm,
-            self.method.params.layout,
+            self.parts.model.layout,
             score=score,
             keep=self.job.train.checkpoint.keep,
             on_phase=self._on_phase,

@@ -127,6 +127,10 @@ def mean_with_penalty(run):
     (loss_sum(run.module, *samples("mlp"), "mean") + 0.1 * run.weight.square().sum()).backward()
 
 
+def penalty_before_mean(run):
+    (run.weight.square().sum() + loss_sum(run.module, *samples("mlp"), "mean")).backward()
+
+
 def written_out_mean(run):
     run.module(samples("mlp")[0]).square().mean().backward()
 
@@ -179,6 +183,7 @@ MISUSE = {
     silent_clip: "clip_grad_norm_: called inside no_sync",
     mean_loss: 'the loss is a mean.*reduction="sum"',
     mean_with_penalty: 'the loss is a mean.*reduction="sum"',
+    penalty_before_mean: "the loss is a mean",
     written_out_mean: "the loss is a mean",
     edited: r"changed in place.*opt\.edit",
     moved: "lie elsewhere",

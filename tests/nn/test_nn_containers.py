@@ -95,3 +95,39 @@ def test_what_is_overwritten_first_is_added_to_by_whoever_shares_it(tied):
             network.loss_and_gradients(params, Batch(tokens[:, :-1], tokens[:, 1:], np.arange(3)), grads, Key(0))
     assert np.linalg.norm(added.views["head.weight"]) > 0
     np.testing.assert_array_equal(fresh.flat, added.flat)
+
+
+def split(network: Network) -> FlatBuffer:
+    """The gradients by `backward_within` and `backward_weight`, as the first stage of a pipeline has them."""
+    params, grads = FlatBuffer(network.layout), FlatBuffer(network.layout)
+    network.initialise(params, Key(1))
+    batch = network.prepared(rows(), params)
+    call = nn.Call(training=True, index=batch.index)
+    outputs, context = network.layer.forward(params.tree, batch.inputs, call)
+    _, loss_context = network.loss.forward(outputs, batch, network.pool)
+    dy = network.loss.backward(loss_context)
+    network.layer.backward_within(params.tree, context, dy, call)
+    network.layer.backward_weight(grads.tree, context, dy, call)
+    return grads
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.Flatten(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)),
+        (nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))), nn.Linear(4, 2)),
+        (nn.Flatten(), nn.Residual(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))), nn.Linear(6, 2)),
+    ],
+)
+def test_the_gradients_of_weights_need_none_of_the_input(layers):
+    network = Network(nn.Sequential(*layers), nn.CrossEntropy(), np.float64)
+    expected = FlatBuffer(network.layout)
+    gradients(network, expected)
+    assert np.linalg.norm(expected.flat) > 0
+    np.testing.assert_array_equal(split(network).flat, expected.flat)
+
+
+def test_within_no_gradient_of_the_input_is_computed():
+    first, second = Spy(6, 4), Spy(4, 2)
+    split(Network(nn.Sequential(Refuses(), nn.Sequential(first, nn.ReLU()), second), nn.CrossEntropy(), np.float64))
+    assert (first.asked, second.asked) == (False, True)

@@ -108,7 +108,7 @@ def test_all_problems_are_listed_a_line_each():
     text = TOML.replace("lr = 1", "lr = '1'").replace("[data]", "sead = 1\n[data]")
     assert message("train.batch_size=0", "method.kind=[]", text=text).splitlines() == [
         'a.toml: optimizer.lr: is not a number; got "1"; expected number > 0',
-        '--set: method.kind: is not one of the choices; got []; expected "data_parallel" or "gradient"',
+        '--set: method.kind: is not one of the choices; got []; expected "data_parallel" or "gradient" or "pipeline"',
         '--set: train.batch_size: is not a batch size; got 0; expected integer ≥ 1 or "full"',
         "a.toml: sead: unknown key; expected one of name, seed, dtype, device, reproducible, lanes, data, model, "
         'optimizer, method, mesh, train; did you mean "seed"?',
@@ -169,7 +169,7 @@ def test_all_problems_are_listed_a_line_each():
         ("model={kind='gpt', layer=2}", 'did you mean "layers"?'),
         ("model={kind='gpt', tied='no'}", 'model.tied: is neither true nor false; got "no"'),
         ("data.valid=0.8", "data.valid: leaves nothing to train on; got 0.8; expected less than 0.8"),
-        ("reproducible=true", "reproducible: unknown key"),
+        ("repeatable=true", "repeatable: unknown key"),
     ],
 )
 def test_one_problem_is_named_with_its_key_and_what_is_allowed(override: str, expected: str):

@@ -59,7 +59,10 @@ def test_a_line_chooses_the_method(lines: str, stage: int):
         ),
         ('kind = "gradient"\ncodec = "fp16"', "method.codec.kind: gives every rank all gradients, which kind = "),
         ('kind = "gradient"\naverage_every = 2', "method.average_every: averages whole models, of which kind = "),
-        ('kind = "gradients"', 'got "gradients"; expected "data_parallel" or "gradient"; did you mean "gradient"?'),
+        (
+            'kind = "gradients"',
+            'got "gradients"; expected "data_parallel" or "gradient" or "pipeline"; did you mean "gradient"?',
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(lines: str, message: str):

@@ -89,12 +89,13 @@ def override(tables: dict[str, Any], overrides: Iterable[str]) -> tuple[dict[str
                 "cannot be understood", operation=f"--set {setting}", expected="KEY=VALUE, e.g. optimizer.lr=0.01"
             )
         tables = _without(tables, _EXCLUDED_BY.get(key, "").split("."))
-        tables = _with(tables, key.split("."), _value(text), setting)
+        tables = _with(tables, key.split("."), read_value(text), setting)
         keys.append(key)
     return tables, keys
 
 
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
+    """Return what a value on the command line means: TOML, or else a string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):

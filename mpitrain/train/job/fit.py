@@ -89,6 +89,12 @@ def _mesh_and_model(job: Job) -> Iterator[Problem]:
 
 def _mesh_and_method(job: Job) -> Iterator[Problem]:
     mesh, method = job.mesh, job.method
+    if method.kind == "pipeline":
+        axis = "tensor" if mesh.divides_model else "data"
+        if mesh.divides_model or mesh.data:
+            what = 'does not go with method.kind = "pipeline", which puts all ranks into one pipeline'
+            yield Problem(f"mesh.{axis}", what, getattr(mesh, axis), "no mesh")
+        return
     if not mesh.divides_model:
         return
     if method.codec:
@@ -109,6 +115,8 @@ def _reproducible(job: Job) -> Iterator[Problem]:
         return
     if lanes is not None and batch_size != "full" and lanes > batch_size:
         yield Problem("lanes", "is more than the samples of a batch", lanes, f"at most train.batch_size = {batch_size}")
+    if method.kind == "pipeline":
+        yield Problem("reproducible", 'does not go with method.kind = "pipeline"', True, "false")
     if method.codec:
         what = "rounds by what each rank has, so that no run of reproducible = true may use it"
         yield Problem("method.codec.kind", what, method.codec.kind, "no codec")

@@ -29,15 +29,26 @@ def _batch_size(value: Any) -> int | Literal["full"]:
 class MethodSection(Section):
     """How gradients become parameters on many ranks."""
 
-    kind: Literal["data_parallel", "gradient"] = Field(
+    kind: Literal["data_parallel", "gradient", "pipeline"] = Field(
         "data_parallel",
         description="`data_parallel`: each rank holds the model and computes a share of each batch. `gradient`: the "
-        "same steps, with optimizer state, and in stage 2 gradients, divided among the ranks.",
+        "same steps, with optimizer state, and in stage 2 gradients, divided among the ranks. `pipeline`: each rank "
+        "holds some of the layers, through which microbatches flow.",
     )
     stage: int = Field(
         1, ge=1, le=2, description='Of `kind = "gradient"`: 1 divides the optimizer state, 2 the gradients too.'
     )
-    microbatches: Count = Field(1, description="Parts that a batch is computed in, one after the other: less memory.")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1"] = Field(
+        "1f1b", description='Of `kind = "pipeline"`: the order in which a rank computes its microbatches.'
+    )
+    chunks: Count = Field(
+        1, description='Of `schedule = "interleaved"`: stages of each rank; microbatches divide by the ranks.'
+    )
+    microbatches: Count = Field(
+        1,
+        description="Parts that a batch is computed in, one after the other: less memory. A pipeline needs several "
+        "times as many as ranks.",
+    )
     bucket_bytes: Count = Field(
         4 << 20,
         description="Largest piece in which gradients are reduced; a codec, and stage 1, reduce all at once.",
@@ -52,20 +63,26 @@ class MethodSection(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Yield what does not fit together."""
-        divides, data_parallel = self.kind == "gradient", 'kind = "data_parallel"'
+        divides, data_parallel = self.kind != "data_parallel", 'kind = "data_parallel"'
         if self.codec and self.average_every:
             what = "compresses gradients, which average_every > 0 does not send"
             yield Problem("codec.kind", what, self.codec.kind, "average_every = 0")
         if self.codec and divides:
-            what = 'gives every rank all gradients, which kind = "gradient" divides'
+            what = f'gives every rank all gradients, which kind = "{self.kind}" divides'
             yield Problem("codec.kind", what, self.codec.kind, data_parallel)
         if self.average_every and divides:
-            what = 'averages whole models, of which kind = "gradient" updates parts'
+            what = f'averages whole models, of which kind = "{self.kind}" updates parts'
             yield Problem("average_every", what, self.average_every, data_parallel)
-        if self.stage != 1 and not divides:
-            yield Problem(
-                "stage", f"says what is divided, which {data_parallel} does not", self.stage, 'kind = "gradient"'
-            )
+        if self.stage != 1 and self.kind != "gradient":
+            what = f'says what is divided, which kind = "{self.kind}" does not'
+            yield Problem("stage", what, self.stage, 'kind = "gradient"')
+        yield from self._pipeline_problems()
+
+    def _pipeline_problems(self) -> Iterator[Problem]:
+        if self.schedule != "1f1b" and self.kind != "pipeline":
+            yield Problem("schedule", "is the order of a pipeline", self.schedule, 'kind = "pipeline"')
+        if self.chunks != 1 and self.schedule != "interleaved":
+            yield Problem("chunks", "are stages that only one schedule has", self.chunks, 'schedule = "interleaved"')
 
 
 def _either(section: Section, first: str, second: str) -> Iterator[Problem]:

@@ -1,0 +1,306 @@
+"""Pipeline-parallel SGD: the model is cut into stages, one rank or more apart, and microbatches flow through them.
+
+What is computed, and in which order a rank does so, is the schedule's; the method says what belongs to whom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mpitrain._errors import InputError
+from mpitrain._names import did_you_mean
+from mpitrain._typing import Array
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Key, Layout, namespace, plain
+from mpitrain.arrays.flatbuffer import sha256
+from mpitrain.comm import Communicator, ProcessMesh
+from mpitrain.method.method import Plan
+from mpitrain.method.state import Kind, State
+from mpitrain.method.steps import (
+    Part,
+    Reach,
+    add_sums,
+    all_finite,
+    clip,
+    divide,
+    reduce_gradients,
+    update,
+    verify_replicas,
+)
+from mpitrain.nn import Call, Network, Sequential
+from mpitrain.nn.cutting import part, units
+from mpitrain.nn.model import Model, Reduce
+from mpitrain.optim import Optimizer
+from mpitrain.parallel.pipeline.cuts import partition
+from mpitrain.parallel.pipeline.executor import Executor
+from mpitrain.parallel.pipeline.links import Links
+from mpitrain.parallel.pipeline.schedule import Sizes
+from mpitrain.parallel.pipeline.schedules import FAMILIES
+from mpitrain.parallel.pipeline.stages import Microbatch, Stages
+from mpitrain.parallel.pipeline.ties import Ties
+from mpitrain.parallel.pipeline.validator import validate
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
+
+
+class PipelineParallel(Synchronous):
+    """Synchronous SGD with the layers of the model divided among the ranks.
+
+    Parameters
+    ----------
+    where : Communicator or ProcessMesh
+        A communicator: its ranks make up the pipeline.  A mesh with the axes ``pipe`` and ``data``: each pipeline takes
+        a share of each batch, and gradients of a stage are summed over ``data``.
+    schedule : str
+        Name in `FAMILIES`.
+    chunks : int
+        Stages of each rank.
+    microbatches : int
+        Into how many parts a batch is cut, each of which passes through all stages.  BatchNorm normalises each by
+        itself, as in all methods.
+    costs : sequence of float, optional
+        Of each unit (`mpitrain.nn.cutting.units`), by which the stages are balanced; rank 0's count.  None: the number
+        of its parameters.
+    bucket_bytes : int
+        Largest piece in which gradients are reduced over ``data``.
+    allocator : Allocator
+        Where parameters, gradients and optimizer state live.
+
+    Notes
+    -----
+    Collective, as are all methods; the ranks of a pipeline see the same batches when they train.  Cost of a step, for v
+    chunks, m microbatches on p ranks: 2 (pv − 1) m messages over all ranks; the gradients of tensors that are tied
+    across stages; and an allreduce of five numbers.  The overhead is that of the schedule.  A rank keeps parameters,
+    gradients and optimizer state of its stages alone, and the activations of as many microbatches as the schedule says.
+    """
+
+    kind: ClassVar[Kind] = "sharded"
+
+    grads: GradientBuffer
+
+    def __init__(
+        self,
+        where: Communicator | ProcessMesh,
+        *,
+        schedule: str = "1f1b",
+        chunks: int = 1,
+        microbatches: int = 1,
+        costs: Sequence[float] | None = None,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        allocator: Allocator = plain,
+    ) -> None:
+        comm, self.pipe, self.data = _axes(where)
+        super().__init__(comm, microbatches, bucket_bytes, allocator)
+        if schedule not in FAMILIES:
+            raise InputError(
+                "no such schedule", operation="PipelineParallel", got=repr(schedule), expected=", ".join(FAMILIES),
+                remedy=did_you_mean(schedule, FAMILIES),
+            )  # fmt: skip
+        self.sizes = Sizes(self.pipe.size, chunks, microbatches)
+        self.schedule = FAMILIES[schedule].schedule(self.sizes)
+        validate(self.schedule)
+        self.costs: Sequence[float] | None = comm.broadcast_object(costs)
+        self._ties: Ties | None = None
+
+    def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:
+        """See `Method.setup`.
+
+        Raises
+        ------
+        InputError
+            The model is not a `Network` of a `Sequential`, or has fewer units than there are stages.
+        """
+        if not isinstance(model, Network) or not isinstance(model.layer, Sequential):
+            got = type(model.layer).__name__ if isinstance(model, Network) else type(model).__name__
+            raise InputError(
+                "the model cannot be cut into stages", operation="PipelineParallel", got=got,
+                expected="a Network of a Sequential", remedy="put its layers into a Sequential, or take another method",
+            )  # fmt: skip
+        self._network, self._layers = model, model.layer
+        super().setup(model, optimizer, plan)
+
+    def _allocate(self, layout: Layout) -> None:
+        layers = [part(self._layers, *cut) for cut in pairwise(self._cuts())]
+        names = [frozenset(layout.ties.get(each.name, each.name) for each in layer.parameters()) for layer in layers]
+        held = [frozenset().union(*(names[s] for s in self.sizes.stages_of(rank))) for rank in range(self.sizes.ranks)]
+        if self._ties:
+            self._ties.free()
+        self._ties = Ties(self.pipe, held)
+        self.params = FlatBuffer(layout.select(held[self.pipe.rank]), self._allocator)
+        self.grads = GradientBuffer(self.params.layout, self._allocator)
+        whole, copies = self.params.layout.whole(), self._ties.copies
+        state = self.optimizer.init(whole, self._allocator)
+        self.parts = (Part(whole, self.params.flat, self.grads.flat, state),)
+        numbers = (number for number, segment in enumerate(self.params.layout) if segment.name in copies)
+        self._over_stages = Reach((self.pipe,), frozenset(numbers))
+        own = {stage: layers[stage] for stage in self.sizes.stages_of(self.pipe.rank)}
+        links = Links(self.pipe, self.sizes, self._network.pool, namespace(self.params.flat), layout.dtype)
+        self.executor = Executor(self.pipe, self.sizes, Stages(self._network, own, self.params), links)
+
+    def _cuts(self) -> tuple[int, ...]:
+        """Return which units each stage begins and ends with."""
+        row = units(self._layers)
+        costs = self.costs
+        if costs is None:
+            costs = [1 + sum(np.prod(each.shape, dtype=int) for each in layer.parameters()) for _, layer in row]
+        if len(costs) != len(row):
+            what = "there is not one cost a layer"
+            raise InputError(what, operation="PipelineParallel", got=len(costs), expected=len(row))
+        return partition(costs, self.sizes.stages)
+
+    def _initialise(self) -> None:
+        self.model.initialise(self.params, self.plan.key.child("init"))
+        assert self._ties
+        self._ties.publish(self.params)
+        if self.data:
+            verify_replicas(self.data, self.params)
+
+    @property
+    def shares(self) -> tuple[tuple[int, int], ...]:
+        """The share of this rank's pipeline, see `Synchronous.shares`."""
+        return ((self.data.rank, self.data.size) if self.data else (0, 1),)
+
+    @property
+    def evaluation_shares(self) -> tuple[tuple[int, int], ...]:
+        """A share for each rank, see `Synchronous.evaluation_shares`."""
+        return ((self.comm.rank, self.comm.size),)
+
+    def _train_step(self, microbatches: list[Batch]) -> Tally:
+        phase = self.comm.phase
+        with phase("gradients"):
+            own = self._gradients(microbatches, self.grads, self._reduce if self.data else None)
+        with phase("reduce"):
+            self._reduce_gradients()
+        with phase("check"):
+            total = self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts))))
+            self._check_finite(not total.bad, microbatches)
+        self.step += 1
+        with phase("update"):
+            divide(self.parts, total.count)
+            clip(self.parts, self.plan, self._over_stages)
+            update(self.optimizer, self.parts, self.plan, self.step)
+        return total
+
+    def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
+        """Pass the microbatches through the pipeline; its last rank tells of loss and count.  Collective over it."""
+        grads.zero()
+        rng = self.plan.key.child("train").at(self.step)
+        ready = [
+            self._ready(batch, True, rng.child(f"microbatch{number}"), reduce)
+            for number, batch in enumerate(microbatches)
+        ]
+        loss_sum = self.executor.train(self.schedule, ready, grads)
+        grads.end_pass()
+        tally = Tally(stops=float(self._stop), bad=float(not np.isfinite(loss_sum)))
+        if self.pipe.rank == self._last_rank:
+            samples = float(sum(len(batch) for batch in microbatches))
+            tally = replace(tally, loss=loss_sum, count=sum(each.call.count for each in ready), samples=samples)
+        return tally
+
+    def _ready(self, batch: Batch, training: bool, key: Key, reduce: Reduce | None = None) -> Microbatch:
+        """Return a batch with the surroundings of its passes."""
+        batch = self._network.prepared(batch, self.params)
+        count = self._network.loss.count(batch)
+        xp = namespace(self.params.flat)
+        return Microbatch(batch, Call(xp, self._network.pool, training, key, batch.index, count, reduce))
+
+    def _reduce_gradients(self) -> None:
+        """Sum the gradients of tied tensors over the stages, and all over the pipelines."""
+        assert self._ties
+        self._ties.sum(self.grads.buffer)
+        if self.data:
+            reduce_gradients(self.data, self.grads.buffer, self.params.layout.buckets(self.bucket_bytes))
+
+    def _reduce(self, array: Array) -> Array:
+        assert self.data
+        self.data.allreduce(array, out=array)
+        return array
+
+    @property
+    def _last_rank(self) -> int:
+        """The rank of the pipeline that has the last stage."""
+        return self.sizes.ranks - 1
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """See `Method.evaluate`: each rank hands in its own batches, all of which pass through the pipeline."""
+        total: dict[str, Array] | None = None
+        for round_ in self._rounds(batches):
+            parts = [batch.part(rows) for batch in round_ for rows in self._network.slices(batch.inputs)]
+            ready = [self._ready(each, False, self.plan.key) for each in parts]
+            for outputs, microbatch in zip(self.executor.outputs(ready), ready, strict=False):  # none on other ranks
+                total = add_sums(total, self._network.loss.sums(outputs, microbatch.batch))
+        sums: dict[str, Array] | None = self.pipe.broadcast_object(total, self._last_rank)
+        if sums is None:
+            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
+        return self.model.metrics(self.data.allreduce(sums) if self.data else sums)
+
+    def _rounds(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+        """Yield the next batch of every rank of the pipeline, until no rank has one."""
+        own = iter(batches)
+        while True:
+            found = [batch for batch in self.pipe.allgather_object(next(own, None)) if batch is not None]
+            if not found:
+                return
+            yield found
+
+    def predict(self, inputs: Array) -> Array:
+        """See `Method.predict`: the first rank's inputs, which all ranks hand in alike."""
+        count = len(inputs)
+        zeros = np.zeros(count, np.int64)
+        batch = Batch(inputs, zeros, zeros)
+        ready = [self._ready(batch.part(rows), False, self.plan.key) for rows in self._network.slices(inputs)]
+        shape = self.executor.shapes(ready[0])[-1]
+        outputs: Array = namespace(self.params.flat).empty((count, *shape), self.params.layout.dtype)
+        start = 0
+        for found in self.executor.outputs(ready):
+            outputs[start : start + len(found)] = found
+            start += len(found)
+        self.pipe.broadcast(outputs, self._last_rank, out=outputs)
+        return outputs
+
+    def state(self) -> State:
+        """See `Method.state`: a tied tensor is its first holder's, and of equal pipelines the first one speaks."""
+        found = super().state()
+        assert self._ties
+        copies = self._ties.copies if self.data is None or self.data.rank == 0 else frozenset(self._ties.owners)
+        return State(tuple(p for p in found.pieces if p.name.partition("/")[2] not in copies), found.scalars)
+
+    def weights_sha256(self) -> str:
+        """See `Method.weights_sha256`: tensor by tensor through the first rank."""
+        layout, digest = self.model.layout, ""
+        names = sorted(segment.name for segment in layout)
+        if self.pipe.rank == 0:
+            digest = sha256(self._fetched(name) for name in names)
+        else:
+            for name in names:
+                if self._owner(name) == self.pipe.rank:
+                    self.pipe.send(self.params.views[name], 0)
+        found: str = self.pipe.broadcast_object(digest)
+        return found
+
+    def _fetched(self, name: str) -> Array:
+        """Return the values of a tensor, on the pipeline's first rank."""
+        owner = self._owner(name)
+        if owner == 0:
+            return self.params.views[name]
+        xp, segment = namespace(self.params.flat), self.model.layout[name]
+        received: Array = self.pipe.recv(xp.empty(segment.shape, self.params.layout.dtype), owner)
+        return received
+
+    def _owner(self, name: str) -> int:
+        assert self._ties
+        return self._ties.owners[name]
+
+
+def _axes(where: Communicator | ProcessMesh) -> tuple[Communicator, Communicator, Communicator | None]:
+    """Return the communicators of all ranks, along a pipeline, and over equal pipelines if there are several."""
+    if isinstance(where, Communicator):
+        return where, where, None
+    mesh = where
+    if not {"pipe"} <= set(mesh) <= {"data", "pipe"}:
+        axes = ", ".join(mesh)
+        raise InputError("the mesh does not fit", operation="PipelineParallel", got=axes, expected="pipe, and data")
+    return mesh.comm, mesh["pipe"], mesh["data"] if mesh.shape.get("data", 1) > 1 else None

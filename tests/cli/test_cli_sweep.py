@@ -1,0 +1,154 @@
+"""``mpitrain sweep``: a grid of serial runs on several ranks, failures, and a second start."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from commands import JOB, mpitrain, started, write_job
+from threadpoolctl import threadpool_limits
+
+from mpitrain._errors import JobError
+from mpitrain.comm.local import alone
+from mpitrain.train import sweep_job
+from mpitrain.train.sweep import parse_grid
+
+SMALL = JOB.replace("hidden = [12]", "hidden = [6]").replace("steps = 24", "steps = 12")
+GRID_TEXTS = ("optimizer.lr=0.05,0.001,1e30", "model.hidden=[5],[4, 3]")
+GRID = tuple(f"--grid={text}" for text in GRID_TEXTS)
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory):
+    """A sweep of four points that run and two that fail, in ``sweeps/job``, and what its first start ended with."""
+    folder = tmp_path_factory.mktemp("sweep")
+    write_job(folder, SMALL)
+    return folder, mpitrain("sweep", "job.toml", "-n", "3", *GRID, "--json", cwd=folder)
+
+
+def by_settings(summary):
+    return {(p["settings"]["optimizer.lr"], *p["settings"]["model.hidden"]): p for p in summary["points"]}
+
+
+def test_all_points_are_kept_and_failed_ones_told(sweeps):
+    folder, done = sweeps
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    summary = done.result
+    assert summary == json.loads((folder / "sweeps" / "job" / "sweep.json").read_text())
+    assert (summary["job"], summary["ranks"], summary["metric"]) == ("job", 3, "test_loss")
+    points = by_settings(summary)
+    assert points.keys() == {(lr, *hidden) for lr in (0.05, 0.001, 1e30) for hidden in ([5], [4, 3])}
+    for (lr, *_), point in points.items():
+        assert point["status"] == ("failed" if lr == 1e30 else "done")
+        assert point["rank"] in range(3)
+        assert (point["error"] is None) == (lr != 1e30)
+    assert "is not finite" in points[1e30, 5]["error"]
+    told = [line for line in done.err.splitlines() if " on rank " in line]
+    assert len(told) == 6
+
+
+def test_points_are_sorted_by_the_metric_of_the_job(sweeps):
+    values = [point["value"] for point in sweeps[1].result["points"]]
+    assert values[:4] == sorted(values[:4])
+    assert values[4:] == [None, None]
+
+
+def test_a_point_is_the_serial_run_with_its_settings(sweeps):
+    folder, done = sweeps
+    point = by_settings(done.result)[0.05, 4, 3]
+    alone = mpitrain("run", "job.toml", "--set=optimizer.lr=0.05", "--set=model.hidden=[4,3]", "--json", "--quiet",
+                     cwd=folder)  # fmt: skip
+    kept = json.loads((Path(point["run_dir"]) / "result.json").read_text())
+    assert kept["weights_sha256"] == alone.result["weights_sha256"]
+    assert point["metrics"] == alone.result["metrics"]
+    assert point["value"] == alone.result["metrics"]["test_loss"]
+    assert kept["ranks"] == 1
+    assert kept["report"] is None
+
+
+def test_a_second_start_skips_what_is_done(sweeps):
+    folder, first = sweeps
+    before = {point["run_dir"]: (Path(point["run_dir"]) / "COMPLETED").stat().st_mtime_ns
+              for point in first.result["points"] if point["status"] == "done"}  # fmt: skip
+    wider = mpitrain("sweep", "job.toml", *GRID[1:], "--grid=optimizer.lr=0.02,0.05,0.001", cwd=folder)
+    assert wider.code == 0, wider.err
+    assert [line.partition("  ")[0] for line in wider.err.splitlines()] == [
+        "model.hidden=[5] optimizer.lr=0.02",
+        "model.hidden=[4, 3] optimizer.lr=0.02",
+    ]
+    assert {run: (Path(run) / "COMPLETED").stat().st_mtime_ns for run in before} == before
+    title, *rows = wider.out.splitlines()
+    assert title.startswith("job: 6 points, by test_loss")
+    assert sum("done" in row for row in rows) == 6
+    assert "\x1b" not in wider.out
+
+
+def test_points_have_the_threads_of_their_rank(tmp_path, monkeypatch):
+    for name in ("OMP", "OPENBLAS", "MKL", "BLIS"):
+        monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)
+    crashed = tmp_path / "sweep" / "seed=3"
+    crashed.mkdir(parents=True)
+    (crashed / "environment.json").write_text("{")  # before there is a job.toml, there is no run
+    with threadpool_limits(1):  # as on a rank that shares its CPUs with others, which a serial run knows nothing of
+        sweep_job(write_job(tmp_path, SMALL), [], {"seed": [3]}, alone(), tmp_path / "sweep")
+    environment = json.loads((crashed / "environment.json").read_text())
+    assert {library["threads"] for node in environment["nodes"] for library in node["blas"]} == {1}
+
+
+def test_another_job_is_refused_in_the_same_directory(sweeps):
+    folder, _ = sweeps
+    what = "another job was run here; got seed = 1, the run has 0; choose another directory with --sweep-dir"
+    with pytest.raises(JobError, match=what):
+        sweep_job(folder / "job.toml", ["seed=1"], parse_grid(GRID_TEXTS), alone(), folder / "sweeps" / "job")
+
+
+def test_ctrl_c_ends_the_points_under_way_and_the_next_start_goes_on(tmp_path):
+    endless = SMALL.replace("steps = 12", "steps = 1000000").replace("every_steps = 6", "every_steps = 1000000")
+    write_job(tmp_path, endless)
+    arguments = ("sweep", "job.toml", "-n", "2", "--grid=seed=0,1,2", "--json")
+    runs = tmp_path / "sweeps" / "job"
+    with started(*arguments, cwd=tmp_path) as running:
+        running.wait_for(lambda: len(list(runs.glob("*/metrics.jsonl"))) == 2)
+        running.process.send_signal(signal.SIGINT)
+        done = running.end()
+    assert done.code == 0, done.err
+    points = done.result["points"]
+    assert [point["status"] for point in points] == ["stopped"] * 3
+    steps = {point["settings"]["seed"]: point["steps"] for point in points}
+    assert [seed for seed, reached in steps.items() if reached is None] == [2]
+    assert not (runs / "seed=2").exists()
+    last = max(reached for reached in steps.values() if reached)
+    again = mpitrain(*arguments[:2], *arguments[4:], f"--set=train.steps={last}", cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert {(point["status"], point["steps"]) for point in again.result["points"]} == {("done", last)}
+
+
+@pytest.mark.parametrize(
+    ("grids", "expected"),
+    [
+        (["optimizer.lr=0.1,1e-2"], {"optimizer.lr": [0.1, 0.01]}),
+        (["model.hidden=[64],[128, 64]"], {"model.hidden": [[64], [128, 64]]}),
+        (["optimizer.kind=adam,sgd"], {"optimizer.kind": ["adam", "sgd"]}),
+        (["a.b='x,y',\"z\"", "c=true, 3"], {"a.b": ["x,y", "z"], "c": [True, 3]}),
+    ],
+)
+def test_values_of_a_grid_are_those_of_toml(grids, expected):
+    assert parse_grid(grids) == expected
+
+
+@pytest.mark.parametrize("grids", [["optimizer.lr"], ["a="], ["=1,2"], ["a=1,,2"], ["a=1,1"], ["a=1", "a=2"], ["a=x,"]])
+def test_a_grid_that_cannot_be_understood_is_refused(grids):
+    with pytest.raises(JobError, match=r"--grid .*: cannot be understood; expected KEY=VALUE,VALUE"):
+        parse_grid(grids)
+
+
+def test_a_mistake_in_any_point_ends_the_sweep_before_it_begins(tmp_path):
+    with pytest.raises(JobError, match=r"--set: optimizer\.lr"):
+        sweep_job(write_job(tmp_path), [], {"optimizer.lr": [0.1, -1]}, alone(), tmp_path / "sweep")
+    for grid in ({}, {"seed": []}):
+        with pytest.raises(JobError, match="sweep: has no points"):
+            sweep_job(tmp_path / "job.toml", [], grid, alone(), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
