@@ -67,6 +67,7 @@ def _check_memory(model: Trained, ranks: int) -> None:
     assert model.contestants[3].memory == {}
 
 
+@pytest.mark.slow
 def test_beside_pytorch(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     report, printed = measured(tmp_path, 2, "--peers")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OURS, _SERIAL, _DPI = "#1f5f99", "#9dbbd6", 144
+_OURS, _SERIAL, _SERIAL_RIVAL, _DPI = "#1f5f99", "#9dbbd6", "#aaaaaa", 144
 _COLUMN_INCHES, _ROW_INCHES = 7.5, 0.34
 
 
@@ -43,7 +43,7 @@ def _bars(axes: Axes, trained: Trained) -> None:
         [value - value * each.seconds.p50 / each.seconds.p90, value * each.seconds.p50 / each.seconds.p10 - value]
         for value, each in zip(values, trained.contestants, strict=True)
     ]
-    colours = [_colour(each.name, bool(each.memory)) for each in trained.contestants]
+    colours = [_colour(name) for name in names]
     axes.barh(names, values, color=colours, xerr=list(zip(*spread, strict=True)), error_kw={"elinewidth": 0.8})
     for row, (value, (_, more)) in enumerate(zip(values, spread, strict=True)):
         axes.annotate(f" {value:,.0f}", (value + more, row), va="center", fontsize=8)
@@ -52,10 +52,13 @@ def _bars(axes: Axes, trained: Trained) -> None:
     axes.set_title(f"{trained.title}, {trained.units} {trained.unit} a rank", loc="left", fontsize=9)
     axes.set_xlabel(f"{trained.unit} a second, all ranks", fontsize=8)
     axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _colour(name: str, ours: bool) -> str:
-    if ours:
-        return _OURS
-    return RIVAL_COLOUR if "PyTorch" in name or "DDP" in name else _SERIAL
+def _colour(name: str) -> str:
+    """Return dark for what communicates, pale for serial runs; blue for ours, grey for rivals."""
+    theirs, serial = "PyTorch" in name or "DDP" in name, name.endswith("serial runs")
+    if theirs:
+        return _SERIAL_RIVAL if serial else RIVAL_COLOUR
+    return _SERIAL if serial else _OURS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,16 +81,20 @@ def predicted(method: Synchronous, n: int, ranks: int, shared: bool) -> dict[str
     """
     stage = getattr(method, "stage", 0)
     own = n / ranks
-    gradients = {0: float(n), 1: n + own * shared, 2: own + _largest_bucket(method)}[stage]
+    apart = 0.0 if shared or ranks == 1 else own  # shards lie among the gradients where ranks share those
+    gradients = {0: float(n), 1: n + apart, 2: own + _passing(method)}[stage]
     return {
         "parameters": own if shared else float(n), "gradients": gradients,
         "optimizer": _STATES * (own if stage else float(n)),
     }  # fmt: skip
 
 
-def _largest_bucket(method: Synchronous) -> int:
+def _passing(method: Synchronous) -> int:
+    """Return the bytes through which streamed gradients pass: the largest bucket, and those of biases, which wait."""
     buckets = getattr(method.grads, "buckets", ())
-    return max((bucket.size for bucket in buckets), default=0) * method.params.flat.itemsize
+    largest = max(buckets, key=lambda bucket: bucket.size, default=None)
+    held = [each.size for each in buckets if each is largest or each.segments[0].group == "no_decay"]
+    return sum(held) * method.params.flat.itemsize
 
 
 def _sums(method: Synchronous) -> list[Array]:
@@ -118,7 +122,7 @@ def _arrays(found: Any) -> Iterator[Array]:
         found = found.flat
     if isinstance(found, np.ndarray):
         yield found
-    elif isinstance(found, Mapping):
+    elif isinstance(found, dict):  # another mapping may make its arrays when they are asked for
         yield from _arrays(list(found.values()))
     elif isinstance(found, list | tuple):
         for each in found:

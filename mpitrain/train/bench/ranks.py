@@ -52,7 +52,8 @@ COMPARED = ("data", ALONE, "DDP, gloo", "PyTorch, serial runs")
 _EVER = 10**9
 _PRODUCT = 1024
 _PRODUCTS = 7
-_TRACED_STEPS = 3
+_TRACED_S = 0.5
+"""About how long steps are traced for the share of communication; three of them at least."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _contestant(
     told = Contestant(name, Quantiles.of(own), units / median, products_s / median, ratios)
     if ours is None:
         return told
-    share = communication_share(ours.comm, ours, _TRACED_STEPS)
+    share = communication_share(ours.comm, ours, max(3, int(_TRACED_S / median)))
     held = memory(ours.comm, task, ours.network, ours.method)
     return Contestant(name, told.seconds, told.per_s, told.share_of_products, ratios, share, held)
 

@@ -77,4 +77,6 @@ def module(task: Task) -> Any:
 def tensors(task: Task, rank: int) -> tuple[Any, Any]:
     """Return a rank's inputs and labels as PyTorch has them: images channels-first."""
     inputs, labels = (torch.from_numpy(each) for each in task.arrays(rank))
-    return (inputs.movedim(-1, 1).contiguous() if inputs.ndim == 4 else inputs), labels
+    if inputs.ndim == 4:  # a copy even of one channel, whose strides would make convolutions work channels-last
+        inputs = inputs.movedim(-1, 1).clone(memory_format=torch.contiguous_format)
+    return inputs, labels
