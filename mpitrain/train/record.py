@@ -86,7 +86,7 @@ def record(job: Job, comm: Communicator, steps: int) -> Record | None:
     if everyones is None:
         return None
     firsts, squares, pieces = zip(*everyones, strict=True)
-    names = [segment.name for segment in method.params.layout]
+    names = [segment.name for segment in parts.model.layout]  # the method may hold some of them only
     return Record(np.array(losses), _norms(squares, names), _whole(firsts), _whole(pieces))
 
 

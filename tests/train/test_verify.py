@@ -59,6 +59,15 @@ def test_every_method_is_the_serial_run(load, changes, ranks):
     assert len(compared.losses) == len(compared.totals) == STEPS
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_the_stages_of_a_pipeline_are_the_serial_run(load, schedule):
+    job = load(method__kind="pipeline", method__schedule=schedule, method__microbatches=3)
+    expected = recorded(load(method__microbatches=3), 1)
+    compared = compare(recorded(job, 2), expected, TOLERANCE)
+    assert compared.first is None
+    assert {each.tensor for each in compared.weights} == set(expected.weights)
+
+
 @pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
 def test_a_reproducible_job_is_equal_to_the_bit(load, changes):
     settings = {"reproducible": True, "lanes": 5, "dtype": "float32"}
