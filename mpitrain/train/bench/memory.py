@@ -94,7 +94,7 @@ def _passing(method: Synchronous) -> int:
     buckets = getattr(method.grads, "buckets", ())
     largest = max(buckets, key=lambda bucket: bucket.size, default=None)
     held = [each.size for each in buckets if each is largest or each.segments[0].group == "no_decay"]
-    return sum(held) * method.params.flat.itemsize
+    return int(sum(held) * method.params.layout.dtype.itemsize)
 
 
 def _sums(method: Synchronous) -> list[Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class TorchBlock(nn.Module):  # type: ignore[misc]  # PyTorch is optional, and s
         """Add attention, then the perceptron; (n, t, width) to the same."""
         n, t, width = x.shape
         parts = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(*parts, is_causal=True)
+        mixed = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(n, t, width))
         return x + self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
@@ -65,7 +66,7 @@ def _cnn(outputs: int, channels: tuple[int, int], hidden: int, **as_it_is: Any) 
     )  # fmt: skip
 
 
-_BUILDERS = {"mlp": _mlp, "cnn": _cnn, "gpt": TorchGPT}
+_BUILDERS: dict[str, Callable[..., Any]] = {"mlp": _mlp, "cnn": _cnn, "gpt": TorchGPT}
 
 
 def module(task: Task) -> Any:
