@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OURS, _SERIAL, _SERIAL_RIVAL, _DPI = "#1f5f99", "#9dbbd6", "#aaaaaa", 144
+_SPREAD = "#e08a3c"
 _COLUMN_INCHES, _ROW_INCHES = 7.5, 0.34
 
 
@@ -44,7 +45,13 @@ def _bars(axes: Axes, trained: Trained) -> None:
         for value, each in zip(values, trained.contestants, strict=True)
     ]
     colours = [_colour(name) for name in names]
-    axes.barh(names, values, color=colours, xerr=list(zip(*spread, strict=True)), error_kw={"elinewidth": 0.8})
+    axes.barh(
+        names,
+        values,
+        color=colours,
+        xerr=list(zip(*spread, strict=True)),
+        error_kw={"elinewidth": 0.9, "ecolor": _SPREAD},
+    )
     for row, (value, (_, more)) in enumerate(zip(values, spread, strict=True)):
         axes.annotate(f" {value:,.0f}", (value + more, row), va="center", fontsize=8)
     axes.invert_yaxis()
