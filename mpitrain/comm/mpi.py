@@ -187,8 +187,7 @@ class MpiCommunicator(Communicator):
             raise _translation(f"allgather of {recv.size} {recv.dtype}", error) from error
 
     def _open(self) -> Entry | None:
-        handle = MPI._handleof(self._comm)
-        ranks = Ranks(self.rank, self.size, _library(), handle, pieces.CHUNK_ELEMENTS, _fail)
+        ranks = Ranks(self.rank, self.size, _library(), _handle(self._comm), pieces.CHUNK_ELEMENTS, _fail)
         moves = self._transport
         loops = None if moves is None else moves.loops(self._watch)
         below_bytes = 0 if moves is None else moves.always_left_bytes
@@ -338,9 +337,14 @@ def _library() -> Library:
         for name in ("MPI_Allreduce", "MPI_Bcast", "MPI_Reduce_scatter_block", "MPI_Allgather")
     )
     first, second, third, fourth = (ctypes.cast(each, ctypes.c_void_p).value or 0 for each in functions)
-    datatypes = {name: MPI._handleof(datatype) for name, datatype in _DATATYPES.items()}
-    ops = {name: MPI._handleof(op) for name, op in _OPS.items()}
+    datatypes = {name: _handle(datatype) for name, datatype in _DATATYPES.items()}
+    ops = {name: _handle(op) for name, op in _OPS.items()}
     return Library((first, second, third, fourth), int(MPI.IN_PLACE), datatypes, ops)
+
+
+def _handle(of: MPI.Comm | MPI.Datatype | MPI.Op) -> int:
+    """Return a handle as a signed number of 64 bits; where handles are ints, many are negative."""
+    return ctypes.c_int64(MPI._handleof(of)).value
 
 
 def _fail(operation: str, array: Array, code: int) -> None:

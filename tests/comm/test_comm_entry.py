@@ -437,3 +437,12 @@ def test_nothing_of_the_library_is_kept(left: Communicator) -> None:
         left._entry.allgather(row, None)
         left._entry.reduce_scatter(row, "sum", None)
     assert [sys.getrefcount(each) for each in arrays] == before
+
+
+@pytest.mark.usefixtures("world")
+def test_handles_that_are_negative_ints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MPICH's, which mpi4py tells as unsigned numbers of 64 bits."""
+    from mpitrain.comm import mpi
+
+    monkeypatch.setattr(mpi.MPI, "_handleof", lambda of: 2**64 - 5)
+    assert mpi._handle(mpi.MPI.COMM_SELF) == -5

@@ -181,7 +181,11 @@ print("not reached")
 """
 
 
-@pytest.mark.parametrize("die", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)"], ids=["killed", "left"])
+KILLED = pytest.param("os.kill(os.getpid(), signal.SIGKILL)", id="killed")
+LEFT = pytest.param("os._exit(0)", id="left", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("die", [KILLED, LEFT])
 def test_a_rank_that_dies_ends_the_job_and_is_named(launch, die):
     begin = time.monotonic()
     code, output = launch(3, DYING.format(die=die))
