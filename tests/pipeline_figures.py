@@ -20,12 +20,15 @@ from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
-from training_figures import EVER, Steps, contest
 
 from mpitrain import Batch, Communicator, DataParallel, Key, Network, PipelineParallel, Plan, nn, world
 from mpitrain.nn.gpt import block
 from mpitrain.optim import SGD
 from mpitrain.parallel.pipeline import FAMILIES, Costs, Sizes, measured, partition, simulate
+from mpitrain.train.bench.contest import contest
+from mpitrain.train.bench.tasks import Steps
+
+EVER = 10**9
 
 CHUNKS = {"interleaved": 2}
 """Stages a rank, where not 1."""

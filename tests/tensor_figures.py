@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
-from training_figures import EVER, Steps, contest
 
 from mpitrain import Batch, Communicator, DataParallel, Key, Network, Plan, nn, world
 from mpitrain.data.shares import share
 from mpitrain.optim import Adam
 from mpitrain.parallel.tensor import divided_network
+from mpitrain.train.bench.contest import contest
+from mpitrain.train.bench.tasks import Steps
 
-VOCABULARY = 97
+VOCABULARY, EVER = 97, 10**9
 
 
 class Windows:

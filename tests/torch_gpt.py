@@ -1,46 +1,13 @@
-"""The GPT of `mpitrain.nn` as one would write it in PyTorch, and how its weights are carried over."""
+"""How weights of the GPT of `mpitrain.nn` are carried over to that of PyTorch, `mpitrain.train.bench.torch_models`."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from mpitrain import nn
 from mpitrain.arrays import FlatBuffer
-
-
-class TorchBlock(torch.nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
-        self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
-        self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, t, width = x.shape
-        parts = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(*parts, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, width))
-        return x + self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
-
-
-class TorchGPT(torch.nn.Module):
-    def __init__(self, vocabulary: int, context: int, layers: int, width: int, heads: int, tied: bool = True) -> None:
-        super().__init__()
-        self.tokens, self.positions = torch.nn.Embedding(vocabulary, width), torch.nn.Embedding(context, width)
-        self.blocks = torch.nn.ModuleList(TorchBlock(width, heads) for _ in range(layers))
-        self.norm = torch.nn.LayerNorm(width)
-        self.head = torch.nn.Linear(width, vocabulary, bias=False)
-        if tied:
-            self.head.weight = self.tokens.weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+from mpitrain.train.bench.torch_models import TorchGPT
 
 
 def pairs(layer: nn.GPT, twin: TorchGPT) -> dict[str, torch.nn.Parameter]:

@@ -47,8 +47,10 @@ class CausalAttention(Layer):
         query, key, value, out = *self._parts(x), self._per_head(y)
         scaled, totals = context.take(query.shape, x.dtype), context.take((*query.shape[:3], 1), x.dtype)
         call.xp.multiply(query, 1.0 / sqrt(query.shape[3]), out=scaled)
-        weights = [context.take((*query.shape[:2], stop - start, stop), x.dtype) for start, stop in _blocks(length)]
-        for (start, stop), block in zip(_blocks(length), weights, strict=True):
+        weights = [
+            context.take((*query.shape[:2], stop - start, stop), x.dtype) for start, stop in query_blocks(length)
+        ]
+        for (start, stop), block in zip(query_blocks(length), weights, strict=True):
             call.xp.matmul(scaled[:, :, start:stop], key[:, :, :stop].swapaxes(2, 3), out=block)
             _exponentials(block, totals[:, :, start:stop], call)
             call.xp.matmul(block, value[:, :, :stop], out=out[:, :, start:stop])
@@ -65,7 +67,7 @@ class CausalAttention(Layer):
         d_query, d_key, d_value = self._parts(dx)
         gradient, means = call.take(query.shape, dy.dtype), call.take(context["totals"].shape, dy.dtype)
         self._divide(context, dy, gradient, means, call)
-        for (start, stop), block in reversed([*zip(_blocks(x.shape[1]), context["weights"], strict=True)]):
+        for (start, stop), block in reversed([*zip(query_blocks(x.shape[1]), context["weights"], strict=True)]):
             slope = call.take(block.shape, dy.dtype)
             xp.matmul(gradient[:, :, start:stop], value[:, :, :stop].swapaxes(2, 3), out=slope)
             slope -= means[:, :, start:stop]
@@ -107,7 +109,7 @@ class CausalAttention(Layer):
             )  # fmt: skip
 
 
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
+def query_blocks(length: int) -> Iterator[tuple[int, int]]:
     """Yield (first query, last query plus one) of each block; the latter is also its number of keys."""
     return ((start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK))
 

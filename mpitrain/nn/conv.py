@@ -75,11 +75,37 @@ class Conv2d(Layer):
         kernel = params["weight"].reshape(self.patch_size, self.out_channels)
         for patches, rows in self._patches(padded, y, call):
             call.xp.matmul(patches, kernel, out=rows)
-        if self.bias:
-            y += params["bias"]
+            if self.bias:
+                rows += params["bias"]
         return y, context
 
     def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
+        """Bring together what the outputs send back to each pixel."""
+        rest = [size - 1 - margin for size, margin in zip(self.kernel_size, self.padding, strict=True)]
+        if self.stride == (1, 1) and min(rest) >= 0:
+            return self._gathered(params, context, dy, (rest[0], rest[1]), call)
+        return self._scattered(params, context, dy, call)
+
+    def _gathered(self, params: Tree, context: Context, dy: Array, border: tuple[int, int], call: Call) -> Array:
+        """Correlate ``dy`` with the kernel turned by 180°: each pixel is written once, by a product of long rows."""
+        dx = context.take(context["shape"], dy.dtype)
+        turned = params["weight"][::-1, ::-1].swapaxes(2, 3).reshape(-1, self.in_channels)
+        n, height, width, channels = dy.shape
+        (top, left), block = border, self._samples(dx.shape, turned.shape[0], dx.dtype.itemsize)
+        padded = call.take((block, height + 2 * top, width + 2 * left, channels), dy.dtype)
+        padded[...] = 0
+        gathered = call.take((block, *dx.shape[1:3], *self.kernel_size, channels), dy.dtype)
+        for start in range(0, n, block):
+            count = min(block, n - start)
+            padded[:count, top : top + height, left : left + width] = dy[start : start + count]
+            part = gathered[:count]
+            part[...] = _view_patches(padded, part.shape, self.stride, call.xp)
+            rows = dx[start : start + count].reshape(-1, self.in_channels)
+            call.xp.matmul(part.reshape(rows.shape[0], turned.shape[0]), turned, out=rows)
+        call.give(padded, gathered)
+        return dx
+
+    def _scattered(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
         """Add up, for each place in the kernel, what the outputs send back to the pixels at that place."""
         padded = context.take(context["padded"].shape, dy.dtype)
         padded[...] = 0
@@ -128,8 +154,7 @@ class Conv2d(Layer):
     def _patches(self, padded: Array, y: Array, call: Call) -> Iterator[tuple[Array, Array]]:
         """Yield, for some samples at a time, the patch under each output pixel, and the rows of ``y`` for them."""
         n, height, width, channels = y.shape
-        sample_bytes = height * width * self.patch_size * padded.dtype.itemsize
-        block = max(1, min(n, _BLOCK_BYTES // sample_bytes))
+        block = self._samples(y.shape, self.patch_size, padded.dtype.itemsize)
         gathered = call.take((block, height, width, *self.kernel_size, self.in_channels), padded.dtype)
         for start in range(0, n, block):
             part = gathered[: min(block, n - start)]
@@ -137,6 +162,11 @@ class Conv2d(Layer):
             pixels = part.shape[0] * height * width
             yield part.reshape(pixels, self.patch_size), y[start : start + block].reshape(pixels, channels)
         call.give(gathered)
+
+    def _samples(self, images: Shape, patch_size: int, itemsize: int) -> int:
+        """Return for how many samples patches are gathered at a time, one patch for each pixel of ``images``."""
+        sample_bytes = images[1] * images[2] * patch_size * itemsize
+        return max(1, min(images[0], _BLOCK_BYTES // sample_bytes))
 
 
 def _view_patches(padded: Array, shape: Shape, stride: tuple[int, int], xp: Any) -> Array:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
-from torch_gpt import TorchGPT
+
+from mpitrain.train.bench.torch_models import TorchGPT
 
 ROWS = 10
 CLASSES = 3

@@ -20,6 +20,7 @@ LAYERS = {
     "linear-tokens": (lambda: nn.Linear(4, 3), (2, 3, 4)),
     "conv": (lambda: nn.Conv2d(2, 3, 3), (2, 5, 4, 2)),
     "conv-padded": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 4, 4, 2)),
+    "conv-wide-border": (lambda: nn.Conv2d(2, 3, (2, 1), padding=(0, 1)), (2, 4, 3, 2)),
     "conv-strided": (lambda: nn.Conv2d(2, 2, (3, 2), stride=(2, 3), padding=(1, 0)), (2, 6, 6, 2)),
     "conv-leftover": (lambda: nn.Conv2d(1, 2, 2, stride=2, bias=False), (2, 5, 5, 1)),
     "maxpool": (lambda: nn.MaxPool2d(2), (2, 4, 4, 3)),

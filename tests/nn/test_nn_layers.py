@@ -28,19 +28,24 @@ def test_convolution_in_many_blocks_is_the_same(monkeypatch):
     random = np.random.default_rng(0)
     x, kernel = random.integers(-4, 5, (7, 5, 5, 2)).astype(float), random.integers(-4, 5, (3, 3, 2, 3)).astype(float)
     dy = random.integers(-4, 5, (7, 5, 5, 3)).astype(float)
-    layer = nn.Conv2d(2, 3, 3, padding=1, bias=False)
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    bias = np.array([5.0, -3.0, 2.0])
+    block_bytes = 2 * 25 * 18 * 8  # of patches of the input, of two samples
+    params = {"weight": kernel, "bias": bias}
 
-    def both():
+    def all_passes():
         call = nn.Call()
-        y, context = layer.forward({"weight": kernel}, x, call)
-        grads = {"weight": np.zeros_like(kernel)}
+        y, context = layer.forward(params, x, call)
+        dx = layer.backward_input(params, context, dy, call)
+        grads = {"weight": np.zeros_like(kernel), "bias": np.zeros_like(bias)}
         layer.backward_weight(grads, context, dy, call)
-        return y.copy(), grads["weight"]
+        return y.copy(), dx.copy(), grads["weight"]
 
-    whole = both()
-    monkeypatch.setattr("mpitrain.nn.conv._BLOCK_BYTES", 2 * 25 * 18 * 8)
-    for found, expected in zip(both(), whole, strict=True):
+    whole = all_passes()
+    monkeypatch.setattr("mpitrain.nn.conv._BLOCK_BYTES", block_bytes)
+    for found, expected in zip(all_passes(), whole, strict=True):
         np.testing.assert_array_equal(found, expected)
+    assert np.sum((whole[0] - bias) * dy) == np.sum(x * whole[1])  # <A x, dy> = <x, Aᵀ dy>, in integers
 
 
 def test_pooling_closed_forms():

@@ -22,7 +22,7 @@ Line: TypeAlias = tuple[str, str, list[Measurement]]
 """Variant, transport, and a measurement per size."""
 
 _COLOURS = ("#1f5f99", "#c2571a", "#1b7f5c", "#8a4fa3", "#b3912a", "#4aa3b5", "#a33c5b", "#777777")
-_RIVAL = "#222222"
+RIVAL_COLOUR = "#222222"
 _DPI = 144
 
 
@@ -77,7 +77,7 @@ def _column(above: Axes, below: Axes, legend: Axes, report: Report, operation: s
     lines = list(_lines(report.measurements(DEFAULT.name), operation))
     colours = dict(zip(dict.fromkeys(variant for variant, _, _ in lines), _COLOURS, strict=False))
     for variant, transport, measured in lines:
-        look = {"color": colours.get(variant, _RIVAL), "linewidth": 1.4, "marker": "o", "markersize": 3.5}
+        look = {"color": colours.get(variant, RIVAL_COLOUR), "linewidth": 1.4, "marker": "o", "markersize": 3.5}
         if transport == "host":
             look |= {"markerfacecolor": "white", "linewidth": 0.9}
         _ours(above, below, f"{variant} ({transport})", measured, look)
@@ -85,8 +85,8 @@ def _column(above: Axes, below: Axes, legend: Axes, report: Report, operation: s
         points = {each.size_bytes: found for each in lines[0][2] if (found := value(each)) is not None}
         if points:
             micro = [seconds * 1e6 for seconds in points.values()]
-            above.plot(list(points), micro, style, color=_RIVAL, label=label, linewidth=1.1, markersize=3.5)
-    below.axhline(1.0, color=_RIVAL, linewidth=1.0, linestyle="--")
+            above.plot(list(points), micro, style, color=RIVAL_COLOUR, label=label, linewidth=1.1, markersize=3.5)
+    below.axhline(1.0, color=RIVAL_COLOUR, linewidth=1.0, linestyle="--")
     _label(above, below, operation, sorted({each.size_bytes for *_, measured in lines for each in measured}))
     legend.axis("off")
     legend.legend(*above.get_legend_handles_labels(), loc="upper center", ncols=2, frameon=False, fontsize=8)

@@ -252,7 +252,7 @@ def _about(comm: Communicator, spec: Spec, transports: tuple[str, ...]) -> dict[
             "cpus_of_rank_0": len(os.sched_getaffinity(0)),
             "last_level_cache_bytes": last_level_cache_bytes(),
         },
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         "mpi_library": comm.library,
         "transports": list(transports),
         "tuning": comm.tuning.describe() if comm.tuning else [],
@@ -269,7 +269,8 @@ def _first_of_node(comm: Communicator) -> int:
     return int(comm.node.broadcast(comm.rank))
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of those that a benchmark depends on, as far as they are there."""
     found = {}
     for name in ("mpitrain", "numpy", "mpi4py", "torch"):
         try:

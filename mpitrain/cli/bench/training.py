@@ -1,0 +1,96 @@
+"""``mpitrain bench training``: what is asked for, who measures it, and where the results go."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from mpitrain import _env
+from mpitrain.cli.bench import plot, training_plot, training_tables
+from mpitrain.cli.run import check_no_launcher
+from mpitrain.comm import abort_on_uncaught, leave_together, world
+from mpitrain.comm.launch import launch_command
+from mpitrain.train.bench.ranks import Spec, check, measure
+from mpitrain.train.bench.results import TrainingReport
+from mpitrain.train.bench.tasks import TASKS
+from mpitrain.train.storage import disk
+
+_PIPE_COLUMNS = 160
+
+
+def _models(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    try:
+        check(found)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+    return found
+
+
+@click.command("training", short_help="Time training steps of every method against PyTorch DDP with gloo.")
+@click.option("-n", "--ranks", type=click.IntRange(min=1), help="Start N ranks with the MPI library's own mpiexec.")
+@click.option("--models", callback=_models, default=",".join(TASKS), show_default=True, metavar="NAME,…")
+@click.option("--peers", is_flag=True, help="Also the same models in PyTorch: DDP with gloo, and mpitrain.torch.")
+@click.option("--batch", type=click.IntRange(min=1), help="Samples a rank.  [default: each model's own]")
+@click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Turns of each contestant.")
+@click.option("--round-s", type=click.FloatRange(min=0), default=0.15, show_default=True, help="Seconds of a turn.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all figures here.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Draw them, e.g. as .png.")
+def training(ranks: int | None, json_file: Path | None, plot_file: Path | None, **options: Any) -> None:
+    """Time training steps: every method, serial runs side by side, and with --peers the same models in PyTorch.
+
+    All take their steps in turn, in the same processes, with one BLAS thread a rank.  Without -n this is one rank, or
+    one of those that mpirun or srun has started.
+    """
+    check_no_launcher(ranks)
+    if plot_file is not None:
+        plot.check(plot_file)
+    if ranks is not None:
+        sys.exit(_start(ranks))
+    spec, comm = Spec(**options, command=_typed()), world()
+    abort_on_uncaught(comm)
+    with leave_together(comm):
+        report = measure(comm, spec)
+        if comm.rank == 0:
+            _hand_out(report, json_file, plot_file)
+        comm.barrier()
+
+
+def _start(ranks: int) -> int:
+    """Start ranks with the rest of this command line, which print for themselves; return 0, 2 for a user's error, 1."""
+    argv, env = launch_command(ranks, [sys.executable, "-m", "mpitrain", *_without_ranks(sys.argv[1:])])
+    code = subprocess.run(argv, env=env, check=False).returncode
+    return code if code in (0, 1, 2) else 1
+
+
+def _without_ranks(words: list[str]) -> list[str]:
+    """Return a command line without ``-n N``, in any of the forms that it may have."""
+    left, skip = [], False
+    for word in words:
+        if skip or word in ("-n", "--ranks"):
+            skip = not skip
+        elif not (word.startswith("--ranks=") or (word.startswith("-n") and not word.startswith("--"))):
+            left.append(word)
+    return left
+
+
+def _typed() -> tuple[str, ...]:
+    """Return what the ranks were started with, for the record, without where this program is installed."""
+    return ("mpitrain", *sys.argv[1:])
+
+
+def _hand_out(report: TrainingReport, json_file: Path | None, plot_file: Path | None) -> None:
+    """Print the tables, and write what was asked for."""
+    terminal = sys.stdout.isatty() and _env.launched_size() is None
+    training_tables.show(report, Console(force_terminal=terminal, width=None if terminal else _PIPE_COLUMNS))
+    if json_file:
+        with disk("bench", json_file):
+            json_file.write_bytes(report.to_json())
+    if plot_file:
+        with disk("bench", plot_file):
+            training_plot.draw(report, plot_file)

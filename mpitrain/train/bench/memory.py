@@ -1,0 +1,142 @@
+"""What a method holds on a rank, by kind: measured on its arrays, and by the formulas of the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpitrain._typing import Array
+from mpitrain.arrays import FlatBuffer
+from mpitrain.comm import Communicator
+from mpitrain.nn import Network
+from mpitrain.nn.costs import cost
+from mpitrain.parallel.synchronous import Synchronous
+from mpitrain.train.bench.tasks import Task
+
+_STATES = 2
+"""Numbers that Adam keeps for each parameter."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one kind on a rank, the mean over all.
+
+    Parameters
+    ----------
+    measured_bytes : float
+        What the arrays hold; memory that ranks share counts once for all of them.
+    predicted_bytes : float
+        By formula.
+    """
+
+    measured_bytes: float
+    predicted_bytes: float
+
+
+def memory(comm: Communicator, task: Task, network: Network, method: Synchronous) -> dict[str, Memory]:
+    """Return the memory of a method that has taken steps, by kind.
+
+    Parameters
+    ----------
+    comm : Communicator
+        The ranks of the method.
+    task : Task
+        What it trains.
+    network : Network
+        The model; its pool holds activations and the workspace of the backward pass.
+    method : Synchronous
+        Any of ours, under Adam.
+
+    Notes
+    -----
+    Collective.  Predicted activations are what the forward pass keeps; measured, the workspace comes on top.
+    """
+    params, grads = method.params.flat, held_bytes([*_arrays(vars(method.grads)), *_sums(method)])
+    copies = _copies(comm, params)
+    state = held_bytes(array for part in method.parts for array in part.state.values())
+    pool = float(network.pool.nbytes)
+    mean = comm.allreduce(np.array([params.nbytes * copies / comm.size, grads, state, pool]), "mean")
+    names = ("parameters", "gradients", "optimizer", "activations")
+    foreseen = predicted(method, network.layout.size * params.itemsize, comm.size, shared=copies < comm.size)
+    foreseen["activations"] = cost(task.layer(), task.shape).kept * params.itemsize
+    return {name: Memory(float(each), foreseen[name]) for name, each in zip(names, mean, strict=True)}
+
+
+def predicted(method: Synchronous, n: int, ranks: int, shared: bool) -> dict[str, float]:
+    """Return the bytes a rank by the formulas of the methods, see `GradientParallel` and ``docs/results/training.md``.
+
+    Parameters
+    ----------
+    method : Synchronous
+        Which formula.
+    n : int
+        Bytes of the parameters.
+    ranks : int
+        How many there are.
+    shared : bool
+        Whether all of them have the parameters in one memory.
+    """
+    stage = getattr(method, "stage", 0)
+    own = n / ranks
+    apart = 0.0 if shared or ranks == 1 else own  # shards lie among the gradients where ranks share those
+    gradients = {0: float(n), 1: n + apart, 2: own + _passing(method)}[stage]
+    return {
+        "parameters": own if shared else float(n), "gradients": gradients,
+        "optimizer": _STATES * (own if stage else float(n)),
+    }  # fmt: skip
+
+
+def _passing(method: Synchronous) -> int:
+    """Return the bytes through which streamed gradients pass: the largest bucket, and those of biases, which wait."""
+    buckets = getattr(method.grads, "buckets", ())
+    largest = max(buckets, key=lambda bucket: bucket.size, default=None)
+    held = [each.size for each in buckets if each is largest or each.segments[0].group == "no_decay"]
+    return int(sum(held) * method.params.layout.dtype.itemsize)
+
+
+def _sums(method: Synchronous) -> list[Array]:
+    """Return the summed gradients of each part, which may lie among the gradients."""
+    return [part.grads for part in method.parts]
+
+
+def held_bytes(arrays: Iterable[Array]) -> int:
+    """Return how many bytes some arrays take together; where they overlap, once."""
+    total = end = 0
+    for start, stop in sorted(_span(array) for array in arrays if array.size):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def _span(array: Array) -> tuple[int, int]:
+    start = int(array.__array_interface__["data"][0])
+    return start, start + array.nbytes
+
+
+def _arrays(found: Any) -> Iterator[Array]:
+    """Yield the arrays that lie in buffers, lists and mappings."""
+    if isinstance(found, FlatBuffer):
+        found = found.flat
+    if isinstance(found, np.ndarray):
+        yield found
+    elif isinstance(found, dict):  # another mapping may make its arrays when they are asked for
+        yield from _arrays(list(found.values()))
+    elif isinstance(found, list | tuple):
+        for each in found:
+            yield from _arrays(each)
+
+
+def _copies(comm: Communicator, params: Array) -> int:
+    """Return in how many memories the ranks have their parameters: each writes its number, and looks what is there."""
+    first = params[0].copy()
+    comm.barrier()
+    params[0] = comm.rank
+    comm.barrier()
+    found = comm.allgather(params[:1].copy())
+    comm.barrier()
+    params[0] = first
+    comm.barrier()
+    return len(np.unique(found))

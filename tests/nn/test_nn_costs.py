@@ -1,0 +1,63 @@
+"""What layers are said to cost, against closed forms, and against what their passes do keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpitrain import nn
+from mpitrain.arrays import FlatBuffer, Key
+from mpitrain.nn.costs import cost, training_flops
+from mpitrain.nn.layer import Call, Context
+
+CASES: dict[str, tuple[nn.Layer, tuple[int, ...]]] = {
+    "mlp": (nn.MODELS["mlp"](6, 3, hidden=[5, 4]), (7, 6)),
+    "cnn": (nn.MODELS["cnn"]((6, 8, 1), 3, channels=(2, 3), hidden=4, dropout=0.0, batch_norm=False), (2, 6, 8, 1)),
+    "strides": (nn.Conv2d(2, 3, (3, 2), stride=(2, 1)), (2, 7, 5, 2)),
+    "gpt": (nn.GPT(9, 70, layers=2, width=8, heads=2), (3, 70)),
+    "shortcut": (nn.Residual(nn.Linear(4, 3), nn.Linear(4, 3)), (2, 4)),
+}
+
+
+def test_an_mlp_costs_what_its_products_cost() -> None:
+    layer, (rows, _) = CASES["mlp"]
+    products = [2 * rows * m * n for m, n in ((6, 5), (5, 4), (4, 3))]
+    found = cost(layer, (rows, 6))
+    assert found.forward == found.backward_input == found.backward_weight == sum(products)
+    assert training_flops(layer, (rows, 6)) == 3 * sum(products) - products[0]  # nobody asks for the input's gradient
+
+
+def test_convolutions_and_attention() -> None:
+    layer, shape = CASES["strides"]
+    assert (cost(layer, shape).shape, cost(layer, shape).forward) == ((2, 3, 4, 3), 2 * (2 * 3 * 4) * (3 * 2 * 2) * 3)
+    heads = cost(nn.CausalAttention(2), (3, 5, 24))
+    pairs = 5 + 4 + 3 + 2 + 1
+    assert (heads.shape, heads.forward) == ((3, 5, 8), 2 * (2 * 3 * 2 * pairs * 4))
+    assert heads.backward_input == 2 * heads.forward
+    gpt = cost(*CASES["gpt"])
+    linear = 2 * (3 * 70) * (2 * (8 * 24 + 8 * 8 + 2 * 8 * 32) + 8 * 9)
+    assert gpt.forward == linear + 2 * cost(nn.CausalAttention(2), (3, 70, 24)).forward
+    assert training_flops(*CASES["gpt"]) == gpt.flops  # embeddings cost nothing, all that follows needs dx
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_forward_pass_keeps_is_what_is_counted(name: str) -> None:
+    layer, shape = CASES[name]
+    network = nn.Network(layer, nn.CrossEntropy())
+    params = FlatBuffer(network.layout)
+    network.initialise(params, Key(0))
+    inputs: Any = np.zeros(shape, np.int64 if layer.takes_indices else np.float32)
+    y, context = layer.forward(params.tree if params.tree else {}, inputs, Call(training=True))
+    assert cost(layer, shape).shape == y.shape
+    assert cost(layer, shape).kept == held(context)
+
+
+def held(context: Context) -> int:
+    return sum(array.size for array in context._held) + sum(map(held, context.children))
+
+
+def test_a_layer_of_which_nobody_has_said_it_is_refused() -> None:
+    with pytest.raises(Exception, match="nobody has said what this layer costs; got BatchNorm"):
+        cost(nn.BatchNorm(3), (2, 3))
