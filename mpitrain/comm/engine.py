@@ -175,7 +175,7 @@ class Engine(ABC):
     def _shorten(self) -> None:
         """Open or close the shortest way of plain calls, after something has changed that it depends on."""
         self._entry = made = self._open() if self.plain and self._recorder is None else None
-        self._watch.aside = None if made is None else partial(calling, made)
+        self._watch.aside = None if made is None else partial(calling, made, self.size)
         if made is not None:
             self._entries.append(made)
 

@@ -81,6 +81,6 @@ def test_a_suite_of_singletons_fails(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_launch_that_hangs_is_killed(tmp_path: Path) -> None:
     source = HEAD + "def test_hangs(world): time.sleep(600)\n"
-    code, lines = run_suite(tmp_path, source, "--ranks", "2", "--timeout", "5")
+    code, lines = run_suite(tmp_path, source, "--ranks", "2", "--timeout", "15")
     assert (code, lines[-1]) == (1, "0 passed, 1 failed, 0 skipped")
     assert "error: 2 ranks: killed at the time limit" in lines

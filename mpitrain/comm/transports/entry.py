@@ -154,14 +154,16 @@ def make(ranks: Ranks, loops: Loops | None, library_below_bytes: float, ledger: 
     return found
 
 
-def calling(entry: Entry) -> tuple[str, int] | None:
+def calling(entry: Entry, ranks: int) -> tuple[str, int] | None:
     """Return what the library is asked for, in words, and how many such calls have returned."""
     found = entry.calling()
     if found is None:
         return None
     operation, into, detail, returned = found
     root, op = (detail, None) if operation == "broadcast" else (None, detail)
-    return str(Doing(operation, into, "sum" if op == "mean" else op, root)), returned
+    sizes = {"allgather": into.size // ranks, "reduce_scatter": into.size * ranks}
+    send = np.empty(sizes[operation], into.dtype) if operation in sizes else None  # its size is shown, never touched
+    return str(Doing(operation, into, "sum" if op == "mean" else op, root, send)), returned
 
 
 def knows(dtype: DType, op: str) -> bool:
