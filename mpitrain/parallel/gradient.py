@@ -154,6 +154,8 @@ class GradientParallel(Synchronous):
         phase = self.comm.phase
         with phase("gradients"):
             own = self._gradients(microbatches, self.grads, self._reduce)
+            if isinstance(self.params, ShardedParameters):
+                self.params.end_passes()
         with phase("reduce"):
             self._sum_terms()
             self.grads.reduce()

@@ -3,7 +3,7 @@
 A bucket is gathered into a passage, a stretch of memory that it shares with other buckets: it is there until another
 one needs the place.  What a layer uses together lies in different passages.  So all parameters never exist at once.
 
-All ranks must ask for the layers in one order, for each gathering is a collective operation.
+All ranks must ask for the layers in one order, for each gathering is a collective operation; that they do is checked.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, FlatBuffer, Layout, ParameterTree, Shard, namespace, nest
+from mpitrain.arrays import Allocator, FlatBuffer, Layout, Loans, ParameterTree, Shard, namespace, nest
 from mpitrain.comm import Communicator
 from mpitrain.comm.shard_plans import AllgatherPlan
 from mpitrain.parallel.buckets import Bucket
+from mpitrain.parallel.walk import Walk
 
 
 class ShardedParameters:
@@ -47,6 +48,10 @@ class ShardedParameters:
     Collective over ``comm``: everything but `release`.  Cost of a layer that is used: nothing if its buckets are there,
     else an allgather of each that is not, and on a node with a common passage a barrier, for others may still read what
     lay there.
+
+    A layer that keeps a view of its parameters after its call would read other layers' values there.  Before memory is
+    used again it is checked that nobody holds one (`Loans`): an InputError on the rank that does.  So is the order in
+    which layers are used (`Walk`).
     """
 
     def __init__(
@@ -67,10 +72,12 @@ class ShardedParameters:
         self._passage_of = _colours(len(buckets), self._needs.values())
         self._places = self._lay_out()
         self._plans = [self._plan(comm, number) for number in range(len(buckets))]
-        self._views = self._named()
-        self._tree = ParameterTree(nest({name: name for name in self._views}), self._bring)
+        tensors = self._tensors()
+        self._loans = Loans(tensors, self.xp)
+        self._tree = ParameterTree(nest({name: name for name in (*tensors, *layout.ties)}), self._bring)
         self._there: dict[int, int] = {}  # by passage, the bucket in it
         self._layer: str | None = None  # whose buckets are known to be there
+        self._walk = Walk(comm)
 
     def _lay_out(self) -> list[Array]:
         sizes: dict[int, int] = {}
@@ -87,14 +94,13 @@ class ShardedParameters:
         own = self._own_place(number)
         return comm.allgather_plan(self._places[number], own.start, own.stop)
 
-    def _named(self) -> dict[str, Array]:
-        """Return where each tensor is while its bucket is there, by each of its names."""
-        found = {
+    def _tensors(self) -> dict[str, Array]:
+        """Return where each tensor is while its bucket is there."""
+        return {
             segment.name: place[segment.offset - bucket.start : segment.stop - bucket.start].reshape(segment.shape)
             for bucket, place in zip(self.buckets, self._places, strict=True)
             for segment in bucket.segments
         }
-        return found | {alias: found[name] for alias, name in self.layout.ties.items()}
 
     @property
     def flat(self) -> Array:
@@ -124,8 +130,15 @@ class ShardedParameters:
             largest[passage] = max(largest.get(passage, 0), place.nbytes)
         return sum(largest.values())
 
+    def end_passes(self) -> None:
+        """Be told that all passes of a step are done; see `Walk.end`."""
+        self._layer = None
+        self._walk.end()
+
     def release(self) -> None:
         """Forget what is there: it is gathered again when it is used next."""
+        for number in self._there.values():
+            self._check_returned(number)
         self._there.clear()
         self._layer = None
 
@@ -141,20 +154,36 @@ class ShardedParameters:
     def _bring(self, name: str) -> Array:
         layer = _layer(name)
         if layer != self._layer:
+            self._walk.visit(layer)
             for number in self._needs[layer]:
                 self._hold(number)
             self._layer = layer
-        return self._views[name]
+        return self._loans.lend(self.layout.ties.get(name, name))
 
     def _hold(self, number: int) -> None:
         passage = self._passage_of[number]
-        if self._there.get(passage) == number:
+        there = self._there.get(passage)
+        if there == number:
             return
+        if there is not None:
+            self._check_returned(there)
         if self._fence is not None:
             self._fence()
         self._places[number][self._own_place(number)] = self.owned[number]
         self._plans[number]()
         self._there[passage] = number
+
+    def _check_returned(self, number: int) -> None:
+        """Refuse to reuse the memory of a bucket of which somebody still holds a view: it would read other values."""
+        held = self._loans.held([segment.name for segment in self.buckets[number].segments])
+        if held:
+            raise InputError(
+                "a layer keeps parameters after its call, whose memory other layers are about to use",
+                operation="GradientParallel, stage 3",
+                got=f"a view of {', '.join(map(repr, held[:3]))} that is still held",
+                expected="parameters that are asked for in each call, and none kept in the layer or its context",
+                remedy="drop it, keep a copy, or use stage 2",
+            )  # fmt: skip
 
     def _refuse(self) -> NoReturn:
         raise InputError(

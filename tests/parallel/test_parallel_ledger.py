@@ -93,12 +93,13 @@ def check_fully_sharded(comm: Communicator, microbatches: int) -> None:
     """Each pass gathers every layer forward, and backward all but the last, which is there, and the first."""
     method = GradientParallel(comm, stage=3, microbatches=microbatches, bucket_bytes=1)
     network = Network(nn.MODELS["mlp"](32, CLASSES, hidden=DEEP), nn.CrossEntropy())
-    method.setup(network, make_optimizer("adam"), plan(2))
+    method.setup(network, make_optimizer("adam"), plan(1 + STEPS_PER_EPOCH))
+    method.advance(replace(FEED, dtype=np.float32), until=1)  # in which the ranks agree on the order of the layers
     layout = network.layout
     ends = sum(padded_bytes(layout[f"{layer}.{name}"]) for layer in (1, 7) for name in ("weight", "bias"))
     gathers, nbytes = 8 + 4, 2 * layout.nbytes - ends
     comm.ledger.reset()
-    method.advance(replace(FEED, dtype=np.float32), until=STEPS_PER_EPOCH)
+    method.advance(replace(FEED, dtype=np.float32), until=1 + STEPS_PER_EPOCH)
     counts = dict(comm.ledger.snapshot())
     passes, planned = STEPS_PER_EPOCH * microbatches, "_plan" if comm.transport == "shared" else ""
     expected = {"allreduce": Count(STEPS_PER_EPOCH, STEPS_PER_EPOCH, STEPS_PER_EPOCH * TALLY_BYTES)}
@@ -143,9 +144,10 @@ def moved_by_a_ring(comm: Communicator, stage: int) -> tuple[int, int, int]:
     comm.tuning = rings(comm.size)
     method = GradientParallel(comm, stage=stage, bucket_bytes=400)
     network = Network(nn.MODELS["mlp"](32, CLASSES, hidden=[64]), nn.CrossEntropy())  # no shard is empty
-    method.setup(network, make_optimizer("adam"), plan(1))
-    comm.ledger.reset()
+    method.setup(network, make_optimizer("adam"), plan(2))
     method.advance(FEED, until=1)
+    comm.ledger.reset()
+    method.advance(FEED, until=2)
     counts = {operation: count for (_, operation), count in comm.ledger.snapshot().items()}
     moved = counts["reduce_scatter"] + counts["allgather"]
     return moved.moved_messages, moved.moved_bytes, network.layout.nbytes
