@@ -8,7 +8,7 @@ All ranks must ask for the layers in one order, for each gathering is a collecti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mpitrain._errors import InputError
@@ -16,6 +16,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, FlatBuffer, Layout, Loans, ParameterTree, Shard, namespace, nest
 from mpitrain.comm import Communicator
 from mpitrain.comm.shard_plans import AllgatherPlan
+from mpitrain.nn.model import Model
 from mpitrain.parallel.buckets import Bucket
 from mpitrain.parallel.walk import Walk
 
@@ -27,10 +28,10 @@ class ShardedParameters:
     ----------
     comm : Communicator
         The ranks that divide the parameters.
-    layout : Layout
-        Of the model.
+    model : Model
+        One that `reads_by_layer`.
     buckets : sequence of Bucket
-        What is gathered together; all tensors of a layer that are in one group are in one bucket.
+        What is gathered together.
     shards : sequence of Shard
         This rank's, one of each bucket.
     common : Allocator, optional
@@ -57,18 +58,19 @@ class ShardedParameters:
     def __init__(
         self,
         comm: Communicator,
-        layout: Layout,
+        model: Model,
         buckets: Sequence[Bucket],
         shards: Sequence[Shard],
         common: Allocator | None,
         own: Allocator,
     ) -> None:
-        self.layout, self.buckets, self._shards = layout, buckets, shards
+        layout = model.layout
+        self.layout, self.buckets, self._shards, self._layer_of = layout, buckets, shards, model.layer_of
         self.owned = [own(shard.size, layout.dtype) for shard in shards]
         self.xp = namespace(own(0, layout.dtype))
         self._allocate = common or comm.shared
         self._fence = None if common or comm.transport != "shared" else comm.node.barrier
-        self._needs = _needs(layout, buckets)
+        self._needs = _needs(layout, buckets, model.layer_of)
         self._passage_of = _colours(len(buckets), self._needs.values())
         self._places = self._lay_out()
         self._plans = [self._plan(comm, number) for number in range(len(buckets))]
@@ -152,7 +154,7 @@ class ShardedParameters:
         return found
 
     def _bring(self, name: str) -> Array:
-        layer = _layer(name)
+        layer = self._layer_of(name)
         if layer != self._layer:
             self._walk.visit(layer)
             for number in self._needs[layer]:
@@ -192,13 +194,13 @@ class ShardedParameters:
         )  # fmt: skip
 
 
-def _needs(layout: Layout, buckets: Sequence[Bucket]) -> dict[str, list[int]]:
+def _needs(layout: Layout, buckets: Sequence[Bucket], layer_of: Callable[[str], str]) -> dict[str, list[int]]:
     """Return which buckets each layer needs, in ascending order."""
     home = {segment.name: number for number, bucket in enumerate(buckets) for segment in bucket.segments}
     home |= {alias: home[name] for alias, name in layout.ties.items()}
     found: dict[str, set[int]] = {}
     for name, number in home.items():
-        found.setdefault(_layer(name), set()).add(number)
+        found.setdefault(layer_of(name), set()).add(number)
     return {layer: sorted(numbers) for layer, numbers in found.items()}
 
 
@@ -213,7 +215,3 @@ def _colours(count: int, together: Iterable[Sequence[int]]) -> list[int]:
         taken = {colours[other] for other in apart[number] if other < number}
         colours.append(next(colour for colour in range(count) if colour not in taken))
     return colours
-
-
-def _layer(name: str) -> str:
-    return name.rpartition(".")[0]
