@@ -43,6 +43,8 @@ class ShardedParameters:
     ----------
     owned : list of array
         The values of each shard.  Whoever writes to them calls `release` before anything is read.
+    passages : list of array
+        The memory that buckets are gathered in.
 
     Notes
     -----
@@ -82,11 +84,12 @@ class ShardedParameters:
         self._walk = Walk(comm)
 
     def _lay_out(self) -> list[Array]:
+        """Allocate the passages; return each bucket's place in its own."""
         sizes: dict[int, int] = {}
         for bucket, passage in zip(self.buckets, self._passage_of, strict=True):
             sizes[passage] = max(sizes.get(passage, 0), bucket.size)
-        passages = {each: self._allocate(size, self.layout.dtype) for each, size in sorted(sizes.items())}
-        return [passages[each][: bucket.size] for bucket, each in zip(self.buckets, self._passage_of, strict=True)]
+        self.passages = [self._allocate(size, self.layout.dtype) for _, size in sorted(sizes.items())]
+        return [self.passages[each][: bucket.size] for bucket, each in zip(self.buckets, self._passage_of, strict=True)]
 
     def _own_place(self, number: int) -> slice:
         bucket, shard = self.buckets[number], self._shards[number]
@@ -127,10 +130,7 @@ class ShardedParameters:
     @property
     def passage_nbytes(self) -> int:
         """Bytes of the passages, which are there once a node where its ranks share memory."""
-        largest: dict[int, int] = {}
-        for place, passage in zip(self._places, self._passage_of, strict=True):
-            largest[passage] = max(largest.get(passage, 0), place.nbytes)
-        return sum(largest.values())
+        return sum(passage.nbytes for passage in self.passages)
 
     def end_passes(self) -> None:
         """Be told that all passes of a step are done; see `Walk.end`."""
