@@ -9,7 +9,7 @@ All ranks must ask for the layers in one order, for each gathering is a collecti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
@@ -18,10 +18,11 @@ from mpitrain.comm import Communicator
 from mpitrain.comm.shard_plans import AllgatherPlan
 from mpitrain.nn.model import Model
 from mpitrain.parallel.buckets import Bucket
+from mpitrain.parallel.piecewise import Piecewise
 from mpitrain.parallel.walk import Walk
 
 
-class ShardedParameters:
+class ShardedParameters(Piecewise):
     """The parameters of a model that keeps only this rank's shards of them; see `mpitrain.arrays.ParameterSource`.
 
     Parameters
@@ -108,16 +109,6 @@ class ShardedParameters:
         }
 
     @property
-    def flat(self) -> Array:
-        """Never there all at once."""
-        self._refuse()
-
-    @property
-    def views(self) -> Mapping[str, Array]:
-        """Never there all at once."""
-        self._refuse()
-
-    @property
     def tree(self) -> Mapping[str, Any]:
         """The tensors, nested along the dots of their names; each is there until another layer's is asked for."""
         return self._tree
@@ -187,8 +178,8 @@ class ShardedParameters:
                 remedy="drop it, keep a copy, or use stage 2",
             )  # fmt: skip
 
-    def _refuse(self) -> NoReturn:
-        raise InputError(
+    def _refusal(self) -> InputError:
+        return InputError(
             "stage 3 never has all parameters at once", operation="GradientParallel",
             got="params.flat or params.views", expected="params.tree, or the method's whole()",
         )  # fmt: skip
