@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -44,6 +44,8 @@ from mpitrain.parallel.pipeline.stages import Microbatch, Stages
 from mpitrain.parallel.pipeline.ties import Ties
 from mpitrain.parallel.pipeline.validator import validate
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
+
+_T = TypeVar("_T")
 
 
 class PipelineParallel(Synchronous):
@@ -93,7 +95,7 @@ class PipelineParallel(Synchronous):
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         allocator: Allocator = plain,
     ) -> None:
-        comm, self.pipe, self.data = _axes(where)
+        comm, self.pipe, self.data = axes(where)
         super().__init__(comm, microbatches, bucket_bytes, allocator)
         if schedule not in FAMILIES:
             raise InputError(
@@ -125,12 +127,12 @@ class PipelineParallel(Synchronous):
 
     def _allocate(self, layout: Layout) -> None:
         layers = [part(self._layers, *cut) for cut in pairwise(self._cuts())]
-        names = [frozenset(layout.ties.get(each.name, each.name) for each in layer.parameters()) for layer in layers]
-        held = [frozenset().union(*(names[s] for s in self.sizes.stages_of(rank))) for rank in range(self.sizes.ranks)]
+        names = [frozenset(each.name for each in layer.parameters()) for layer in layers]
+        used = [frozenset().union(*(names[s] for s in self.sizes.stages_of(rank))) for rank in range(self.sizes.ranks)]
         if self._ties:
             self._ties.free()
-        self._ties = Ties(self.pipe, held)
-        self.params = FlatBuffer(layout.select(held[self.pipe.rank]), self._allocator)
+        self._ties = Ties(self.pipe, used, layout.ties)
+        self.params = FlatBuffer(layout.select(used[self.pipe.rank]), self._allocator)
         self.grads = GradientBuffer(self.params.layout, self._allocator)
         whole, copies = self.params.layout.whole(), self._ties.copies
         state = self.optimizer.init(whole, self._allocator)
@@ -187,18 +189,31 @@ class PipelineParallel(Synchronous):
 
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
         """Pass the microbatches through the pipeline; its last rank tells of loss and count.  Collective over it."""
-        grads.zero()
+        (tally,) = self._flow(microbatches, [grads], reduce)
+        return tally
+
+    def _flow(self, microbatches: list[Batch], sums: Sequence[Gradients], reduce: Reduce | None) -> list[Tally]:
+        """Pass microbatches through the pipeline, an equal number in turn for each of ``sums``."""
+        each = len(microbatches) // len(sums)
         rng = self.plan.key.child("train").at(self.step)
         ready = [
-            self._ready(batch, True, rng.child(f"microbatch{number}"), reduce)
+            self._ready(batch, True, rng.child(f"microbatch{number % each}"), reduce)
             for number, batch in enumerate(microbatches)
         ]
-        loss_sum = self.executor.train(self.schedule, ready, grads)
-        grads.end_pass()
+        for grads in sums:
+            grads.zero()
+        losses = self.executor.train(self.schedule, ready, [sums[number // each] for number in range(len(ready))])
+        for grads in sums:
+            grads.end_pass()
+        parts = [slice(first, first + each) for first in range(0, len(ready), each)]
+        return [self._tally(ready[part], losses[part]) for part in parts]
+
+    def _tally(self, ready: Sequence[Microbatch], losses: Sequence[float]) -> Tally:
+        loss_sum = sum(losses)
         tally = Tally(stops=float(self._stop), bad=float(not np.isfinite(loss_sum)))
         if self.pipe.rank == self._last_rank:
-            samples = float(sum(len(batch) for batch in microbatches))
-            tally = replace(tally, loss=loss_sum, count=sum(each.call.count for each in ready), samples=samples)
+            count, samples = sum(each.call.count for each in ready), float(sum(len(each.batch) for each in ready))
+            tally = replace(tally, loss=loss_sum, count=count, samples=samples)
         return tally
 
     def _ready(self, batch: Batch, training: bool, key: Key, reduce: Reduce | None = None) -> Microbatch:
@@ -229,23 +244,30 @@ class PipelineParallel(Synchronous):
         """See `Method.evaluate`: each rank hands in its own batches, all of which pass through the pipeline."""
         total: dict[str, Array] | None = None
         for round_ in self._rounds(batches):
-            parts = [batch.part(rows) for batch in round_ for rows in self._network.slices(batch.inputs)]
-            ready = [self._ready(each, False, self.plan.key) for each in parts]
-            for outputs, microbatch in zip(self.executor.outputs(ready), ready, strict=False):  # none on other ranks
-                total = add_sums(total, self._network.loss.sums(outputs, microbatch.batch))
+            for found in self._sums(round_):
+                total = add_sums(total, found)
         sums: dict[str, Array] | None = self.pipe.broadcast_object(total, self._last_rank)
         if sums is None:
             raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
         return self.model.metrics(self.data.allreduce(sums) if self.data else sums)
 
-    def _rounds(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-        """Yield the next batch of every rank of the pipeline, until no rank has one."""
-        own = iter(batches)
+    def _rounds(self, items: Iterable[_T]) -> Iterator[list[_T]]:
+        """Yield the next batch, or what there is in its place, of every rank of the pipeline, until none has one."""
+        own = iter(items)
         while True:
-            found = [batch for batch in self.pipe.allgather_object(next(own, None)) if batch is not None]
+            found = [item for item in self.pipe.allgather_object(next(own, None)) if item is not None]
             if not found:
                 return
             yield found
+
+    def _sums(self, batches: Sequence[Batch]) -> list[dict[str, Array]]:
+        """Pass batches through the pipeline; return each one's sums (`Model.sums`) on its last rank, elsewhere none."""
+        parts = [(number, b.part(rows)) for number, b in enumerate(batches) for rows in self._network.slices(b.inputs)]
+        ready = [self._ready(part, False, self.plan.key) for _, part in parts]
+        found = dict[int, dict[str, Array]]()
+        for outputs, (number, _), each in zip(self.executor.outputs(ready), parts, ready, strict=False):
+            found[number] = add_sums(found.get(number), self._network.loss.sums(outputs, each.batch))
+        return list(found.values())
 
     def predict(self, inputs: Array) -> Array:
         """See `Method.predict`: the first rank's inputs, which all ranks hand in alike."""
@@ -296,12 +318,12 @@ class PipelineParallel(Synchronous):
         return self._ties.owners[name]
 
 
-def _axes(where: Communicator | ProcessMesh) -> tuple[Communicator, Communicator, Communicator | None]:
+def axes(where: Communicator | ProcessMesh) -> tuple[Communicator, Communicator, Communicator | None]:
     """Return the communicators of all ranks, along a pipeline, and over equal pipelines if there are several."""
     if isinstance(where, Communicator):
         return where, where, None
     mesh = where
     if not {"pipe"} <= set(mesh) <= {"data", "pipe"}:
-        axes = ", ".join(mesh)
-        raise InputError("the mesh does not fit", operation="PipelineParallel", got=axes, expected="pipe, and data")
+        got = ", ".join(mesh)
+        raise InputError("the mesh does not fit", operation="PipelineParallel", got=got, expected="pipe, and data")
     return mesh.comm, mesh["pipe"], mesh["data"] if mesh.shape.get("data", 1) > 1 else None
