@@ -70,7 +70,10 @@ class Side:
     @property
     def overrides(self) -> tuple[str, ...]:
         """What the layout changes of a job: its mesh, or nothing."""
-        return () if self.axes is None else ("mesh={}", *(f"mesh.{axis}={size}" for axis, size in self.axes.items()))
+        if self.axes is None:
+            return ()
+        axes = {"pipe": 1, **self.axes}  # said, so that a schedule of pipelines may stay
+        return ("mesh={}", *(f"mesh.{axis}={size}" for axis, size in axes.items()))
 
 
 def side(layout: str) -> Side:

@@ -148,11 +148,12 @@ class LaneSteps(Synchronous):
         return self.model.metrics(sums)
 
 
-def deal(lanes: int, comm: Communicator, operation: str) -> range:
-    """Return the lanes of this one of the ranks that share them out: a contiguous, near-equal run."""
+def deal(lanes: int, comm: Communicator, operation: str, what: str = "rank") -> range:
+    """Return the lanes of this rank, of those that share them out: a contiguous, near-equal run."""
     if lanes < comm.size:
         raise InputError(
-            "more ranks than lanes", operation=operation, got=f"{comm.size} ranks, {lanes} lanes",
-            expected="a lane for each rank", remedy=f"set lanes to {comm.size} or more, or start at most {lanes} ranks",
+            f"more {what}s than lanes", operation=operation, got=f"{comm.size} {what}s, {lanes} lanes",
+            expected=f"a lane for each {what}",
+            remedy=f"set lanes to {comm.size} or more, or start at most {lanes} {what}s",
         )  # fmt: skip
     return range(*share(lanes, comm.size, comm.rank))

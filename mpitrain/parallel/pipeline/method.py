@@ -15,7 +15,18 @@ import numpy as np
 from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Key, Layout, namespace, plain
+from mpitrain.arrays import (
+    Allocator,
+    Batch,
+    FlatBuffer,
+    GradientBuffer,
+    Gradients,
+    Key,
+    Layout,
+    Segment,
+    namespace,
+    plain,
+)
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.method.method import Plan
@@ -31,7 +42,7 @@ from mpitrain.method.steps import (
     update,
     verify_replicas,
 )
-from mpitrain.nn import Call, Network, Sequential
+from mpitrain.nn import Network, Sequential
 from mpitrain.nn.cutting import part, units
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer
@@ -44,6 +55,7 @@ from mpitrain.parallel.pipeline.stages import Microbatch, Stages
 from mpitrain.parallel.pipeline.ties import Ties
 from mpitrain.parallel.pipeline.validator import validate
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
+from mpitrain.parallel.whole import whole_tensor
 
 _T = TypeVar("_T")
 
@@ -54,8 +66,9 @@ class PipelineParallel(Synchronous):
     Parameters
     ----------
     where : Communicator or ProcessMesh
-        A communicator: its ranks make up the pipeline.  A mesh with the axes ``pipe`` and ``data``: each pipeline takes
-        a share of each batch, and gradients of a stage are summed over ``data``.
+        A communicator: its ranks make up the pipeline.  A mesh with the axes ``pipe``, ``data`` and ``tensor``, or some
+        of them: each pipeline takes a share of each batch, and gradients of a stage are summed over ``data``; ranks
+        along ``tensor`` divide each stage's tensors, as the model they are handed says.
     schedule : str
         Name in `FAMILIES`.
     chunks : int
@@ -95,8 +108,8 @@ class PipelineParallel(Synchronous):
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         allocator: Allocator = plain,
     ) -> None:
-        comm, self.pipe, self.data = axes(where)
-        super().__init__(comm, microbatches, bucket_bytes, allocator)
+        comm, self.pipe, self.data, across = axes(where)
+        super().__init__(comm, microbatches, bucket_bytes, allocator, across)
         if schedule not in FAMILIES:
             raise InputError(
                 "no such schedule", operation="PipelineParallel", got=repr(schedule), expected=", ".join(FAMILIES),
@@ -138,7 +151,7 @@ class PipelineParallel(Synchronous):
         state = self.optimizer.init(whole, self._allocator)
         self.parts = (Part(whole, self.params.flat, self.grads.flat, state),)
         numbers = (number for number, segment in enumerate(self.params.layout) if segment.name in copies)
-        self._over_stages = Reach((self.pipe,), frozenset(numbers))
+        self._over_stages = self._over_model(self.pipe, elsewhere=numbers)
         own = {stage: layers[stage] for stage in self.sizes.stages_of(self.pipe.rank)}
         links = Links(self.pipe, self.sizes, self._network.pool, namespace(self.params.flat), layout.dtype)
         self.executor = Executor(self.pipe, self.sizes, Stages(self._network, own, self.params), links)
@@ -160,6 +173,16 @@ class PipelineParallel(Synchronous):
         self._ties.publish(self.params)
         if self.data:
             verify_replicas(self.data, self.params)
+        if self.across:
+            verify_replicas(self.across, self.params, [each.name for each in self.params.layout if each.is_whole])
+
+    def _over_model(self, *groups: Communicator, elsewhere: Iterable[int] = ()) -> Reach:
+        """Return over which ranks a sum over this rank's stages goes, or over all; see `Synchronous._reach`."""
+        if self.across is None:
+            return Reach(groups, frozenset(elsewhere))
+        counted = self.across.rank > 0  # by the first rank
+        shared = (number for number, segment in enumerate(self.params.layout) if counted and segment.is_whole)
+        return Reach((*groups, self.across), frozenset({*shared, *elsewhere}))
 
     @property
     def shares(self) -> tuple[tuple[int, int], ...]:
@@ -178,13 +201,13 @@ class PipelineParallel(Synchronous):
         with phase("reduce"):
             self._reduce_gradients()
         with phase("check"):
-            total = self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts))))
+            total = self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
             self._check_finite(not total.bad, microbatches)
         self.step += 1
         with phase("update"):
             divide(self.parts, total.count)
             clip(self.parts, self.plan, self._over_stages)
-            update(self.optimizer, self.parts, self.plan, self.step)
+            update(self.optimizer, self.parts, self.plan, self.step, self._over_model())
         return total
 
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
@@ -220,12 +243,15 @@ class PipelineParallel(Synchronous):
         """Return a batch with the surroundings of its passes."""
         batch = self._network.prepared(batch, self.params)
         count = self._network.loss.count(batch)
-        xp = namespace(self.params.flat)
-        return Microbatch(batch, Call(xp, self._network.pool, training, key, batch.index, count, reduce))
+        call = self._network.call(
+            batch.inputs, training=training, key=key, index=batch.index, count=count, reduce=reduce
+        )  # fmt: skip
+        return Microbatch(batch, call)
 
     def _reduce_gradients(self) -> None:
         """Sum the gradients of tied tensors over the stages, and all over the pipelines."""
         assert self._ties
+        self._sum_terms()
         self._ties.sum(self.grads.buffer)
         if self.data:
             reduce_gradients(self.data, self.grads.buffer, self.params.layout.buckets(self.bucket_bytes))
@@ -242,14 +268,15 @@ class PipelineParallel(Synchronous):
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`: each rank hands in its own batches, all of which pass through the pipeline."""
-        total: dict[str, Array] | None = None
+        own: dict[str, Array] | None = None
         for round_ in self._rounds(batches):
             for found in self._sums(round_):
-                total = add_sums(total, found)
-        sums: dict[str, Array] | None = self.pipe.broadcast_object(total, self._last_rank)
+                own = add_sums(own, found)
+        sums: dict[str, Array] | None = self.pipe.broadcast_object(own, self._last_rank)
         if sums is None:
             raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        return self.model.metrics(self.data.allreduce(sums) if self.data else sums)
+        total = self.data.allreduce(sums) if self.data else sums
+        return self.model.metrics(self.across.broadcast(total) if self.across else total)
 
     def _rounds(self, items: Iterable[_T]) -> Iterator[list[_T]]:
         """Yield the next batch, or what there is in its place, of every rank of the pipeline, until none has one."""
@@ -282,7 +309,7 @@ class PipelineParallel(Synchronous):
             outputs[start : start + len(found)] = found
             start += len(found)
         self.pipe.broadcast(outputs, self._last_rank, out=outputs)
-        return outputs
+        return self._network.united(outputs)
 
     def state(self) -> State:
         """See `Method.state`: a tied tensor is its first holder's, and of equal pipelines the first one speaks."""
@@ -296,7 +323,7 @@ class PipelineParallel(Synchronous):
         layout, digest = self.model.layout, ""
         names = sorted(segment.name for segment in layout)
         if self.pipe.rank == 0:
-            digest = sha256(self._fetched(name) for name in names)
+            digest = sha256(self._whole(layout[name], self._fetched(name)) for name in names)
         else:
             for name in names:
                 if self._owner(name) == self.pipe.rank:
@@ -313,17 +340,24 @@ class PipelineParallel(Synchronous):
         received: Array = self.pipe.recv(xp.empty(segment.shape, self.params.layout.dtype), owner)
         return received
 
+    def _whole(self, segment: Segment, part: Array) -> Array:
+        return whole_tensor(self.across, segment, part) if self.across else part
+
     def _owner(self, name: str) -> int:
         assert self._ties
         return self._ties.owners[name]
 
 
-def axes(where: Communicator | ProcessMesh) -> tuple[Communicator, Communicator, Communicator | None]:
-    """Return the communicators of all ranks, along a pipeline, and over equal pipelines if there are several."""
+Axes = tuple[Communicator, Communicator, Communicator | None, Communicator | None]
+
+
+def axes(where: Communicator | ProcessMesh) -> Axes:
+    """Return the communicators of all pipelines, along one, over equal ones, and across a stage; None: of one rank."""
     if isinstance(where, Communicator):
-        return where, where, None
+        return where, where, None, None
     mesh = where
-    if not {"pipe"} <= set(mesh) <= {"data", "pipe"}:
-        got = ", ".join(mesh)
-        raise InputError("the mesh does not fit", operation="PipelineParallel", got=got, expected="pipe, and data")
-    return mesh.comm, mesh["pipe"], mesh["data"] if mesh.shape.get("data", 1) > 1 else None
+    if not {"pipe"} <= set(mesh) <= {"data", "pipe", "tensor"}:
+        got, expected = ", ".join(mesh), "pipe, and data or tensor"
+        raise InputError("the mesh does not fit", operation="PipelineParallel", got=got, expected=expected)
+    data, tensor = (mesh[name] if mesh.shape.get(name, 1) > 1 else None for name in ("data", "tensor"))
+    return mesh[tuple(name for name in mesh if name != "tensor")] if tensor else mesh.comm, mesh["pipe"], data, tensor

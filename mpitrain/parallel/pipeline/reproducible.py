@@ -29,7 +29,7 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
     Parameters
     ----------
     where : Communicator or ProcessMesh
-        As for `PipelineParallel`; each pipeline takes some of the lanes.
+        As for `PipelineParallel`, without ``tensor``; each pipeline takes some of the lanes.
     lanes : int
         As for `ReproducibleDataParallel`; at least one for each pipeline.
     microbatches : int
@@ -58,7 +58,7 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
     ) -> None:
         mesh = _with_data(where)
         self._peers, self.lanes = mesh["data"], lanes
-        self._dealt = deal(lanes, self._peers, type(self).__name__)
+        self._dealt = deal(lanes, self._peers, type(self).__name__, "pipeline")
         flow = microbatches * len(self._dealt)
         super().__init__(
             mesh, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, allocator=allocator
@@ -76,7 +76,7 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         return self._dealt[start:stop]
 
     def _further_uses(self) -> tuple[str, ...]:
-        """Return the names of this rank's uses of tied tensors, but for the first of each, which has the tensor's place."""
+        """Return the names of this rank's uses of tied tensors, but for each one's first, which has its place."""
         assert self._ties
         own = ([use for use, rank in uses if rank == self.pipe.rank] for uses in self._ties.uses.values())
         return tuple(use for uses in own for use in uses[1:])
@@ -123,7 +123,12 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
 
 
 def _with_data(where: Communicator | ProcessMesh) -> ProcessMesh:
-    """Return the mesh of pipelines, which has an axis of data even if there is one pipeline."""
+    """Return the mesh of pipelines, with an axis of data even if there is one pipeline."""
     if isinstance(where, Communicator):
         return ProcessMesh(where, data=1, pipe=-1)
+    if where.shape.get("tensor", 1) > 1:
+        raise InputError(
+            "matrices of other shapes have other bits", operation="ReproduciblePipelineParallel",
+            got=f"tensor={where.shape['tensor']}", expected="the axes pipe and data",
+        )  # fmt: skip
     return where if "data" in where.shape else ProcessMesh(where.comm, data=1, **where.shape)
