@@ -50,8 +50,8 @@ class MethodSection(Section):
     )
     microbatches: Count = Field(
         1,
-        description="Parts that a batch is computed in, one after the other: less memory. A pipeline needs several "
-        "times as many as ranks.",
+        description="Parts that a batch, or a lane of it, is computed in, one after the other: less memory. A pipeline "
+        "needs several times as many as ranks; lanes count.",
     )
     bucket_bytes: Count = Field(
         4 << 20,
