@@ -12,7 +12,7 @@ from pipeline_cases import CASES, Case, fits
 
 from mpitrain import nn
 from mpitrain._errors import InputError, NonFiniteError
-from mpitrain.arrays import Layout
+from mpitrain.arrays import Batch, Layout
 from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
 from mpitrain.data import evaluation_batches
 from mpitrain.method import tiles
@@ -42,7 +42,7 @@ class ThreeUses(Sequential):
         )  # fmt: skip
 
     def ties(self) -> dict[str, str]:
-        return {"head.weight": "embed.weight", "up.weight": "embed.weight"}
+        return {"up.weight": "head.weight", "embed.weight": "head.weight"}  # not the first in the layout
 
 
 def three_uses(dtype: Any = np.float64) -> KeptKeys:
@@ -166,20 +166,50 @@ def test_other_batches_are_evaluated_too(on_ranks):
     on_ranks(check_any_batches)
 
 
-def check_not_finite(comm: Communicator) -> None:
-    inputs = IMAGES.inputs.copy()
-    inputs[6] = np.inf
-    spoilt = RowsFeed(type(IMAGES)(inputs, IMAGES.targets, "classification", "spoilt"), batch_size=10)
-    method = ReproduciblePipelineParallel(comm, lanes=2)
+NUMBERS = [(1e16, 1.0), (3.0, 5.0), (-1e16, 1.0), (1.0, 3.0)]
+"""Of each lane those of two batches: float addition gives another sum in nearly every other order."""
+
+
+def check_order(comm: Communicator) -> None:
+    method = ReproduciblePipelineParallel(ProcessMesh(comm, data=2, pipe=2) if comm.size == 4 else comm, lanes=LANES)
     method.setup(mlp(), SGD(), plan(1))
+
+    def sums(batches: list[Batch]) -> list[dict[str, np.ndarray]]:
+        is_last = method.pipe.rank == method.pipe.size - 1
+        return [{"loss": np.array(NUMBERS[lane][turn])} for lane, turn in (b.index for b in batches)] if is_last else []
+
+    method._sums = sums  # type: ignore[method-assign]
+    method.model.metrics = dict  # type: ignore[method-assign, assignment]
+    own = [lane for lane, _ in method.evaluation_shares]
+    batches = [Batch(np.zeros(2), np.zeros(2), np.array([lane, turn])) for turn in (0, 1) for lane in own]
+    totals = [a + b for a, b in NUMBERS]
+    assert method.evaluate(batches) == {"loss": ((totals[0] + totals[1]) + totals[2]) + totals[3]}
+
+
+def test_numbers_are_added_by_lane_and_in_their_order(on_ranks):
+    on_ranks(check_order)
+
+
+class Explodes(nn.Linear):
+    """Gives an infinite gradient, and a finite loss."""
+
+    def backward_weight(self, grads: Any, context: Any, dy: Any, call: Any) -> None:
+        super().backward_weight(grads, context, dy, call)
+        grads["bias"][0] = np.inf
+
+
+def check_not_finite(comm: Communicator) -> None:
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(32, 5), nn.Tanh(), Explodes(5, 3), nn.Tanh(), nn.Linear(3, 3))
+    method = ReproduciblePipelineParallel(comm, lanes=2)
+    method.setup(KeptKeys(layers, nn.CrossEntropy()), SGD(), plan(1))
     before = method.weights_sha256()
-    with np.errstate(all="ignore"), pytest.raises(NonFiniteError, match="of step 1 is not finite") as caught:
-        method.advance(spoilt, until=1)
+    with pytest.raises(NonFiniteError, match=r"of step 1 is not finite; .*tensors: 3\.bias") as caught:
+        method.advance(RowsFeed(), until=1)
     same_on_all(comm, str(caught.value))
     assert (method.step, method.weights_sha256()) == (0, before)
 
 
-def test_a_value_that_is_not_finite_ends_all_ranks():
+def test_a_gradient_that_is_not_finite_ends_all_ranks():
     LocalWorld(3, timeout_s=20).run(check_not_finite)
 
 
@@ -200,7 +230,7 @@ def test_a_layout_whose_names_have_places_of_their_own():
     assert layout.untied(()) is not layout
     assert layout.untied(()).ties == layout.ties
     wide: Layout = layout.untied(["up.weight"])
-    assert wide.ties == {"head.weight": "embed.weight"}
+    assert wide.ties == {"embed.weight": "head.weight"}
     assert wide.segments[: len(layout)] == layout.segments
     assert (wide["up.weight"].offset, wide["up.weight"].shape) == (layout.size, (4, 8))
     assert wide.size == layout.size + 32

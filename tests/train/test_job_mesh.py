@@ -234,11 +234,11 @@ def test_a_run_in_stages_goes_on_on_another_mesh(tmp_path: Path, file: Path):
     whole = LocalWorld(1).run(lambda comm: trained(comm, run_dir=tmp_path / "whole"))[0]
     run, first = tmp_path / "run", ("mesh.pipe=2", "mesh.tensor=2", "mesh.data=2", "train.steps=1")
     LocalWorld(8).run(lambda comm: trained(comm, *first, run_dir=run))
-    LocalWorld(4).run(lambda comm: trained(comm, "mesh.data=2", "mesh.pipe=2", "train.steps=2", resume=run))
+    LocalWorld(3).run(lambda comm: trained(comm, "mesh.pipe=3", "train.steps=2", resume=run))
     LocalWorld(2).run(lambda comm: trained(comm, 'method.kind="gradient"', "train.steps=3", resume=run))
-    results = LocalWorld(3).run(lambda comm: trained(comm, "mesh.pipe=3", resume=run))
-    assert results == [results[0]] * 3
-    assert (results[0]["steps"], results[0]["ranks"]) == (4, 3)
+    results = LocalWorld(4).run(lambda comm: trained(comm, "mesh.pipe=2", "mesh.tensor=2", resume=run))
+    assert results == [results[0]] * 4
+    assert (results[0]["steps"], results[0]["ranks"]) == (4, 4)
     assert results[0]["metrics"] == pytest.approx(whole["metrics"], rel=1e-9)
     one, other = Predictor(tmp_path / "whole"), Predictor(run)
     np.testing.assert_allclose(other.params.flat, one.params.flat, rtol=1e-9, atol=1e-12)
