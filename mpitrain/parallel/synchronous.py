@@ -183,7 +183,7 @@ class Synchronous(Method):
     def _sum_terms(self) -> None:
         """Sum the gradients of which the ranks that divide the model have terms.  Collective over them."""
         if self.across and self._terms:
-            terms = [self.grads.views[name] for name in self._terms]
+            terms = [self.grads.views[name] for name in self._terms if name in self.grads.views]
             self.across.allreduce(terms, out=terms)
 
     def _agreed(self, total: Tally) -> Tally:
