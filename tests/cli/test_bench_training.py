@@ -78,10 +78,18 @@ def test_beside_pytorch(tmp_path: Path) -> None:
     assert "to DDP, gloo" in printed
 
 
-def test_models_that_are_not_there_are_told() -> None:
-    done = CliRunner().invoke(command, ["training", "--models=mlp256,rnn"])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--models=mlp256,rnn", "no 'rnn'; expected some of mlp256, mlp1024, mlp2048, cnn, gpt"),
+        ("--json=nowhere/figures.json", "'nowhere' is no folder that can be written to; make it first"),
+        ("--plot=nowhere/figure.png", "'nowhere' is no folder that can be written to; make it first"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(option: str, words: str) -> None:
+    done = CliRunner().invoke(command, ["training", option])
     assert done.exit_code == 2
-    assert "no 'rnn'; expected some of mlp256, mlp1024, mlp2048, cnn, gpt" in done.output
+    assert words in done.output
 
 
 @pytest.mark.parametrize("n", [["-n", "2"], ["-n2"], ["--ranks", "2"], ["--ranks=2"]])
