@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @click.option("--against", default="serial", show_default=True, metavar="LAYOUT", help="serial, or another layout.")
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps to take.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. optimizer.lr=0.01.")
-@click.option("--tolerance", type=float, help="Relative difference that counts as none  [default: by dtype]")
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), help="Relative difference that counts as none  [default: by dtype]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--record", type=click.Path(path_type=Path), hidden=True, help="As a rank: write a record to this file.")
 def command(job: str, overrides: tuple[str, ...], steps: int, record: Path | None, **options: Any) -> None:

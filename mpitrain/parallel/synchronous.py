@@ -155,6 +155,8 @@ class Synchronous(Method):
 
     def _own_shares(self, feed: Feed) -> list[Share]:
         """Return this rank's shares of a feed, which is cut once."""
+        if not hasattr(self, "plan"):
+            raise InputError("comes after setup", operation="advance", remedy="call setup(model, optimizer, plan)")
         if self._feed is not feed:
             self._feed, self._cut = feed, [feed.share(*share, self.microbatches) for share in self.shares]
         return self._cut
