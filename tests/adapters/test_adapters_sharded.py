@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from mpitrain import GradientParallel, Key, Plan, nn, optim  # noqa: E402
 from mpitrain._errors import InputError, NonFiniteError  # noqa: E402
 from mpitrain.adapters import TorchModel  # noqa: E402
+from mpitrain.arrays import FlatBuffer  # noqa: E402
 from mpitrain.comm import Communicator, LocalWorld  # noqa: E402
 
 FEED = UnevenFeed(*(each.numpy() for each in samples("mlp")))
@@ -62,6 +63,23 @@ KINDS = {
     "in place": lambda: Deep(lambda module, x: torch.relu_(module.second(x))),
     "twice": lambda: Deep(lambda module, x: module.second(torch.tanh(module.second(x)))),
 }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "compiled",
+    [lambda module: torch.jit.trace(module, torch.ones(2, 6).double()), lambda module: torch.compile(module)],
+    ids=["traced", "compiled"],
+)
+def test_modules_whose_functions_cannot_be_seen_keep_their_parameters_whole(compiled):
+    model = TorchModel(tnn.Sequential(compiled(seeded(mlp)), tnn.Identity()), nn.CrossEntropy())
+
+    def check(comm: Communicator) -> None:
+        method = GradientParallel(comm, stage=3)
+        method.setup(model, optim.SGD(), Plan(Key(1), lambda step: 1.0, 1))
+        assert isinstance(method.params, FlatBuffer)
+
+    LocalWorld(1).run(check)
 
 
 def advanced(comm: Communicator, module: tnn.Module, steps: int = 1) -> tuple[GradientParallel, dict[str, np.ndarray]]:
