@@ -5,16 +5,26 @@ What the ranks do with each other's arrays is theirs to say; here is where the a
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mpitrain._typing import Array, DType
 from mpitrain.comm.calls import Call, Prepared
 from mpitrain.comm.shard_plans import watched
+from mpitrain.comm.transports.fence import LINE_BYTES
 from mpitrain.comm.transports.pages import whole_pages
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
+
+_ORDERED = ("x86_64", "AMD64")
+
+_LOOKS = 2000
+"""Before a rank that waits gives its core to others."""
 
 
 class Rows:
@@ -70,10 +80,53 @@ class Rows:
 
         return self._counted(operation, size, run)
 
+    def departures(self) -> Departures:
+        """Return what tells that ranks have read enough.  Collective."""
+        return Departures(self._comm, self._fence)
+
     def _counted(self, operation: str, size: int, run: Callable[[], object]) -> Callable[[], None]:
         own = self.arrays[self._comm.rank][:size]
         call = Call(operation, dtype=own.dtype, send=own, recv=own, op="sum")
         return watched(self._comm, Prepared(f"{operation}_plan", [call], lambda: None, own), run)
+
+
+class Departures:
+    """A barrier in two halves: what a rank does in between costs the others no wait.
+
+    Parameters
+    ----------
+    comm : Communicator
+        As of `Rows`.
+    fence : callable
+        Of the node.
+
+    Notes
+    -----
+    As `mpitrain.comm.transports.fence`, it relies on x86's order of loads and stores; elsewhere the second half is the
+    fence.  Waiting is in sight of watchdog and ledger.
+    """
+
+    def __init__(self, comm: Communicator, fence: Callable[[], object]) -> None:
+        lines = comm.shared((comm.size, LINE_BYTES // 8), np.dtype(np.int64))
+        self._lines = [memoryview(line) for line in lines]
+        self._own, self._number = self._lines[comm.rank], 0
+        halves = platform.machine() in _ORDERED
+        called = Prepared("barrier", [Call("barrier")], lambda: None)
+        self.wait = watched(comm, called, self._wait if halves else fence)
+
+    def leave(self) -> None:
+        """Let the others know that this rank has done."""
+        self._number += 1
+        self._own[0] = self._number
+
+    def _wait(self) -> None:
+        """Return once all ranks have left as often as this one."""
+        looks = 0
+        for line in self._lines:
+            while line[0] < self._number:
+                looks += 1
+                if looks > _LOOKS:
+                    os.sched_yield()
 
 
 def rows(comm: Communicator, size: int, dtype: DType) -> Rows | None:

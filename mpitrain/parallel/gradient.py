@@ -54,7 +54,8 @@ class GradientParallel(Synchronous):
     each (p−1)/p · n bytes moved per rank where the library uses a ring, and an allreduce of five numbers.  In stage 3
     parameters are gathered in each pass instead, forward and backward: two allgathers a microbatch, less what is still
     there when a pass begins or turns, and what the first layer's backward pass need not read.  On one node with shared
-    memory no byte is sent: each rank reads n bytes of gradients and writes n/p of parameters at a time.
+    memory no byte is sent: each rank reads n bytes of gradients and writes n/p of parameters at a time, in one pass in
+    stage 1 if the optimizer is `Elementwise` and nothing is clipped.
 
     Memory per rank, with k numbers of optimizer state a parameter: n of parameters, or n/p where the node's p ranks
     share them; stage 1: n of gradients and kn/p of state, and n/p more of gradients in ordinary memory; stage 2: (k+1)

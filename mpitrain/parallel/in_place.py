@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mpitrain._typing import Array
 from mpitrain.arrays import FlatBuffer, GradientBuffer, Layout, Shard
-from mpitrain.comm import Communicator, Request
+from mpitrain.comm import Communicator
 from mpitrain.comm.rows import Rows, rows
 from mpitrain.method.method import Plan
 from mpitrain.optim import Optimizer, Terms
@@ -43,7 +43,7 @@ class CommonGradients(GradientBuffer):
 
     def __init__(self, comm: Communicator, layout: Layout, rows: Rows, operation: str, shard: Shard) -> None:
         self._comm, self._rows, self._shard = comm, rows, shard
-        self._readers: Request | None = None
+        self._departures, self._are_read = rows.departures(), False
         self._publish = rows.publication(operation, layout.size)
         own = rows.arrays[comm.rank]
         super().__init__(layout, lambda size, dtype: own)
@@ -56,14 +56,15 @@ class CommonGradients(GradientBuffer):
         self._publish()
 
     def release(self) -> None:
-        """Be told that this rank has read the others'.  Collective, but waits for no one yet."""
-        self._readers = self._comm.ibarrier()
+        """Be told that this rank has read the others', which wait for nothing else before they write the next."""
+        self._departures.leave()
+        self._are_read = True
 
     def reclaim(self) -> None:
         """Wait until the others have read this rank's, before it writes the next ones: after its forward pass."""
-        if self._readers is not None:
-            self._readers.wait()
-            self._readers = None
+        if self._are_read:
+            self._departures.wait()
+            self._are_read = False
 
     @property
     def buffer(self) -> FlatBuffer:
