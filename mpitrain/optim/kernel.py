@@ -16,6 +16,7 @@ import numpy as np
 
 from mpitrain import _env
 from mpitrain._typing import Array, DType
+from mpitrain.arrays.compiled import load
 from mpitrain.optim.terms import Terms
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
@@ -47,11 +48,7 @@ class _Sources(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled loops; None where they were not built, or from another version of their source."""
-    try:
-        found = ctypes.CDLL(str(LIBRARY))
-    except OSError:
-        return None
-    return found if found.mpitrain_optim_abi() == _ABI else None
+    return load(LIBRARY, "mpitrain_optim_abi", _ABI)
 
 
 def adam(p: Array, terms: Terms, m: Array, v: Array, settings: AdamSettings) -> bool:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
@@ -23,6 +23,7 @@ from mpitrain.comm import Communicator
 from mpitrain.comm.rows import Rows, rows
 from mpitrain.comm.transports.shards import bounds
 from mpitrain.optim import Terms, kernel
+from mpitrain.parallel.piecewise import Piecewise
 
 READ_BY_OWNERS = 16
 """Ranks up to which each reads its shard of all others' gradients at once; wider nodes combine level by level."""
@@ -129,7 +130,7 @@ class _Read:
         kernel.add(self._sums, self._terms)
 
 
-class StreamedGradients:
+class StreamedGradients(Piecewise):
     """The gradients of a model that keeps only this rank's shards of them; see `mpitrain.arrays.Gradients`.
 
     Parameters
@@ -182,16 +183,6 @@ class StreamedGradients:
         self._begun: dict[int, Array] = {}
         self._unset: set[str] = set()  # nothing was added to in this pass
         self._begin_pass()
-
-    @property
-    def flat(self) -> Array:
-        """Never there all at once."""
-        self._refuse()
-
-    @property
-    def views(self) -> Mapping[str, Array]:
-        """Never there all at once."""
-        self._refuse()
 
     @property
     def tree(self) -> Mapping[str, Any]:
@@ -286,8 +277,8 @@ class StreamedGradients:
             start = segment.offset if segment.name in self._unset else segment.stop
             place[start - bucket.start : end - bucket.start] = 0
 
-    def _refuse(self) -> NoReturn:
-        raise InputError(
+    def _refusal(self) -> InputError:
+        return InputError(
             "this model asks for all gradients at once, which stage 2 never has", operation="GradientParallel",
             got="grads.flat or grads.views", expected="grads.tree", remedy="use stage 1",
         )  # fmt: skip

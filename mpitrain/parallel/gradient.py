@@ -34,7 +34,7 @@ class GradientParallel(Synchronous):
         The ranks that share each batch.
     stage : {1, 2, 3}
         1: each rank keeps the optimizer state of a shard of the model.  2: and the gradients of that shard only.  3:
-        and the parameters of that shard only, if the model `reads_by_layer` (a `Network` does); else as 2.
+        and the parameters of that shard only, if the model `reads_by_layer` (`Network`, `TorchModel`); else as 2.
     microbatches : int
         Into how many parts a batch is cut, see `DataParallel`.  In stage 1 their gradients are added up before they
         are reduced; from stage 2 on, where there is nowhere to add them up, those of each are reduced.
@@ -114,7 +114,7 @@ class GradientParallel(Synchronous):
         """Set ``params``, and what hands them out; return where this rank's shards are."""
         buckets, shards = self.grads.buckets, self.grads.shards
         if self.stage == 3 and self.model.reads_by_layer:
-            self.params = ShardedParameters(self.comm, layout, buckets, shards, self._private, self._allocator)
+            self.params = ShardedParameters(self.comm, self.model, buckets, shards, self._private, self._allocator)
             return self.params.owned
         self.params = FlatBuffer(layout, self._private or self.comm.shared)
         self._gathers = [self._gather(*each) for each in zip(buckets, shards, strict=True)]
@@ -160,6 +160,8 @@ class GradientParallel(Synchronous):
         phase = self.comm.phase
         with phase("gradients"):
             own = self._gradients(microbatches, self.grads, self._reduce)
+            if isinstance(self.params, ShardedParameters):
+                self.params.end_passes()
         if isinstance(self.grads, CommonGradients):
             total = self._step_in_place(self.grads, own, microbatches, parameters_are_read=True)
             with phase("gather"):
