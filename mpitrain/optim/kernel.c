@@ -25,6 +25,7 @@
 #define FOR_THIS_CPU
 #endif
 
+enum { OUTGROWS_BYTES = 2 << 20 }; /* with moments and parameters, what is read by then leaves caches by itself */
 enum { ABI = 2, BLOCK_BYTES = 4096, LINE_BYTES = 64, STORE_BYTES = 16 };
 
 typedef struct {
@@ -91,14 +92,15 @@ static void drain(void) {
 
 /* Write the sum of a stretch of the terms, in their order. */
 #define ADD_TERMS(T)                                                                                                  \
-  static inline void add_terms_##T(T *restrict g, const sources *from, const int64_t begin, const int64_t length) {   \
+  static inline void add_terms_##T(T *restrict g, const sources *from, const int64_t begin, const int64_t length,     \
+                                   const int flushed) {                                                               \
     const T *first = (const T *)from->terms[0] + begin;                                                               \
     for (int64_t i = 0; i < length; i++) g[i] = first[i];                                                             \
     for (int64_t k = 1; k < from->term_count; k++) {                                                                  \
       const T *term = (const T *)from->terms[k] + begin;                                                              \
       for (int64_t i = 0; i < length; i++) g[i] += term[i];                                                           \
     }                                                                                                                 \
-    flush_others(from, begin * (int64_t)sizeof(T), length * (int64_t)sizeof(T));                                      \
+    if (flushed) flush_others(from, begin * (int64_t)sizeof(T), length * (int64_t)sizeof(T));                         \
   }
 
 ADD_TERMS(float)
@@ -120,11 +122,12 @@ static int is_power_of_two(double x) {
     const int penalised = penalty != 0, shrunk = shrink != 1, past = from->parameters_are_read != 0;            \
     const int exact = is_power_of_two(s->count);                                                                \
     const T share = (T)(1 / s->count);                                                                          \
+    const int flushed = n * (int64_t)sizeof(T) < OUTGROWS_BYTES;                                                \
     enum { BLOCK = BLOCK_BYTES / sizeof(T) };                                                                   \
     _Alignas(LINE_BYTES) T g[BLOCK], updated[BLOCK];                                                            \
     for (int64_t begin = 0; begin < n; begin += BLOCK) {                                                        \
       const int64_t length = n - begin < BLOCK ? n - begin : BLOCK;                                             \
-      add_terms_##T(g, from, begin, length);                                                                    \
+      add_terms_##T(g, from, begin, length, flushed);                                                           \
       if (exact)                                                                                                \
         for (int64_t i = 0; i < length; i++) g[i] *= share;                                                     \
       else                                                                                                      \
@@ -158,7 +161,7 @@ ADAM(mpitrain_adam_f64, double, sqrt)
     _Alignas(LINE_BYTES) T g[BLOCK];                                                        \
     for (int64_t begin = 0; begin < n; begin += BLOCK) {                                    \
       const int64_t length = n - begin < BLOCK ? n - begin : BLOCK;                         \
-      add_terms_##T(g, from, begin, length);                                                \
+      add_terms_##T(g, from, begin, length, 1);                                             \
       for (int64_t i = 0; i < length; i++) sum[begin + i] += g[i];                          \
     }                                                                                       \
   }
