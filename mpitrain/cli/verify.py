@@ -103,6 +103,11 @@ def _verify(
     if ranks is not None and mesh is not None:
         raise click.UsageError("-n is the number of ranks, which --mesh gives; leave out one of them.")
     given = Job.load(job, overrides)
+    if given.precision.mixed:
+        raise JobError(
+            "what differs between layouts in 16 bits is rounding", operation="precision.compute",
+            got=given.precision.compute, remedy="verify the layouts in float64: --set 'precision={}'",
+        )  # fmt: skip
     if not given.reproducible and not any(each.partition("=")[0].strip() == "dtype" for each in overrides):
         overrides = ("dtype=float64", *overrides)
     sides = side(mesh) if mesh else Side(f"{ranks or 2} ranks", ranks or 2), side(against)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mpitrain._errors import InputError
-from mpitrain._typing import Array
+from mpitrain._typing import Array, DType
 from mpitrain.arrays import Allocator, FlatBuffer, Layout, ParameterTree, Shard, namespace, nest
 from mpitrain.comm import Communicator
 from mpitrain.comm.shard_plans import AllgatherPlan
@@ -36,6 +36,8 @@ class ShardedParameters:
         Where passages come from, collectively; None: where the ranks of a node share them, as far as they can.
     own : Allocator
         Where the shards' memory comes from.
+    dtype : dtype, optional
+        What parameters are gathered in; None: in the layout's dtype, which the shards have.
 
     Attributes
     ----------
@@ -57,8 +59,9 @@ class ShardedParameters:
         shards: Sequence[Shard],
         common: Allocator | None,
         own: Allocator,
+        dtype: DType | None = None,
     ) -> None:
-        self.layout, self.buckets, self._shards = layout, buckets, shards
+        self.layout, self.buckets, self._shards = layout.astype(dtype or layout.dtype), buckets, shards
         self.owned = [own(shard.size, layout.dtype) for shard in shards]
         self.xp = namespace(own(0, layout.dtype))
         self._allocate = common or comm.shared

@@ -182,7 +182,7 @@ class PipelineParallel(Synchronous):
         with phase("update"):
             divide(self.parts, total.count)
             clip(self.parts, self.plan, self._over_stages)
-            update(self.optimizer, self.parts, self.plan, self.step)
+            update(self.optimizer, self.parts, self.plan, self.updates)
         return total
 
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
