@@ -16,6 +16,7 @@ import numpy as np
 
 from mpitrain import _env
 from mpitrain._typing import Array, DType
+from mpitrain.arrays.compiled import load
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
@@ -34,11 +35,7 @@ class AdamSettings(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled loops; None where they were not built, or from another version of their source."""
-    try:
-        found = ctypes.CDLL(str(LIBRARY))
-    except OSError:
-        return None
-    return found if found.mpitrain_optim_abi() == _ABI else None
+    return load(LIBRARY, "mpitrain_optim_abi", _ABI)
 
 
 def adam(p: Array, g: Array, m: Array, v: Array, settings: AdamSettings) -> bool:

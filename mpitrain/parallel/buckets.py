@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, GradientBuffer, GradientTree, Group, Layout, Segment, nest
 from mpitrain.comm import Communicator
+from mpitrain.parallel.piecewise import Piecewise
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class WholeGradients(GradientBuffer):
         self._plan()
 
 
-class StreamedGradients:
+class StreamedGradients(Piecewise):
     """The gradients of a model that keeps only this rank's shards of them; see `mpitrain.arrays.Gradients`.
 
     Parameters
@@ -144,16 +145,6 @@ class StreamedGradients:
         self._begun: dict[int, Array] = {}
         self._unset: set[str] = set()  # nothing was added to in this pass
         self._begin_pass()
-
-    @property
-    def flat(self) -> Array:
-        """Never there all at once."""
-        self._refuse()
-
-    @property
-    def views(self) -> Mapping[str, Array]:
-        """Never there all at once."""
-        self._refuse()
 
     @property
     def tree(self) -> Mapping[str, Any]:
@@ -248,8 +239,8 @@ class StreamedGradients:
             start = segment.offset if segment.name in self._unset else segment.stop
             place[start - bucket.start : end - bucket.start] = 0
 
-    def _refuse(self) -> NoReturn:
-        raise InputError(
+    def _refusal(self) -> InputError:
+        return InputError(
             "this model asks for all gradients at once, which stage 2 never has", operation="GradientParallel",
             got="grads.flat or grads.views", expected="grads.tree", remedy="use stage 1",
         )  # fmt: skip

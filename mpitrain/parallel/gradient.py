@@ -33,7 +33,7 @@ class GradientParallel(Synchronous):
         The ranks that share each batch.
     stage : {1, 2, 3}
         1: each rank keeps the optimizer state of a shard of the model.  2: and the gradients of that shard only.  3:
-        and the parameters of that shard only, if the model `reads_by_layer` (a `Network` does); else as 2.
+        and the parameters of that shard only, if the model `reads_by_layer` (`Network`, `TorchModel`); else as 2.
     microbatches : int
         Into how many parts a batch is cut, see `DataParallel`.  In stage 1 their gradients are added up before they
         are reduced; from stage 2 on, where there is nowhere to add them up, those of each are reduced.
@@ -114,7 +114,8 @@ class GradientParallel(Synchronous):
         buckets, shards = self.grads.buckets, self.grads.shards
         dtype = self.precision.dtype if self.precision else layout.dtype
         if self.stage == 3 and self.model.reads_by_layer:
-            self.params = ShardedParameters(self.comm, layout, buckets, shards, self._private, self._allocator, dtype)
+            memory = self._private, self._allocator
+            self.params = ShardedParameters(self.comm, self.model, buckets, shards, *memory, dtype)
             return self.params.owned
         self.params = FlatBuffer(layout.astype(dtype), self._private or self.comm.shared)
         self._gathers = [self._gather(*each) for each in zip(buckets, shards, strict=True)]
@@ -180,6 +181,8 @@ class GradientParallel(Synchronous):
         phase = self.comm.phase
         with phase("gradients"):
             own = self._gradients(microbatches, self.grads, self._reduce)
+            if isinstance(self.params, ShardedParameters):
+                self.params.end_passes()
         with phase("reduce"):
             self._sum_terms()
             self.grads.reduce()

@@ -184,6 +184,8 @@ class Synchronous(Method):
 
     def _own_shares(self, feed: Feed) -> list[Share]:
         """Return this rank's shares of a feed, which is cut once."""
+        if not hasattr(self, "plan"):
+            raise InputError("comes after setup", operation="advance", remedy="call setup(model, optimizer, plan)")
         if self._feed is not feed:
             self._feed, self._cut = feed, [feed.share(*share, self.microbatches) for share in self.shares]
         return self._cut
@@ -228,7 +230,7 @@ class Synchronous(Method):
     def _sum_terms(self) -> None:
         """Sum the gradients of which the ranks that divide the model have terms.  Collective over them."""
         if self.across and self._terms:
-            terms = [self.grads.views[name] for name in self._terms]
+            terms = [self.grads.views[name] for name in self._terms if name in self.grads.views]
             self.across.allreduce(terms, out=terms)
 
     def _agreed(self, total: Tally) -> Tally:

@@ -44,7 +44,8 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*EMULATED, "precision.backoff_factor=1"], "precision.backoff_factor"),
         ([*EMULATED, "dtype=float64"], 'dtype: does not go with precision.compute = "float16"'),
         ([*EMULATED, "reproducible=true"], 'reproducible: does not go with precision.compute = "float16"'),
-        ([*EMULATED, "method.kind=pipeline"], 'does not go with method.kind = "pipeline"'),
+        ([*EMULATED, "method.kind=pipeline"], "precision.compute: does not go with a model in stages"),
+        ([*EMULATED, "mesh.pipe=2"], "precision.compute: does not go with a model in stages"),
         ([*EMULATED, "method.codec=int8"], 'method.codec.kind: .*precision.compute = "bfloat16"'),
     ],
 )
