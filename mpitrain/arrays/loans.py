@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from mpitrain._typing import Array
+from mpitrain.arrays.dtypes import storage
 from mpitrain.arrays.namespace import is_cupy
 
 
@@ -37,11 +38,11 @@ class Loans:
 
     def lend(self, name: str) -> Array:
         """Return an array of the name's memory."""
-        loan = self._loans.get(name)
+        loan, array = self._loans.get(name), self._arrays[name]
         if loan is None:
-            loan = self._loans[name] = _Loan(self._arrays[name])
+            loan = self._loans[name] = _Loan(array)
         lent: Array = self._xp.asarray(loan)
-        return lent
+        return lent if lent.dtype == array.dtype else lent.view(array.dtype)
 
     def held(self, names: Iterable[str]) -> list[str]:
         """Return those of which a view is held by anything but cycles that the garbage collector has yet to find."""
@@ -52,9 +53,12 @@ class Loans:
 
 
 class _Loan:
-    """Shows an array's memory by the protocol of its library, and stays for as long as anyone uses that."""
+    """Shows an array's memory by the protocol of its library, and stays for as long as anyone uses that.
+
+    16-bit floats are shown as words: the protocols have no name for bfloat16.
+    """
 
     def __init__(self, array: Array) -> None:
         protocol = "__cuda_array_interface__" if is_cupy(array) else "__array_interface__"
-        setattr(self, protocol, getattr(array, protocol))
+        setattr(self, protocol, getattr(array.view(storage(array.dtype)), protocol))
         self._array = array
