@@ -416,7 +416,7 @@ def test_wherever_a_gradient_overflows_the_ranks_of_all_axes_skip(size, make):
 
 
 def check_end(comm: Communicator, make: Any) -> None:
-    network, feed = one_weight([1, 1, 1], [float("inf"), 1, 1])
+    network, feed = one_weight([1, 1, 1, 1], [float("inf"), 1, 1, 1])
     method = make(comm, precision=Precision(compute="float16", emulate=True, most_skips=3))
     method.setup(network, SGD(), plan(9))
     with pytest.raises(NonFiniteError, match="3 steps in a row, up to step 3"):
