@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import ClassVar
 
 import numpy as np
 
@@ -41,6 +42,8 @@ class ReproducibleDataParallel(LaneSteps, DataParallel):
     Cost of a step beyond the gradients, which come from smaller matrices: `lane_sum`.  A rank keeps a gradient for each
     of its lanes, and one more.
     """
+
+    reads_in_place: ClassVar[bool] = False
 
     def __init__(
         self, comm: Communicator, *, lanes: int, microbatches: int = 1, allocator: Allocator = plain
