@@ -59,6 +59,8 @@ class _Loan:
     """
 
     def __init__(self, array: Array) -> None:
-        protocol = "__cuda_array_interface__" if is_cupy(array) else "__array_interface__"
-        setattr(self, protocol, getattr(array.view(storage(array.dtype)), protocol))
-        self._array = array
+        self._array, words = array, array.view(storage(array.dtype))
+        if is_cupy(array):  # without a stream that would be waited for: what is lent is used where it is at home
+            self.__cuda_array_interface__ = {**getattr(words, "__cuda_array_interface__"), "stream": None}  # noqa: B009
+        else:
+            self.__array_interface__ = words.__array_interface__
