@@ -65,7 +65,7 @@ def test_parameters_are_one_array_for_all_ranks_of_a_node(comm: Communicator, ma
     assert (method.params.flat[0] == 7) == (node.rank == 0 or comm.transport == "shared")
 
 
-WIDTH, LAYERS = 700, 2
+WIDTH, LAYERS = 1000, 2
 
 
 def resident_bytes() -> int:
