@@ -15,7 +15,7 @@ import numpy as np
 from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import accumulator
-from mpitrain.comm import dtypes
+from mpitrain.comm import dtypes, results
 from mpitrain.comm.calls import Call, Prepared
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _is_plain(x: Any) -> bool:
 def _apart(x: Array, shape: Shape, out: Any) -> Array | None:
     """Return the memory that a result of another shape is received in; None where that takes more than this."""
     if out is None:
-        return np.empty(shape, x.dtype)
+        return results.empty(shape, x.dtype)
     found: Array | None = out if _fits(out, shape, x) else None
     return found
 

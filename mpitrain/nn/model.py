@@ -21,9 +21,13 @@ class Model(ABC):
     """
 
     reads_by_layer: ClassVar[bool] = False
-    """Whether `loss_and_gradients` reads parameters through ``params.tree`` alone, those of one layer (one prefix) at a
+    """Whether `loss_and_gradients` reads parameters through ``params.tree`` alone, those of one layer (`layer_of`) at a
     time, holds on to none of them, and goes through the layers in the same order on all ranks, whatever the batch.
     Then a method need not have all parameters at once."""
+
+    def layer_of(self, name: str) -> str:
+        """Return the layer with whose other tensors one is read: its prefix unless overridden."""
+        return name.rpartition(".")[0]
 
     @property
     @abstractmethod

@@ -12,6 +12,7 @@ from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.devices import Stream
 from mpitrain.arrays.dtypes import accumulator
 from mpitrain.arrays.libraries import Operand
+from mpitrain.comm import results
 from mpitrain.comm.buffers.operands import target, wire
 
 
@@ -86,7 +87,7 @@ class Parcel:
         return [self._result(*each) for each in zip(self.parts, self._likes, self._outs, strict=True)]
 
     def _empty(self, elements: int, held: DType) -> Array:
-        return np.empty(elements, held)
+        return results.empty((elements,), held)
 
     def _landing(self, out: Operand | None, held: DType) -> Array | None:
         """Return the memory of ``out`` as a flat array if the result can be received straight into it."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from mpitrain import _env
 from mpitrain._typing import Array, DType
+from mpitrain.comm import results
 from mpitrain.comm.direct import Doing, reduction
 from mpitrain.comm.dtypes import OPS
 from mpitrain.comm.transports import kernel
@@ -150,7 +151,7 @@ def make(ranks: Ranks, loops: Loops | None, library_below_bytes: float, ledger: 
     at.extend((ranks.rank, ranks.ranks, ranks.most_elements, int(min(library_below_bytes, _NEVER))))
     tallies = *(ledger.tally(name) for name in ("allreduce", "broadcast", "reduce_scatter", "allgather")), _NOT_COUNTED
     complete = None if loops is None else loops.complete
-    found: Entry = made(at.tobytes(), _ways(ranks), np.ndarray, np.empty, complete, ranks.failed, tallies)
+    found: Entry = made(at.tobytes(), _ways(ranks), np.ndarray, results.empty, complete, ranks.failed, tallies)
     return found
 
 
