@@ -19,6 +19,14 @@ from mpitrain._typing import Tree
 from mpitrain.adapters.tree import find
 
 
+def can_gather(module: torch.nn.Module) -> bool:
+    """Tell whether all functions that a module calls can be seen: none of it is scripted, traced or compiled."""
+    return not any(
+        isinstance(each, torch.jit.ScriptModule) or hasattr(each, "_orig_mod") or each._compiled_call_impl is not None
+        for each in module.modules()
+    )
+
+
 def layer_of(module: torch.nn.Module, name: str) -> str:
     """Return the layer to which a tensor belongs: that of the module that owns it.
 

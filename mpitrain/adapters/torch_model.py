@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import Array, Tree
-from mpitrain.adapters.torch_gathering import gathering, layer_of, send_away
+from mpitrain.adapters.torch_gathering import can_gather, gathering, layer_of, send_away
 from mpitrain.adapters.torch_layout import layout_of, statistics_of
 from mpitrain.adapters.torch_loss import TorchLoss, tensor
 from mpitrain.adapters.torch_random import seeded
@@ -63,12 +63,11 @@ class TorchModel(Model):
     Unlike other models it may not be shared by threads, since a module holds its parameters.
     """
 
-    reads_by_layer: ClassVar[bool] = True
-
     def __init__(self, module: Any, loss: Loss | Callable[[Any, Any], Any], dtype: Any = None) -> None:
         if dtype is not None:
             module = module.to(_torch_dtype(dtype))
         self.module = module
+        self.reads_by_layer = can_gather(module)
         self.loss = loss if isinstance(loss, Loss) else TorchLoss(loss)
         self._layout = layout_of(module)
         self._statistics = statistics_of(module)

@@ -55,6 +55,8 @@ class _Loan:
     """Shows an array's memory by the protocol of its library, and stays for as long as anyone uses that."""
 
     def __init__(self, array: Array) -> None:
-        protocol = "__cuda_array_interface__" if is_cupy(array) else "__array_interface__"
-        setattr(self, protocol, getattr(array, protocol))
         self._array = array
+        if is_cupy(array):  # without a stream that would be waited for: what is lent is used where it is at home
+            self.__cuda_array_interface__ = {**getattr(array, "__cuda_array_interface__"), "stream": None}  # noqa: B009
+        else:
+            self.__array_interface__ = array.__array_interface__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Network(Model):
         Any other dtype.
     """
 
-    reads_by_layer: ClassVar[bool] = True
+    reads_by_layer = True
 
     def __init__(self, layer: Layer, loss: Loss, dtype: Any = np.float32) -> None:
         self.layer = layer

@@ -65,6 +65,18 @@ def test_parameters_are_one_array_for_all_ranks_of_a_node(comm: Communicator, ma
     assert (method.params.flat[0] == 7) == (node.rank == 0 or comm.transport == "shared")
 
 
+def test_in_stage_3_a_node_has_the_passages_once_and_all_ranks_the_shards(comm: Communicator) -> None:
+    method = METHODS["gradient 3"](comm)
+    method.setup(cnn(), make_optimizer("adam"), plan(1))
+    assert sum(comm.allgather_object(method.params.nbytes)) == method.model.layout.nbytes
+    node, first = comm.node, method.params.passages[0]
+    comm.barrier()
+    if node.rank == 0:
+        first[0] = 7
+    node.barrier()
+    assert (first[0] == 7) == (node.rank == 0 or comm.transport == "shared")
+
+
 WIDTH, LAYERS = 1000, 2
 
 
@@ -108,19 +120,3 @@ def test_a_node_has_parameters_and_optimizer_state_once(world: Communicator, nam
         "gradient 3": 1 + 2 + 1 + ranks / LAYERS + 1 / LAYERS,  # and in turn each layer's parameters
     }[name]
     assert grown / nbytes == pytest.approx(expected, abs=0.1 * ranks)
-
-
-def test_two_nodes_divide_the_parameters(world: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In multiples of the parameters' size: stage 2 has them once a node, stage 3 once, and in turn each layer's."""
-    if world.size != 4:
-        pytest.skip("two nodes of two ranks")
-    monkeypatch.setenv("MPITRAIN_RANKS_PER_NODE", "2")
-    found = {}
-    with world.split(0, axis="world") as comm:
-        for name in ("gradient 2", "gradient 3"):
-            grown_bytes(comm, METHODS[name])
-            grown, nbytes = grown_bytes(comm, METHODS[name])
-            found[name] = grown / nbytes
-    nodes, ranks, state = 2, 4, 2 + 1  # Adam's, and the shards' gradients
-    assert found["gradient 2"] == pytest.approx(nodes + state + ranks / LAYERS, abs=0.1 * ranks)
-    assert found["gradient 3"] == pytest.approx(1 + state + ranks / LAYERS + nodes / LAYERS, abs=0.1 * ranks)
