@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, plain
+from mpitrain._typing import Array
+from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, is_cupy, plain
 from mpitrain.arrays.dtypes import floating
-from mpitrain.arrays.flatbuffer import views
 from mpitrain.comm.codecs.codec import Codec
 from mpitrain.comm.communicator import Communicator
+
+_BLOCK = 1 << 15
+"""Elements that are computed on at a time."""
+
+_SMALL_BYTES = 1 << 16
+"""Up to this size what is not compressed travels while the codec computes: a message waits more than it takes."""
 
 
 class Kept(NamedTuple):
@@ -53,8 +60,8 @@ class CompressedSum:
     mean gradients handed out and all ranks' residuals add up to all mean gradients, but for rounding.  Source:
     Karimireddy, Rebjock, Stich, Jaggi, "Error feedback fixes SignSGD", ICML 2019, algorithm 2.
 
-    The tensors that the codec does not take are summed by one allreduce.  Memory: the size of the compressed tensors
-    for the residual, and about three times that while a sum is taken.
+    The tensors that the codec does not take are summed by one allreduce, in the background where they are small.
+    Memory: the size of the compressed tensors for the residual, and about as much while a sum is taken.
     """
 
     def __init__(
@@ -81,22 +88,32 @@ class CompressedSum:
             What the sum will be divided by, the same on all ranks.  The residual is kept as part of a mean, lest what a
             large batch left over weigh more in a small one.
         """
+        others = [grads.views[name] for name in self._others]
+        small = 0 < sum(each.nbytes for each in others) <= _SMALL_BYTES
+        begun = self.comm.iallreduce(others, out=others) if small else None
         if self.residual.layout.size:
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is the caller's to find in the sum
                 self._reduce_taken(grads, step, count)
-        others = [grads.views[name] for name in self._others]
-        if others:
+        if begun:
+            begun.wait()
+        elif others:
             self.comm.allreduce(others, out=others)
 
     def _reduce_taken(self, grads: FlatBuffer, step: int, count: float) -> None:
         terms = self.residual
-        terms.flat *= count
-        for segment in terms.layout:
-            terms.views[segment.name] += grads.views[segment.name]
-        total = views(terms.layout, self.codec.sum(self.comm, terms, self.codec_state, self._key.at(step)))
-        for segment in terms.layout:
-            grads.views[segment.name][...] = total[segment.name]
+        for own, new in self._blocks(terms.views, grads.views):
+            own *= count
+            own += new
+        self.codec.sum(self.comm, terms, self.codec_state, self._key.at(step), grads.views)
         terms.flat /= count
+
+    def _blocks(self, *tensors: Mapping[str, Array]) -> Iterator[tuple[Array, ...]]:
+        """Cut tensors that lie alike into blocks, so that what is computed on one stays in a CPU's cache."""
+        for segment in self.residual.layout:
+            flat = [each[segment.name].reshape(-1) for each in tensors]
+            step = max(1, segment.size) if is_cupy(flat[0]) else _BLOCK
+            for begin in range(0, segment.size, step):
+                yield tuple(each[begin : begin + step] for each in flat)
 
     @property
     def kept(self) -> tuple[Kept, ...]:

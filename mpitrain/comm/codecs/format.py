@@ -8,6 +8,7 @@ and what the owner rounds away is left in its own error.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from mpitrain.comm.communicator import Communicator
 Wire = tuple[Array, ...]
 """What travels instead of an array of shape (rows, n): arrays that have as many rows."""
 
-_CHUNK = 1 << 14
+_CHUNK = 1 << 16
 """At least so many values are rounded at a time."""
 
 
@@ -64,7 +65,7 @@ class Format(Codec):
         """Return what travels instead of the elements ``begin`` to ``end`` of each row; ``begin`` is whole units."""
         return tuple(array[..., begin:end] for array in wire)
 
-    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key) -> Array:
+    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key, out: Mapping[str, Array]) -> None:
         """See `Codec.sum`."""
         flat, xp = values.flat, namespace(values.flat)
         width = -(-flat.size // comm.size)
@@ -73,7 +74,7 @@ class Format(Codec):
         if padded:
             rows.reshape(-1)[: flat.size] = flat
 
-        owned, total = xp.empty((1, width), flat.dtype), xp.empty_like(rows)  # row r: the elements that rank r owns
+        owned = xp.empty((1, width), flat.dtype)  # row r: the elements that rank r owns
         wire = comm.alltoall(self._take(rows, key.child(f"rank{comm.rank}"), 0))
         for begin, end in self._chunks(rows):
             found = self.decode(self.part(wire, begin, end), flat.dtype)
@@ -82,13 +83,10 @@ class Format(Codec):
         wire = self._take(owned, key.child("sum"), comm.rank * width)
         rows[comm.rank] += owned[0]
         wire = comm.allgather(tuple(part[0] for part in wire))
-        for begin, end in self._chunks(rows):
-            total[:, begin:end] = self.decode(self.part(wire, begin, end), flat.dtype)
-
+        for segment in values.layout:
+            self._read(wire, segment.offset, out[segment.name].reshape(-1))
         if padded:
             flat[...] = rows.reshape(-1)[: flat.size]
-        result: Array = total.reshape(-1)[: flat.size]
-        return result
 
     def _take(self, rows: Array, key: Key, start: int) -> Wire:
         """Return what travels instead of rows, and leave there what is rounded away."""
@@ -100,6 +98,17 @@ class Format(Codec):
                 chunk -= self.decode(found[-1], rows.dtype)
         join = namespace(rows).concatenate
         return tuple(join(parts, axis=1).reshape(len(rows), -1) for parts in zip(*found, strict=True))
+
+    def _read(self, wire: Wire, offset: int, out: Array) -> None:
+        """Write the values of a tensor, which may begin and end anywhere in the rows that were encoded."""
+        width = wire[0].shape[1]
+        for row in range(offset // width, -(-(offset + out.size) // width)):
+            first, start = row * width - offset, max(offset - row * width, 0)  # where the row begins in out, and out in it
+            for begin, end in self._chunks(wire[0][:, : out.size - first]):
+                if end > start:
+                    values = self.decode(self.part(tuple(each[row : row + 1] for each in wire), begin, end), out.dtype)
+                    skipped = max(start - begin, 0)
+                    out[first + begin + skipped : first + end] = values[0, skipped:]
 
     def _chunks(self, rows: Array) -> list[tuple[int, int]]:
         """Cut rows, at least into one part, so that what is computed on the way stays in a CPU's cache."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 from mpitrain._options import COUNT, option
 from mpitrain._typing import Array, Shape
 from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, Segment, namespace, plain
-from mpitrain.arrays.flatbuffer import views
+from mpitrain.comm.codecs import kernel
 from mpitrain.comm.codecs.codec import Codec, State
 from mpitrain.comm.communicator import Communicator
 
@@ -61,7 +62,7 @@ class PowerSGD(Codec):
             q.views[factor.name][...] = xp.asarray(normal)
         return {"q": q}
 
-    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key) -> Array:
+    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key, out: Mapping[str, Array]) -> None:
         """See `Codec.sum`."""
         xp, q = namespace(values.flat), state["q"]
         matrices = {s.name: _as_matrix(values.views[s.name]) for s in values.layout}
@@ -72,16 +73,12 @@ class PowerSGD(Codec):
             left = {name: xp.linalg.qr(p)[0] for name, p in left.items()}
         comm.broadcast(left, out=left)
 
-        total: Array = xp.zeros_like(values.flat)
-        sums = {name: _as_matrix(view) for name, view in views(values.layout, total).items()}
         for name, matrix in matrices.items():
             xp.matmul(matrix.T, left[name], out=q.views[name])
-            _multiply(left[name], q.views[name], out=sums[name])  # this rank's term
-            matrix -= sums[name]
+            _multiply(left[name], q.views[name], out=matrix, takes_away=True)  # this rank's term
         comm.allreduce(q.flat, out=q.flat)
         for name in matrices:
-            _multiply(left[name], q.views[name], out=sums[name])
-        return total
+            _multiply(left[name], q.views[name], out=_as_matrix(out[name]))
 
 
 def _matrix_shape(shape: Shape) -> tuple[int, int]:
@@ -92,13 +89,17 @@ def _as_matrix(view: Array) -> Array:
     return view.reshape(_matrix_shape(view.shape))
 
 
-def _multiply(left: Array, right: Array, out: Array) -> None:
-    """Write ``left @ right.T``, summed term by term in order: the same bits on any machine."""
+def _multiply(left: Array, right: Array, out: Array, takes_away: bool = False) -> None:
+    """Write ``left @ right.T``, or take it away; summed term by term in order: the same bits on any machine."""
     xp = namespace(out)
-    terms = xp.ascontiguousarray(right.T)
+    left, terms = xp.ascontiguousarray(left), xp.ascontiguousarray(right.T)
+    if kernel.multiply(left, terms, out, takes_away):
+        return
     step = max(1, _BLOCK_BYTES // (out.itemsize * out.shape[1]))
     for start in range(0, len(out), step):
         block, factors = out[start : start + step], left[start : start + step]
-        xp.multiply(factors[:, :1], terms[0], out=block)
+        product = xp.multiply(factors[:, :1], terms[0], out=None if takes_away else block)
         for column in range(1, len(terms)):
-            block += factors[:, column : column + 1] * terms[column]
+            product += factors[:, column : column + 1] * terms[column]
+        if takes_away:
+            block -= product
