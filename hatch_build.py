@@ -1,4 +1,4 @@
-"""Compiles the loops of transports, codecs, optimizers and random values, and the short way of collectives, at the build.
+"""Compiles loops (transports, codecs, optimizers, random words) and the short way of collectives, while it is built.
 
 Without a C compiler the package is built without all of them; without Python's headers, without the way.  ``CC`` and
 ``CFLAGS`` are heeded.  `mpitrain doctor` tells what an installation has.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -101,19 +101,19 @@ class CompressedSum:
 
     def _reduce_taken(self, grads: FlatBuffer, step: int, count: float) -> None:
         terms = self.residual
-        for own, new in self._blocks(terms.views, grads.views):
+        for own, new in self._blocks(grads):
             own *= count
             own += new
         self.codec.sum(self.comm, terms, self.codec_state, self._key.at(step), grads.views)
         terms.flat /= count
 
-    def _blocks(self, *tensors: Mapping[str, Array]) -> Iterator[tuple[Array, ...]]:
-        """Cut tensors that lie alike into blocks, so that what is computed on one stays in a CPU's cache."""
-        for segment in self.residual.layout:
-            flat = [each[segment.name].reshape(-1) for each in tensors]
-            step = max(1, segment.size) if is_cupy(flat[0]) else _BLOCK
-            for begin in range(0, segment.size, step):
-                yield tuple(each[begin : begin + step] for each in flat)
+    def _blocks(self, grads: FlatBuffer) -> Iterator[tuple[Array, Array]]:
+        """Cut residual and gradients into blocks that stay in a CPU's cache."""
+        for name in (segment.name for segment in self.residual.layout):
+            own, new = self.residual.views[name].reshape(-1), grads.views[name].reshape(-1)
+            step = max(1, own.size) if is_cupy(own) else _BLOCK
+            for begin in range(0, own.size, step):
+                yield own[begin : begin + step], new[begin : begin + step]
 
     @property
     def kept(self) -> tuple[Kept, ...]:

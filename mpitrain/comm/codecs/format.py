@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from mpitrain._typing import Array, DType
 from mpitrain.arrays import FlatBuffer, Key, namespace
 from mpitrain.arrays.namespace import is_cupy
@@ -75,14 +77,15 @@ class Format(Codec):
             rows.reshape(-1)[: flat.size] = flat
 
         owned = xp.empty((1, width), flat.dtype)  # row r: the elements that rank r owns
-        wire = comm.alltoall(self._take(rows, key.child(f"rank{comm.rank}"), 0))
-        for begin, end in self._chunks(rows):
+        sent = self._take(rows, key.child(f"rank{comm.rank}"), 0)
+        wire = from_bytes(comm.alltoall(as_bytes(sent)), sent)
+        for begin, end in self._chunks(rows, 0, width):
             found = self.decode(self.part(wire, begin, end), flat.dtype)
             found.sum(axis=0, keepdims=True, out=owned[:, begin:end])
 
-        wire = self._take(owned, key.child("sum"), comm.rank * width)
+        sent = self._take(owned, key.child("sum"), comm.rank * width)
         rows[comm.rank] += owned[0]
-        wire = comm.allgather(tuple(part[0] for part in wire))
+        wire = from_bytes(comm.allgather(as_bytes(tuple(part[0] for part in sent))), sent)
         for segment in values.layout:
             self._read(wire, segment.offset, out[segment.name].reshape(-1))
         if padded:
@@ -92,7 +95,7 @@ class Format(Codec):
         """Return what travels instead of rows, and leave there what is rounded away."""
         n, found = rows.shape[1], []
         for row in range(len(rows)):
-            for begin, end in self._chunks(rows):
+            for begin, end in self._chunks(rows, 0, n):
                 chunk = rows[row : row + 1, begin:end]
                 found.append(self.encode(chunk, key, start + row * n + begin))
                 chunk -= self.decode(found[-1], rows.dtype)
@@ -103,18 +106,17 @@ class Format(Codec):
         """Write the values of a tensor, which may begin and end anywhere in the rows that were encoded."""
         width = wire[0].shape[1]
         for row in range(offset // width, -(-(offset + out.size) // width)):
-            first, start = row * width - offset, max(offset - row * width, 0)  # where the row begins in out, and out in it
-            for begin, end in self._chunks(wire[0][:, : out.size - first]):
-                if end > start:
-                    values = self.decode(self.part(tuple(each[row : row + 1] for each in wire), begin, end), out.dtype)
-                    skipped = max(start - begin, 0)
-                    out[first + begin + skipped : first + end] = values[0, skipped:]
+            own = tuple(array[row : row + 1] for array in wire)
+            first = row * width - offset  # where in the tensor the row begins
+            start, stop = max(-first, 0), min(out.size - first, width)
+            for begin, end in self._chunks(wire[0], start // self.unit * self.unit, stop):
+                values = self.decode(self.part(own, begin, end), out.dtype)[0]
+                out[first + max(begin, start) : first + end] = values[max(begin, start) - begin :]
 
-    def _chunks(self, rows: Array) -> list[tuple[int, int]]:
-        """Cut rows, at least into one part, so that what is computed on the way stays in a CPU's cache."""
-        n = rows.shape[1]
-        step = max(1, n) if is_cupy(rows) else self.unit * -(-_CHUNK // self.unit)
-        return [(begin, min(begin + step, n)) for begin in range(0, max(1, n), step)]
+    def _chunks(self, array: Array, start: int, stop: int) -> list[tuple[int, int]]:
+        """Cut columns, at least into one part, so that what is computed on the way stays in a CPU's cache."""
+        step = max(1, stop - start) if is_cupy(array) else self.unit * -(-_CHUNK // self.unit)
+        return [(begin, min(begin + step, stop)) for begin in range(start, max(start + 1, stop), step)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,16 @@ class Full(Format):
     def decode(self, wire: Wire, dtype: DType) -> Array:
         """See `Format.decode`."""
         return wire[0]
+
+
+def as_bytes(arrays: Wire) -> Wire:
+    """Return arrays as bytes: they travel in one message, whatever their types."""
+    return tuple(array.view(np.uint8) for array in arrays)
+
+
+def from_bytes(arrays: Wire, sent: Wire) -> Wire:
+    """Return bytes as arrays of the types that were sent."""
+    return tuple(array.view(each.dtype) for array, each in zip(arrays, sent, strict=True))
 
 
 def saturate(values: Array, largest: float) -> Array:

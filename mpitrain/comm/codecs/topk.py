@@ -12,6 +12,7 @@ from mpitrain._options import Choice, Interval, option
 from mpitrain._typing import Array
 from mpitrain.arrays import FlatBuffer, Key, namespace
 from mpitrain.comm.codecs.codec import Codec, State
+from mpitrain.comm.codecs.format import as_bytes, from_bytes
 from mpitrain.comm.codecs.formats import FORMATS
 from mpitrain.comm.communicator import Communicator
 
@@ -58,8 +59,9 @@ class TopK(Codec):
         sent = form.encode(flat[chosen][None], key.child(f"rank{comm.rank}"), 0)
         flat[chosen] -= form.decode(sent, flat.dtype)[0]
 
-        everyones, wire = comm.allgather((chosen, tuple(part[0] for part in sent)))
-        terms, begin = form.decode(wire, flat.dtype), 0
+        mine = chosen, *(part[0] for part in sent)
+        everyones, *wire = from_bytes(comm.allgather(as_bytes(mine)), mine)
+        terms, begin = form.decode(tuple(wire), flat.dtype), 0
         for s in values.layout:
             total, end = out[s.name].reshape(-1), begin + self._count(s.size)
             total[...] = 0
