@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpitrain.comm import Communicator, LocalWorld
-from mpitrain.comm.codecs import Bf16, Codec, Format, Fp16, Int8, compressed, format, kernel, powersgd
+from mpitrain.comm.codecs import Bf16, Format, Fp16, Int8, TopK, compressed, format, kernel, powersgd, topk
 
 compiled = pytest.mark.skipif(kernel.library() is None, reason="the compiled loops are not built: no C compiler")
 FORMATS = {"fp16": Fp16(), "bf16": Bf16(), "int8": Int8(), "int8 in small blocks": Int8(block=10)}
@@ -142,14 +142,14 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch, nam
     assert LocalWorld(ranks, timeout_s=20).run(run) == whole
 
 
-@pytest.mark.parametrize(("small", "operation"), [(1 << 16, "iallreduce"), (0, "allreduce")])
-def test_only_small_tensors_travel_in_the_background(monkeypatch: pytest.MonkeyPatch, small: int, operation: str):
-    codec: Codec = Fp16()
-    monkeypatch.setattr(compressed, "_SMALL_BYTES", small)
+@pytest.mark.parametrize("rides", [True, False])
+def test_small_tensors_ride_along_with_topk(monkeypatch: pytest.MonkeyPatch, rides: bool):
+    monkeypatch.setattr(topk, "_RIDES_BYTES", 1 << 16 if rides else 0)
 
     def run(comm: Communicator) -> None:
-        grads = suite.reduced(comm, suite.start(comm, codec), 0)
-        assert all(np.array_equal(grads.views[name], suite.total(2, 0)[name]) for name in suite.OTHERS)
-        assert {name for _, name in comm.ledger.snapshot()} == {"alltoall", "allgather", operation}
+        grads = suite.reduced(comm, suite.start(comm, TopK()), 0)
+        for name in suite.OTHERS | suite.STATISTICS:
+            assert np.array_equal(grads.views[name], suite.total(2, 0)[name])
+        assert {name for _, name in comm.ledger.snapshot()} == ({"allgather"} if rides else {"allgather", "allreduce"})
 
     LocalWorld(2, timeout_s=20).run(run)

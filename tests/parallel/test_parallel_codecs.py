@@ -81,10 +81,11 @@ class Watched(Fp16):
     keys: ClassVar[list[Key]] = []
 
     def sum(
-        self, comm: Communicator, values: FlatBuffer, state: State, key: Key, out: Mapping[str, np.ndarray]
+        self, comm: Communicator, values: FlatBuffer, state: State, key: Key, out: Mapping[str, np.ndarray],
+        others: list[np.ndarray],
     ) -> None:  # fmt: skip
         self.keys.append(key)
-        super().sum(comm, values, state, key, out)
+        super().sum(comm, values, state, key, out, others)
 
 
 def test_each_step_has_random_values_of_its_own():

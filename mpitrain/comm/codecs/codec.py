@@ -50,7 +50,15 @@ class Codec(Checked, ABC):
         return {}
 
     @abstractmethod
-    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key, out: Mapping[str, Array]) -> None:
+    def sum(
+        self,
+        comm: Communicator,
+        values: FlatBuffer,
+        state: State,
+        key: Key,
+        out: Mapping[str, Array],
+        others: list[Array],
+    ) -> None:
         """Sum over all ranks.  Collective.
 
         Parameters
@@ -67,4 +75,6 @@ class Codec(Checked, ABC):
         out : dict of str to array
             Contiguous, of the shape and dtype of each tensor: becomes the sum, the same bits on all ranks.  If a rank
             hands in what is not finite, some of the sum is not finite.
+        others : list of array
+            Of the dtype of ``values``; each is replaced by its sum, uncompressed.
         """

@@ -16,9 +16,6 @@ from mpitrain.comm.communicator import Communicator
 _BLOCK = 1 << 15
 """Elements that are computed on at a time."""
 
-_SMALL_BYTES = 1 << 16
-"""Up to this size what is not compressed travels while the codec computes: a message waits more than it takes."""
-
 
 class Kept(NamedTuple):
     """Something that must outlast a restart.
@@ -60,7 +57,7 @@ class CompressedSum:
     mean gradients handed out and all ranks' residuals add up to all mean gradients, but for rounding.  Source:
     Karimireddy, Rebjock, Stich, Jaggi, "Error feedback fixes SignSGD", ICML 2019, algorithm 2.
 
-    The tensors that the codec does not take are summed by one allreduce, in the background where they are small.
+    The tensors that the codec does not take are summed in full, on a message of the codec's where that is possible.
     Memory: the size of the compressed tensors for the residual, and about as much while a sum is taken.
     """
 
@@ -89,22 +86,18 @@ class CompressedSum:
             large batch left over weigh more in a small one.
         """
         others = [grads.views[name] for name in self._others]
-        small = 0 < sum(each.nbytes for each in others) <= _SMALL_BYTES
-        begun = self.comm.iallreduce(others, out=others) if small else None
         if self.residual.layout.size:
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is the caller's to find in the sum
-                self._reduce_taken(grads, step, count)
-        if begun:
-            begun.wait()
+                self._reduce_taken(grads, step, count, others)
         elif others:
             self.comm.allreduce(others, out=others)
 
-    def _reduce_taken(self, grads: FlatBuffer, step: int, count: float) -> None:
+    def _reduce_taken(self, grads: FlatBuffer, step: int, count: float, others: list[Array]) -> None:
         terms = self.residual
         for own, new in self._blocks(grads):
             own *= count
             own += new
-        self.codec.sum(self.comm, terms, self.codec_state, self._key.at(step), grads.views)
+        self.codec.sum(self.comm, terms, self.codec_state, self._key.at(step), grads.views, others)
         terms.flat /= count
 
     def _blocks(self, grads: FlatBuffer) -> Iterator[tuple[Array, Array]]:

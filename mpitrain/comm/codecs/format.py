@@ -67,7 +67,15 @@ class Format(Codec):
         """Return what travels instead of the elements ``begin`` to ``end`` of each row; ``begin`` is whole units."""
         return tuple(array[..., begin:end] for array in wire)
 
-    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key, out: Mapping[str, Array]) -> None:
+    def sum(
+        self,
+        comm: Communicator,
+        values: FlatBuffer,
+        state: State,
+        key: Key,
+        out: Mapping[str, Array],
+        others: list[Array],
+    ) -> None:
         """See `Codec.sum`."""
         flat, xp = values.flat, namespace(values.flat)
         width = -(-flat.size // comm.size)
@@ -90,6 +98,8 @@ class Format(Codec):
             self._read(wire, segment.offset, out[segment.name].reshape(-1))
         if padded:
             flat[...] = rows.reshape(-1)[: flat.size]
+        if others:
+            comm.allreduce(others, out=others)
 
     def _take(self, rows: Array, key: Key, start: int) -> Wire:
         """Return what travels instead of rows, and leave there what is rounded away."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
+import numpy as np
+
 from mpitrain._options import COUNT, option
 from mpitrain._typing import Array, Shape
 from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, Segment, namespace, plain
@@ -62,23 +64,39 @@ class PowerSGD(Codec):
             q.views[factor.name][...] = xp.asarray(normal)
         return {"q": q}
 
-    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key, out: Mapping[str, Array]) -> None:
+    def sum(
+        self,
+        comm: Communicator,
+        values: FlatBuffer,
+        state: State,
+        key: Key,
+        out: Mapping[str, Array],
+        others: list[Array],
+    ) -> None:
         """See `Codec.sum`."""
         xp, q = namespace(values.flat), state["q"]
         matrices = {s.name: _as_matrix(values.views[s.name]) for s in values.layout}
-        left = comm.reduce({name: matrix @ q.views[name] for name, matrix in matrices.items()})
-        if left is None:
-            left = {name: xp.empty((len(matrix), self.rank), matrix.dtype) for name, matrix in matrices.items()}
-        else:
-            left = {name: xp.linalg.qr(p)[0] for name, p in left.items()}
-        comm.broadcast(left, out=left)
+        p, left = self._left_factors(matrices, values.flat)
+        for name, matrix in matrices.items():
+            xp.matmul(matrix, q.views[name], out=left[name])
+        if comm.reduce(p, out=p if comm.rank == 0 else None) is not None:
+            for each in left.values():
+                each[...] = xp.linalg.qr(each)[0]
+        comm.broadcast(p, out=p)
 
         for name, matrix in matrices.items():
             xp.matmul(matrix.T, left[name], out=q.views[name])
             _multiply(left[name], q.views[name], out=matrix, takes_away=True)  # this rank's term
-        comm.allreduce(q.flat, out=q.flat)
+        comm.allreduce([q.flat, *others], out=[q.flat, *others])
         for name in matrices:
             _multiply(left[name], q.views[name], out=_as_matrix(out[name]))
+
+    def _left_factors(self, matrices: Mapping[str, Array], like: Array) -> tuple[Array, dict[str, Array]]:
+        """Return memory for all P, one after the other, and each of them, shape (a, rank)."""
+        p = namespace(like).empty((sum(map(len, matrices.values())), self.rank), like.dtype)
+        ends = np.cumsum([len(matrix) for matrix in matrices.values()]).tolist()
+        views = (p[end - len(matrix) : end] for end, matrix in zip(ends, matrices.values(), strict=True))
+        return p, dict(zip(matrices, views, strict=True))
 
 
 def _matrix_shape(shape: Shape) -> tuple[int, int]:

@@ -22,6 +22,9 @@ _STRIDE = 31
 _SPARE = 8
 """Elements of a sample that are let through beyond half as many again as are expected to be chosen from it."""
 
+_RIDES_BYTES = 1 << 16
+"""Up to this size of all ranks together, what is not compressed is gathered too: it saves a message that would wait."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Codec):
@@ -51,7 +54,15 @@ class TopK(Codec):
     ratio: float = option(Interval(0.0, 1.0, "(]"), 0.01)
     values: str = option(Choice(tuple(FORMATS)), "full")
 
-    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key, out: Mapping[str, Array]) -> None:
+    def sum(
+        self,
+        comm: Communicator,
+        values: FlatBuffer,
+        state: State,
+        key: Key,
+        out: Mapping[str, Array],
+        others: list[Array],
+    ) -> None:
         """See `Codec.sum`."""
         flat, xp, form = values.flat, namespace(values.flat), FORMATS[self.values]()
         chosen = xp.concatenate([s.offset + self._largest(flat[s.offset : s.stop]) for s in values.layout])
@@ -59,9 +70,16 @@ class TopK(Codec):
         sent = form.encode(flat[chosen][None], key.child(f"rank{comm.rank}"), 0)
         flat[chosen] -= form.decode(sent, flat.dtype)[0]
 
-        mine = chosen, *(part[0] for part in sent)
-        everyones, *wire = from_bytes(comm.allgather(as_bytes(mine)), mine)
-        terms, begin = form.decode(tuple(wire), flat.dtype), 0
+        rides = comm.size * sum(each.nbytes for each in others) <= _RIDES_BYTES
+        mine = (chosen, *(part[0] for part in sent), *(each.reshape(-1) for each in others if rides))
+        everyones, *found = from_bytes(comm.allgather(as_bytes(mine)), mine)
+        if rides:
+            for other, gathered in zip(others, found[len(sent) :], strict=True):
+                _add_up(gathered, other)
+        else:
+            comm.allreduce(others, out=others)
+
+        terms, begin = form.decode(tuple(found[: len(sent)]), flat.dtype), 0
         for s in values.layout:
             total, end = out[s.name].reshape(-1), begin + self._count(s.size)
             total[...] = 0
@@ -76,6 +94,13 @@ class TopK(Codec):
     def _largest(self, tensor: Array) -> Array:
         """Return the positions of a tensor's largest elements; NaN counts as larger than any."""
         return largest(tensor, self._count(tensor.size))
+
+
+def _add_up(rows: Array, out: Array) -> None:
+    total = rows[0].copy()
+    for row in rows[1:]:
+        total += row
+    out[...] = total.reshape(out.shape)
 
 
 def largest(values: Array, count: int) -> Array:
