@@ -37,7 +37,7 @@ class PowerSGD(Codec):
     step (warm start), and is the same on all ranks.
 
     With e bytes an element: a reduce of ``e·Σ a·r`` bytes to rank 0, which alone makes P̂, a broadcast of as many, and
-    an allreduce of ``e·Σ b·r`` (each tensor padded to whole cache lines); reduce and broadcast together cost what an
+    an allreduce of ``e·Σ b·r`` (each tensor padded to whole cache lines) and what is uncompressed; reduce and broadcast together cost what an
     allreduce would.  Rank 0 for all, because LAPACK's last bits depend on CPU and threads; the product P̂ Qᵀ, which
     every rank makes, is taken element by element for the same reason.
 

@@ -44,7 +44,8 @@ class TopK(Codec):
     For k elements of all tensors together, an allgather of ``p·(4k + w(k))`` bytes, of which a rank sends
     ``(p−1)·(4k + w(k))``; w(k) are the bytes that the format takes for k values.  That grows with p, and suits few
     ranks or a small ratio.  Each tensor has its share, lest one of large gradients keep the others waiting.  All ranks
-    add the same terms in the order of the ranks.
+    add the same terms in the order of the ranks.  What is uncompressed is gathered with them where that is at most
+    64 KiB of all ranks, else it takes an allreduce.
 
     Source: Aji, Heafield, "Sparse communication for distributed gradient descent", EMNLP 2017, algorithm 1.
     """
@@ -97,6 +98,7 @@ class TopK(Codec):
 
 
 def _add_up(rows: Array, out: Array) -> None:
+    """Write the sum of rows, in their order: the same bits on all ranks."""
     total = rows[0].copy()
     for row in rows[1:]:
         total += row
