@@ -36,6 +36,25 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("mpi")  # the same examples on all ranks
 
 
+def _may_hold_mpi_tests(path: Path) -> bool:
+    text = path.read_text()
+    return "mark.mpi" in text or "on_ranks" in text
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Under a launch, pass over files without MPI tests: importing all of them on all ranks takes longer than most."""
+    passed_over = _RANKS and collection_path.suffix == ".py" and not _may_hold_mpi_tests(collection_path)
+    return True if passed_over else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Complain of an MPI test in a file that launches pass over."""
+    for path in {item.path for item in items if item.get_closest_marker("mpi")}:
+        if not _may_hold_mpi_tests(path):
+            raise pytest.UsageError(f"{path}: holds MPI tests, but names neither mark.mpi nor on_ranks")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import Array, Tree
+from mpitrain.adapters.torch_gathering import can_gather, gathering, layer_of, send_away
 from mpitrain.adapters.torch_layout import layout_of, statistics_of
 from mpitrain.adapters.torch_loss import TorchLoss, tensor
 from mpitrain.adapters.torch_random import seeded
@@ -54,6 +55,11 @@ class TorchModel(Model):
     ranks draw other values.  Batch normalisation normalises over each rank's microbatch; its statistics are averaged
     over all samples.  Both are layout-free in `mpitrain.nn`.  Without them, any number of ranks takes the same steps.
 
+    *Fully sharded* (`GradientParallel`, stage 3): a parameter is brought for each function of PyTorch's that reads it,
+    in whichever module.  In between it is NaN.  All ranks have to go through the module together: one with an empty
+    batch does so with two samples of zeros, of which nothing is counted.  The values that the module was handed over
+    with are let go when training begins.
+
     Unlike other models it may not be shared by threads, since a module holds its parameters.
     """
 
@@ -61,6 +67,7 @@ class TorchModel(Model):
         if dtype is not None:
             module = module.to(_torch_dtype(dtype))
         self.module = module
+        self.reads_by_layer = can_gather(module)
         self.loss = loss if isinstance(loss, Loss) else TorchLoss(loss)
         self._layout = layout_of(module)
         self._statistics = statistics_of(module)
@@ -68,7 +75,7 @@ class TorchModel(Model):
         self._initial = {name: each.detach().clone() for name, each in self._tensors().items()}
         self._pool = Pool()
         self._bound: Array | None = None
-        self._grads: Gradients | None = None
+        self._receive: Callable[[str, Any], None] | None = None
         self._constants = [each for name, each in module.named_buffers() if not self._is_statistic(name)]
         names = [segment.name for segment in self._layout]
         self._prefixes = {name for name in names if any(each != name and each.startswith(name) for each in names)}
@@ -86,6 +93,11 @@ class TorchModel(Model):
 
     def initialise(self, params: FlatBuffer, key: Key) -> None:
         """Fill ``params`` with the values that the module was handed over with; ``key`` has no say in them."""
+        if not self._initial and self._layout.segments:
+            raise InputError(
+                "the module's first values were let go when it was trained fully sharded", operation="TorchModel",
+                remedy="build the module again",
+            )  # fmt: skip
         for segment in params.layout.segments:
             params.views[segment.name][...] = self._initial[segment.name].numpy()
 
@@ -101,21 +113,40 @@ class TorchModel(Model):
         InputError
             The module changes a buffer that is no running statistic; no checkpoint would hold it.
         """
-        if not len(batch):
-            return 0.0, 0.0
-        self._bind(params)
         self.module.train()
+        with self._brought(params):
+            if len(batch):
+                return self._pass(batch, grads, rng)
+            if not isinstance(params, FlatBuffer):
+                self._pass_of_nothing(batch, grads, rng)
+            return 0.0, 0.0
+
+    def _pass(self, batch: Batch, grads: Gradients, rng: Key) -> tuple[float, float]:
         count = self.loss.count(batch)
         with seeded(rng.child(f"from{int(batch.index[0])}")), self._gathered_statistics(grads.tree, count):
             outputs = self.module(self._inputs(batch.inputs))
         loss_sum, context = self.loss.forward(_shown(outputs), batch, self._pool)
-        self._grads = grads
-        try:
-            outputs.backward(torch.from_numpy(self.loss.backward(context)))
-        finally:
-            self._grads = None
+        self._backward(outputs, torch.from_numpy(self.loss.backward(context)), partial(self._add, grads))
         context.release()
         return loss_sum, count
+
+    def _pass_of_nothing(self, batch: Batch, grads: Gradients, rng: Key) -> None:
+        """Go through the module as the ranks do that have samples, and add nothing."""
+        inputs = np.zeros((2, *batch.inputs.shape[1:]), batch.inputs.dtype)
+        with seeded(rng.child("empty")), self._gathered_statistics(grads.tree, 0.0):
+            outputs = self.module(self._inputs(inputs))
+        self._backward(outputs, torch.zeros_like(outputs), lambda name, grad: self._complete(grads, name))
+
+    def _backward(self, outputs: Any, gradient: Any, arrived: Callable[[str, Any], None]) -> None:
+        self._receive = arrived
+        try:
+            torch.autograd.backward(outputs, gradient)
+        finally:
+            self._receive = None
+
+    def layer_of(self, name: str) -> str:
+        """See `Model.layer_of`."""
+        return layer_of(self.module, name)
 
     def predict(self, params: FlatBuffer, inputs: Array) -> Array:
         """Return the outputs for ``inputs``, shape (n, …), in evaluation mode; a new array."""
@@ -143,7 +174,24 @@ class TorchModel(Model):
         path, _, leaf = name.rpartition(".")
         return path in self._statistics and leaf in ("running_mean", "running_var", "num_batches_tracked")
 
-    def _bind(self, params: ParameterSource) -> None:
+    def _brought(self, params: ParameterSource) -> AbstractContextManager[None]:
+        """Have the parameters at hand, all at once or as they are read."""
+        if isinstance(params, FlatBuffer):
+            self._bind(params)
+            return nullcontext()
+        if self._bound is not None or self._initial:
+            self._let_go()
+        return gathering(self._parameters, params.tree)
+
+    def _let_go(self) -> None:
+        """Hold no parameter whole, nor the first values."""
+        send_away(self._parameters.values())
+        for layer in self._statistics.values():  # a training pass reads none
+            layer.running_mean, layer.running_var = map(torch.zeros_like, (layer.running_mean, layer.running_var))
+        self._bound = None
+        self._initial.clear()
+
+    def _bind(self, params: FlatBuffer) -> None:
         """Make the module's tensors views of a buffer."""
         if params.flat is self._bound:
             return
@@ -183,13 +231,18 @@ class TorchModel(Model):
         return values.movedim(-1, 1) if values.ndim >= 4 else values
 
     def _arrived(self, name: str, parameter: Any) -> None:
-        """Move a gradient that autograd has just completed to its place."""
+        """Hand over a gradient that autograd has just completed."""
         grad, parameter.grad = parameter.grad, None
-        if self._grads is None:
-            return  # a backward pass of the user's own
-        add(self._grads.tree, name, grad.detach().numpy())
+        if self._receive is not None:  # else it is a backward pass of the user's own
+            self._receive(name, grad)
+
+    def _add(self, grads: Gradients, name: str, grad: Any) -> None:
+        add(grads.tree, name, grad.detach().numpy())
+        self._complete(grads, name)
+
+    def _complete(self, grads: Gradients, name: str) -> None:
         if name not in self._prefixes:  # else it would complete others too
-            self._grads.complete(name)
+            grads.complete(name)
 
 
 def _shown(outputs: Any) -> Array:

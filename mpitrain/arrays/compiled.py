@@ -1,4 +1,4 @@
-"""How compiled loops are found: a library beside the Python file that calls it, which says of which version it is."""
+"""Libraries of compiled loops: loaded where they were built, and absent where they were not."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ from pathlib import Path
 from mpitrain._typing import Array
 
 
-def load(path: Path, name: str, version: int) -> ctypes.CDLL | None:
-    """Return a library of loops; None where it was not built, or from another version of its source.
+def load(path: Path, version_of: str, version: int) -> ctypes.CDLL | None:
+    """Load a library.
 
     Parameters
     ----------
     path : Path
-        Where the build puts it (`hatch_build.py`).
-    name : str
-        The function that tells its version.
+        Where it would be.
+    version_of : str
+        Its function that returns the version of its calls.
     version : int
-        The one that its caller was written for.
+        The one that is wanted.
+
+    Returns
+    -------
+    CDLL, optional
+        None if it is not there, or was built from another version of its source.
     """
     try:
         found = ctypes.CDLL(str(path))
     except OSError:
         return None
-    return found if found[name]() == version else None
+    return found if found[version_of]() == version else None
 
 
 def address(array: Array) -> int:

@@ -203,6 +203,16 @@ class Layout:
         ties = {alias: name for alias, name in self.ties.items() if name in wanted}
         return Layout.build(kept, self.dtype, ties)
 
+    def untied(self, aliases: Iterable[str]) -> Layout:
+        """Return this layout with a place of its own for each of some further names, behind all that it has."""
+        step = max(1, ALIGNMENT_BYTES // self.dtype.itemsize)
+        placed, offset = list(self.segments), self.size
+        for alias in aliases:
+            placed.append(replace(self[alias], name=alias, offset=offset))
+            offset += -(-placed[-1].size // step) * step
+        ties = {alias: name for alias, name in self.ties.items() if alias not in {each.name for each in placed}}
+        return Layout(tuple(placed), self.dtype, offset, ties)
+
     def shard(self, start: int, stop: int) -> Shard:
         """Return the part ``[start, stop)`` of the flat range."""
         return Shard(self, start, stop)

@@ -10,9 +10,10 @@ import click
 
 from mpitrain import __version__, _env
 from mpitrain._errors import LaunchError, MpitrainError
+from mpitrain._names import did_you_mean
 
 _COMMANDS = {
-    "bench": "Measure the collectives beside those of others, and tune them.",
+    "bench": "Measure collectives and training beside those of others; tune.",
     "doctor": "Check this machine: Python, MPI, launcher, threads, shared memory, GPU.",
     "generate": "Let a trained model of text go on with a prompt.",
     "init": "Copy a job file and its sbatch file into this folder.",
@@ -37,6 +38,13 @@ class _Lazy(click.Group):
             return None
         command: click.Command = import_module(f"mpitrain.cli.{name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in _COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"No such command {args[0]!r}. {did_you_mean(args[0], _COMMANDS)}".rstrip(), ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -55,13 +55,14 @@ def _run(argv: Sequence[str], env: Mapping[str, str], limit_s: float, output: in
     try:
         return child.wait(limit_s)
     except subprocess.TimeoutExpired:
-        child.terminate()  # a launcher that is killed at once leaves its ranks behind
         return None
     finally:
         _end(child)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        child.terminate()  # a launcher that is killed at once leaves its ranks behind
     try:
         child.wait(_GRACE_S)
     except subprocess.TimeoutExpired:

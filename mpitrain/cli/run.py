@@ -35,7 +35,8 @@ _SHOW_CURSOR = "\x1b[?25h"
 @click.option("--trace", is_flag=True, help="Write the timeline of all ranks to trace.json in the run's directory.")
 @click.option("--quiet", is_flag=True, help="Show nothing until the end.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
-@click.option("--progress", type=click.Choice(STYLES), default="auto", show_default=True)
+@click.option("--progress", type=click.Choice(STYLES), default="auto", show_default=True,
+              help="A bar on a terminal, else a line for each record.")  # fmt: skip
 @click.option("--width", type=int, hidden=True, help="Columns of the terminal that the launcher hides.")
 @click.option("--exit-code", type=click.Path(path_type=Path), hidden=True, help="File that takes the exit code.")
 def command(ranks: int | None, quiet: bool, exit_code: Path | None, **options: Any) -> None:
@@ -143,8 +144,8 @@ def _print_result(result: dict[str, Any], as_json: bool, traced: bool) -> None:
     if traced:
         click.echo(f"trace     {Path(result['run_dir']) / 'trace.json'} (opens in ui.perfetto.dev)")
     if not result["completed"]:
-        run_dir = result["run_dir"]
-        click.echo(f"go on     mpitrain run {run_dir}/job.toml --resume {run_dir}")
+        run_dir, start = result["run_dir"], "" if result["ranks"] == 1 else f"-n {result['ranks']} "
+        click.echo(f"go on     mpitrain run {start}{run_dir}/job.toml --resume {run_dir}")
 
 
 def launch(ranks: int, arguments: Sequence[str]) -> int:

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @click.option("--against", default="serial", show_default=True, metavar="LAYOUT", help="serial, or another layout.")
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps to take.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. optimizer.lr=0.01.")
-@click.option("--tolerance", type=float, help="Relative difference that counts as none  [default: by dtype]")
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), help="Relative difference that counts as none  [default: by dtype]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--record", type=click.Path(path_type=Path), hidden=True, help="As a rank: write a record to this file.")
 def command(job: str, overrides: tuple[str, ...], steps: int, record: Path | None, **options: Any) -> None:
@@ -70,7 +72,10 @@ class Side:
     @property
     def overrides(self) -> tuple[str, ...]:
         """What the layout changes of a job: its mesh, or nothing."""
-        return () if self.axes is None else ("mesh={}", *(f"mesh.{axis}={size}" for axis, size in self.axes.items()))
+        if self.axes is None:
+            return ()
+        axes = {"pipe": 1, **self.axes}  # said, so that a schedule of pipelines may stay
+        return ("mesh={}", *(f"mesh.{axis}={size}" for axis, size in axes.items()))
 
 
 def side(layout: str) -> Side:
@@ -100,12 +105,14 @@ def _verify(
     from mpitrain.train.comparison import compare, default_tolerance
 
     check_no_launcher(ranks or 2)
-    if ranks is not None and mesh is not None:
-        raise click.UsageError("-n is the number of ranks, which --mesh gives; leave out one of them.")
     given = Job.load(job, overrides)
     if not given.reproducible and not any(each.partition("=")[0].strip() == "dtype" for each in overrides):
         overrides = ("dtype=float64", *overrides)
     sides = side(mesh) if mesh else Side(f"{ranks or 2} ranks", ranks or 2), side(against)
+    if ranks not in (None, sides[0].ranks):
+        raise click.UsageError(
+            f"--mesh {mesh} has {sides[0].ranks} ranks, not the {ranks} of -n; leave out one of them."
+        )
     settings = [(*overrides, *each.overrides) for each in sides]
     for each in settings:
         Job.load(job, each)  # a mistake ends here, in one line

@@ -82,7 +82,7 @@ def reduce_scatter(comm: Communicator, buffer: Array, op: str) -> ReduceScatterP
         planned = comm._moves().plan_reduce_scatter(checked, op)
         if planned is not None:
             call = Call("reduce_scatter", dtype=checked.dtype, send=checked, recv=planned.shard, op=op)
-            run = _watched(comm, Prepared("reduce_scatter_plan", [call], lambda: None, checked), planned.run)
+            run = watched(comm, Prepared("reduce_scatter_plan", [call], lambda: None, checked), planned.run)
             return ReduceScatterPlan(run, planned.begin, planned.end, planned.shard)
     cuts = bounds(checked.size, comm.size, checked.itemsize)
     begin, end = cuts[comm.rank], cuts[comm.rank + 1]
@@ -103,9 +103,7 @@ def allgather(comm: Communicator, buffer: Array, begin: int, end: int) -> Allgat
         planned = comm._moves().plan_allgather(whole, begin, end)
         if planned is not None:
             call = Call("allgather", dtype=whole.dtype, send=whole[begin:end], recv=whole, counts=counts)
-            return AllgatherPlan(
-                _watched(comm, Prepared("allgather_plan", [call], lambda: None, whole), planned), whole
-            )
+            return AllgatherPlan(watched(comm, Prepared("allgather_plan", [call], lambda: None, whole), planned), whole)
     if comm.size == 1:
         return AllgatherPlan(lambda: None, whole)
     if owned != sorted(owned):
@@ -136,7 +134,7 @@ def _check_tiles(owned: list[tuple[int, int]], size: int) -> None:
         )  # fmt: skip
 
 
-def _watched(comm: Communicator, called: Prepared, run: Callable[[], object]) -> Callable[[], None]:
+def watched(comm: Communicator, called: Prepared, run: Callable[[], object]) -> Callable[[], None]:
     """Return what performs a planned call in sight of guard, ledger and debug mode."""
     watch, meter = comm._watch, comm.ledger.meter(called)
 

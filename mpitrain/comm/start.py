@@ -20,8 +20,9 @@ def world() -> Communicator:
     """Return the communicator of all ranks of the job; MPI starts at the first call.
 
     It works on a private duplicate of ``MPI.COMM_WORLD``, and is the same object at every call.  The first call is
-    collective: it also refuses a job whose ranks do not form one world, sets the number of BLAS threads, and lets the
-    tuning table choose algorithms that ``mpitrain bench collectives --tune`` kept for this machine and layout, if any.
+    collective: it also refuses a job whose ranks do not form one world, lets an uncaught exception on one of several
+    ranks end all of them (`abort_on_uncaught`), sets the number of BLAS threads, and lets the tuning table choose
+    algorithms that ``mpitrain bench collectives --tune`` kept for this machine and layout, if any.
 
     Raises
     ------
@@ -35,8 +36,9 @@ def world() -> Communicator:
         mpi = _load()
         guard.check_launch(mpi.COMM_WORLD.Get_size())
         _world = Communicator.from_mpi(mpi.COMM_WORLD)
-        if _world.debug:
+        if _world.size > 1 or _world.debug:
             guard.abort_on_uncaught(_world)
+        if _world.debug:
             warnings.filterwarnings("default", ".* was dropped without wait", ResourceWarning)  # which Python hides
         threads.set_blas_threads(_world)
         with _uncounted(_world):

@@ -6,12 +6,12 @@ sums it by itself, and the sums of all tiles are then added in their one order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
 from mpitrain._typing import Array
-from mpitrain.arrays import Layout, Shard
+from mpitrain.arrays import Layout, Segment, Shard
 from mpitrain.comm import Communicator
 from mpitrain.method.steps import Part
 from mpitrain.optim import Optimizer, squared_norm
@@ -29,16 +29,28 @@ class Tiles:
         What this rank updates: everything, or shards as `tile_shards` cuts them.
     comm : Communicator, optional
         Whose ranks hold the other shards; None if these parts are everything.
+    whole : Layout, optional
+        Of the model, if the parts' is of some of its tensors only.
+    elsewhere : collection of str
+        Tensors that this rank updates, but another one counts, which updates them as well.
     """
 
-    def __init__(self, parts: Sequence[Part], comm: Communicator | None = None) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        comm: Communicator | None = None,
+        whole: Layout | None = None,
+        elsewhere: Collection[str] = (),
+    ) -> None:
         layout = parts[0].shard.layout
         self._comm, self._empty = comm, parts[0].cut(parts[0].shard.start, parts[0].shard.start)
-        tiles = list(_tiles(layout))
-        self._numbers = [number for number, _, _ in tiles]
+        places = [(segment.name, start - segment.offset) for segment, start, _ in _tiles(whole or layout)]
+        self._numbers = _numbers_in(layout, places)
+        self._counts = [name not in elsewhere for name, _ in places]
+        indices = {place: index for index, place in enumerate(places)}
         self._own = [
-            (index, part.cut(start, stop))
-            for index, (_, start, stop) in enumerate(tiles)
+            (indices[segment.name, start - segment.offset], part.cut(start, stop))
+            for segment, start, stop in _tiles(layout)
             for part in parts
             if part.shard.start <= start and stop <= part.shard.stop
         ]
@@ -47,7 +59,8 @@ class Tiles:
         """Return the sum of squares of all gradients, ``statistics`` left out.  Collective where there are shards."""
         sums = np.zeros(len(self._numbers))
         for index, tile in self._own:
-            sums[index] = squared_norm(tile.grads, tile.shard)
+            if self._counts[index]:
+                sums[index] = squared_norm(tile.grads, tile.shard)
         return float(self._everyones(sums).sum())
 
     def totals(self, optimizer: Optimizer, step: int) -> Array | None:
@@ -59,9 +72,10 @@ class Tiles:
         for index, tile in self._own:
             partial = tile.partials(optimizer, step)
             assert partial is not None  # as of the empty part
-            sums[index] = partial[self._numbers[index]]
-        totals = np.zeros_like(like)
-        np.add.at(totals, self._numbers, self._everyones(sums))  # one after the other
+            if self._counts[index]:
+                sums[index] = partial[self._numbers[index]]
+        totals, here = np.zeros_like(like), self._numbers >= 0
+        np.add.at(totals, self._numbers[here], self._everyones(sums)[here])  # one after the other
         return totals
 
     def _everyones(self, sums: Array) -> Array:
@@ -77,8 +91,14 @@ def tile_shards(layout: Layout, ranks: int) -> list[Shard]:
     return [layout.shard(cuts[rank], cuts[rank + 1]) for rank in range(ranks)]
 
 
-def _tiles(layout: Layout) -> Iterator[tuple[int, int, int]]:
-    """Give of each tile the number of its tensor, and where it begins and ends."""
-    for number, segment in enumerate(layout.segments):
+def _tiles(layout: Layout) -> Iterator[tuple[Segment, int, int]]:
+    """Give of each tile its tensor, and where it begins and ends."""
+    for segment in layout.segments:
         for start in range(segment.offset, segment.stop, TILE_SIZE):
-            yield number, start, min(start + TILE_SIZE, segment.stop)
+            yield segment, start, min(start + TILE_SIZE, segment.stop)
+
+
+def _numbers_in(layout: Layout, places: Sequence[tuple[str, int]]) -> Array:
+    """Return of each tile the number of its tensor in a layout, −1 if the tensor is not there."""
+    numbers = {segment.name: number for number, segment in enumerate(layout.segments)}
+    return np.array([numbers.get(name, -1) for name, _ in places], np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 from mpitrain._typing import Array
 from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource
@@ -20,10 +20,14 @@ class Model(ABC):
     other ranks (BatchNorm), a reduction.  So microbatches, pipelines and recomputation are safe.
     """
 
-    reads_by_layer: ClassVar[bool] = False
-    """Whether `loss_and_gradients` reads parameters through ``params.tree`` alone, those of one layer (one prefix) at a
+    reads_by_layer: bool = False
+    """Whether `loss_and_gradients` reads parameters through ``params.tree`` alone, those of one layer (`layer_of`) at a
     time, holds on to none of them, and goes through the layers in the same order on all ranks, whatever the batch.
     Then a method need not have all parameters at once."""
+
+    def layer_of(self, name: str) -> str:
+        """Return the layer with whose other tensors one is read: its prefix unless overridden."""
+        return name.rpartition(".")[0]
 
     @property
     @abstractmethod

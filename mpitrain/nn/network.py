@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Network(Model):
         Any other dtype.
     """
 
-    reads_by_layer: ClassVar[bool] = True
+    reads_by_layer = True
 
     def __init__(self, layer: Layer, loss: Loss, dtype: Any = np.float32) -> None:
         self.layer = layer
@@ -69,7 +69,7 @@ class Network(Model):
     ) -> tuple[float, float]:
         """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`."""
         batch, count = self.prepared(batch, params), self.loss.count(batch)
-        call = self._call(
+        call = self.call(
             batch.inputs, training=True, key=rng, index=batch.index, count=count, reduce=reduce,
             complete=grads.complete,
         )  # fmt: skip
@@ -85,16 +85,20 @@ class Network(Model):
         """Return the outputs for ``inputs``, shape (n, …), in evaluation mode; a new array."""
         return self._outputs(params, inputs)
 
-    def _call(self, inputs: Array, **options: Any) -> Call:
+    def call(self, inputs: Array, **options: Any) -> Call:
         """Return the surroundings of a pass over ``inputs``."""
         return Call(namespace(inputs), self.pool, **options)
+
+    def united(self, outputs: Array) -> Array:
+        """Return whole outputs, where ranks have parts of them; here each has all."""
+        return outputs
 
     def _outputs(self, params: FlatBuffer, inputs: Array) -> Array:
         """Return what the layer gives for ``inputs`` in evaluation mode; a new array."""
         parts = []
         for rows in self.slices(inputs):
             part = self.prepared_inputs(inputs[rows], params)
-            outputs, context = self.layer.forward(params.tree, part, self._call(part))
+            outputs, context = self.layer.forward(params.tree, part, self.call(part))
             parts.append(outputs.copy())
             context.release()
         found: Array = params.xp.concatenate(parts)

@@ -2,7 +2,7 @@
 
 from mpitrain.optim.adam import Adam, AdamW
 from mpitrain.optim.adaptive import AdaGrad, RMSprop
-from mpitrain.optim.clipping import clip_value, finite, scale, squared_norm
+from mpitrain.optim.clipping import clip_value, finite, scale, squared_norm, squares_finite
 from mpitrain.optim.elementwise import Elementwise
 from mpitrain.optim.lamb import LAMB
 from mpitrain.optim.optimizer import Optimizer, State
@@ -18,6 +18,7 @@ from mpitrain.optim.schedules import (
     make_schedule,
 )
 from mpitrain.optim.sgd import SGD, GradientDescent, Momentum, Nesterov
+from mpitrain.optim.terms import Terms
 
 __all__ = [
     "LAMB",
@@ -38,6 +39,7 @@ __all__ = [
     "Schedule",
     "State",
     "StepDecay",
+    "Terms",
     "WarmUp",
     "clip_value",
     "finite",
@@ -46,4 +48,5 @@ __all__ = [
     "make_schedule",
     "scale",
     "squared_norm",
+    "squares_finite",
 ]

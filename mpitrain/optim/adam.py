@@ -12,6 +12,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays import namespace
 from mpitrain.optim.elementwise import Elementwise
 from mpitrain.optim.kernel import AdamSettings, adam
+from mpitrain.optim.terms import Terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,13 @@ class Adam(Elementwise):
         work *= lr * self._direction(m, v, step, work)
         p -= work
 
-    def _compiled(self, p: Array, g: Array, slots: Sequence[Array], lr: float, step: int, decays: bool) -> bool:
+    def _compiled(self, p: Array, terms: Terms, slots: Sequence[Array], lr: float, step: int, decays: bool) -> bool:
         m, v = slots
         beta1, beta2 = self.betas
         eps, rate = self._corrected(step)
         penalty, shrink = self._decays(lr) if decays else (0.0, 1.0)
         settings = AdamSettings(penalty, shrink, 1.0 - beta1, beta2, 1.0 - beta2, eps, lr * rate)
-        return adam(p, g, m, v, settings)
+        return adam(p, terms, m, v, settings)
 
     def _decays(self, lr: float) -> tuple[float, float]:
         """Return the coefficient of a penalty, and what parameters are multiplied by."""

@@ -25,11 +25,16 @@ def finite(grads: Array) -> bool:
     A finite sum of squares has only finite terms.  One that is not may be an overflow of large but finite values, so
     then each element is looked at.
     """
+    if squares_finite(grads):
+        return True
     xp = namespace(grads)
-    with np.errstate(over="ignore", invalid="ignore"):
-        if math.isfinite(float(xp.dot(grads, grads))):
-            return True
     return all(bool(xp.isfinite(grads[chunk]).all()) for chunk in chunks(slice(0, grads.size), grads))
+
+
+def squares_finite(grads: Array) -> bool:
+    """Tell whether the sum of all squares is finite; so are then sums of as many such gradients as there are ranks."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(float(namespace(grads).dot(grads, grads)))
 
 
 def squared_norm(grads: Array, shard: Shard, without: Container[int] = ()) -> float:

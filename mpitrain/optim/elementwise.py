@@ -17,6 +17,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Shard, namespace
 from mpitrain.optim.chunks import chunks, scratch
 from mpitrain.optim.optimizer import Optimizer, State
+from mpitrain.optim.terms import Terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,27 +51,38 @@ class Elementwise(Checked, Optimizer):
         totals: Array | None = None,
     ) -> None:
         """Update ``params`` and ``state`` in place; see `Optimizer.update`."""
-        check_shard(params, grads, state, step, shard)
+        self.update_mean(params, Terms((grads,)), state, lr, step, shard)
+
+    @property
+    def takes_terms(self) -> bool:
+        """Whether `update_mean` is there: not for a subclass that walks over shards by itself."""
+        return type(self).update is Elementwise.update and type(self).partials is Optimizer.partials
+
+    def update_mean(self, params: Array, terms: Terms, state: State, lr: float, step: int, shard: Shard) -> None:
+        """Update ``params`` and ``state`` in place; see `Optimizer.update_mean`."""
+        check_shard(params, terms, state, step, shard)
         work = scratch(params)
+        mean = work if terms.is_mean else scratch(params)
         for group, run in shard.runs:
             decays = group == "decay" and self.weight_decay > 0
             slots = [state[slot][run] for slot in self.slots]
-            if group == "statistics" or self._compiled(params[run], grads[run], slots, lr, step, decays):
+            if group == "statistics" or self._compiled(params[run], terms.cut(run), slots, lr, step, decays):
                 continue
             for chunk in chunks(run, params):
-                p, g = params[chunk], grads[chunk]
+                p = params[chunk]
+                g = terms.cut(chunk).mean(mean[: p.size])
                 slots = [state[slot][chunk] for slot in self.slots]
                 if decays:
                     self._decay(p, g, lr, work[: p.size])
                 self._step(p, g, slots, lr, step, work[: p.size])
-        follow_statistics(params, grads, shard)
+        follow_statistics(params, terms, shard)
 
     def _decay(self, p: Array, g: Array, lr: float, work: Array) -> None:
         """Add the gradient of the penalty λ‖p‖²/2."""
         namespace(p).multiply(p, self.weight_decay, out=work)
         g += work
 
-    def _compiled(self, p: Array, g: Array, slots: Sequence[Array], lr: float, step: int, decays: bool) -> bool:
+    def _compiled(self, p: Array, terms: Terms, slots: Sequence[Array], lr: float, step: int, decays: bool) -> bool:
         """Update a whole run by a compiled loop, with the bits that `_step` gives; tell whether there is one."""
         return False
 
@@ -79,21 +91,23 @@ class Elementwise(Checked, Optimizer):
         """Update one chunk in place: parameters ``p`` and ``slots`` from gradients ``g``; ``work`` is scratch."""
 
 
-def check_shard(params: Array, grads: Array, state: State, step: int, shard: Shard) -> None:
+def check_shard(params: Array, terms: Terms, state: State, step: int, shard: Shard) -> None:
     """Raise an InputError unless the arrays have the shard's size and ``step`` counts from 1."""
-    for name, array in {"params": params, "grads": grads, **state}.items():
+    named = [("params", params), *(("grads", array) for array in terms.arrays), *state.items()]
+    for name, array in named:
         if array.shape != (shard.size,):
             raise InputError(f"optimizer update: {name} has the wrong shape", got=array.shape, expected=(shard.size,))
     if step < 1:
         raise InputError("optimizer update: steps count from 1", got=step, expected="1 or more")
 
 
-def follow_statistics(params: Array, grads: Array, shard: Shard) -> None:
-    """Move running statistics towards the batch's: ``p += rate * (g - p)``; overwrites their ``grads``."""
+def follow_statistics(params: Array, terms: Terms, shard: Shard) -> None:
+    """Move running statistics towards the batch's: ``p += rate * (g - p)``."""
     for number, piece in shard.pieces:
         segment = shard.layout.segments[number]
         if segment.group == "statistics":
-            p, g = params[piece], grads[piece]
+            p = params[piece]
+            g = terms.cut(piece).mean(namespace(p).empty_like(p))
             g -= p
             g *= segment.rate
             p += g

@@ -1,11 +1,23 @@
-/* The inner loop of Adam's update: one pass over parameters, gradients and moments instead of a dozen.
+/* The inner loops of optimizers: Adam's update in one pass over memory instead of a dozen, and sums of gradients.
  *
- * Optional: optim/kernel.py loads it where it was compiled.  Each value goes through the operations of optim/adam.py in
- * the same order, each rounded to the array's type (no contraction, see hatch_build.py), so that the bits are the same.
+ * Optional: optim/kernel.py loads it where it was compiled.  Each value goes through the operations of optim/terms.py
+ * and optim/adam.py in the same order, each rounded to the array's type (no contraction, see hatch_build.py), so that the
+ * bits are the same.
+ *
+ * Gradients come as terms, which are summed and divided on the way, and may lie in memory of other ranks.  Caches decide
+ * what that costs.  To write to a line that another core's cache has, too, takes many times as long as to any other; so
+ * parameters that others read are stored past the caches, and terms of others are flushed once they are read, so that
+ * their owners find them nowhere when they write the next.  Neither changes a value.
  */
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
 
 #if defined(__x86_64__) && defined(__GLIBC__) && (!defined(__clang__) || __clang_major__ >= 14)
 #define FOR_THIS_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -13,7 +25,8 @@
 #define FOR_THIS_CPU
 #endif
 
-enum { ABI = 1 };
+enum { OUTGROWS_BYTES = 2 << 20 }; /* with moments and parameters, what is read by then leaves caches by itself */
+enum { ABI = 2, BLOCK_BYTES = 4096, LINE_BYTES = 64, STORE_BYTES = 16 };
 
 typedef struct {
   double penalty;          /* of an L2 penalty: added to the gradient, times the parameter; 0: none */
@@ -21,26 +34,139 @@ typedef struct {
   double follow_m, keep_v; /* 1 - beta1, beta2 */
   double follow_v;         /* 1 - beta2 */
   double eps, rate;        /* corrected for the moments' zero start */
+  double count;            /* what the sum of the terms is divided by */
 } settings;
 
+typedef struct {
+  const char *const *terms; /* in the order of summation */
+  int64_t term_count;
+  int64_t own;           /* which of them is this rank's */
+  int64_t parameters_are_read; /* by other ranks, where they lie */
+} sources;
+
+/* ---- Lines that others have, too */
+
+#if defined(__x86_64__)
+static int can_flush(void) {
+  static int known = -1; /* every thread finds the same */
+  if (known < 0) {
+    unsigned a, b = 0, c, d;
+    known = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_CLFLUSHOPT) != 0;
+  }
+  return known;
+}
+
+__attribute__((target("clflushopt"))) static void flush(const char *begin, int64_t nbytes) {
+  const char *first = begin - ((uintptr_t)begin & (LINE_BYTES - 1));
+  for (const char *line = first; line < begin + nbytes; line += LINE_BYTES) _mm_clflushopt((void *)line);
+}
+#endif
+
+static void flush_others(const sources *from, int64_t begin, int64_t nbytes) {
+#if defined(__x86_64__)
+  for (int64_t k = 0; k < from->term_count; k++)
+    if (k != from->own && can_flush()) flush(from->terms[k] + begin, nbytes);
+#else
+  (void)from, (void)begin, (void)nbytes;
+#endif
+}
+
+static void store_past_cache(char *target, const char *source, int64_t nbytes) {
+#if defined(__x86_64__)
+  int64_t done = -(uintptr_t)target & (STORE_BYTES - 1);
+  if (done > nbytes) done = nbytes;
+  memcpy(target, source, done);
+  for (; done + STORE_BYTES <= nbytes; done += STORE_BYTES)
+    _mm_stream_si128((__m128i *)(target + done), _mm_loadu_si128((const __m128i *)(source + done)));
+  memcpy(target + done, source + done, nbytes - done);
+#else
+  memcpy(target, source, nbytes);
+#endif
+}
+
+static void drain(void) {
+#if defined(__x86_64__)
+  _mm_sfence(); /* such stores are not ordered by what ranks tell each other next */
+#endif
+}
+
+/* Write the sum of a stretch of the terms, in their order. */
+#define ADD_TERMS(T)                                                                                                  \
+  static inline void add_terms_##T(T *restrict g, const sources *from, const int64_t begin, const int64_t length,     \
+                                   const int flushed) {                                                               \
+    const T *first = (const T *)from->terms[0] + begin;                                                               \
+    for (int64_t i = 0; i < length; i++) g[i] = first[i];                                                             \
+    for (int64_t k = 1; k < from->term_count; k++) {                                                                  \
+      const T *term = (const T *)from->terms[k] + begin;                                                              \
+      for (int64_t i = 0; i < length; i++) g[i] += term[i];                                                           \
+    }                                                                                                                 \
+    if (flushed) flush_others(from, begin * (int64_t)sizeof(T), length * (int64_t)sizeof(T));                         \
+  }
+
+ADD_TERMS(float)
+ADD_TERMS(double)
+
+/* ---- Adam */
+
+/* By a power of two to divide is to multiply, with the same bits, and several times as fast. */
+static int is_power_of_two(double x) {
+  int exponent;
+  return frexp(x, &exponent) == 0.5 && exponent > -64 && exponent < 64;
+}
+
 #define ADAM(NAME, T, ROOT)                                                                                     \
-  FOR_THIS_CPU void NAME(T *restrict p, const T *restrict g, T *restrict m, T *restrict v, const int64_t n,     \
+  FOR_THIS_CPU void NAME(T *restrict p, const sources *from, T *restrict m, T *restrict v, const int64_t n,     \
                          const settings *s) {                                                                   \
     const T penalty = (T)s->penalty, shrink = (T)s->shrink, follow_m = (T)s->follow_m, keep_v = (T)s->keep_v;   \
-    const T follow_v = (T)s->follow_v, eps = (T)s->eps, rate = (T)s->rate;                                      \
-    const int penalised = penalty != 0, shrunk = shrink != 1;                                                   \
-    for (int64_t i = 0; i < n; i++) {                                                                           \
-      const T before = shrunk ? p[i] * shrink : p[i];                                                           \
-      const T slope = penalised ? g[i] + before * penalty : g[i];                                               \
-      const T first = m[i] + (slope - m[i]) * follow_m;                                                         \
-      const T second = v[i] * keep_v + slope * slope * follow_v;                                                \
-      m[i] = first;                                                                                             \
-      v[i] = second;                                                                                            \
-      p[i] = before - first / (ROOT(second) + eps) * rate;                                                      \
+    const T follow_v = (T)s->follow_v, eps = (T)s->eps, rate = (T)s->rate, count = (T)s->count;                 \
+    const int penalised = penalty != 0, shrunk = shrink != 1, past = from->parameters_are_read != 0;            \
+    const int exact = is_power_of_two(s->count);                                                                \
+    const T share = (T)(1 / s->count);                                                                          \
+    const int flushed = n * (int64_t)sizeof(T) < OUTGROWS_BYTES;                                                \
+    enum { BLOCK = BLOCK_BYTES / sizeof(T) };                                                                   \
+    _Alignas(LINE_BYTES) T g[BLOCK], updated[BLOCK];                                                            \
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {                                                        \
+      const int64_t length = n - begin < BLOCK ? n - begin : BLOCK;                                             \
+      add_terms_##T(g, from, begin, length, flushed);                                                           \
+      if (exact)                                                                                                \
+        for (int64_t i = 0; i < length; i++) g[i] *= share;                                                     \
+      else                                                                                                      \
+        for (int64_t i = 0; i < length; i++) g[i] /= count;                                                     \
+      T *here = p + begin, *first_moment = m + begin, *second_moment = v + begin;                               \
+      for (int64_t i = 0; i < length; i++) {                                                                    \
+        const T before = shrunk ? here[i] * shrink : here[i];                                                   \
+        const T slope = penalised ? g[i] + before * penalty : g[i];                                             \
+        const T first = first_moment[i] + (slope - first_moment[i]) * follow_m;                                 \
+        const T second = second_moment[i] * keep_v + slope * slope * follow_v;                                  \
+        first_moment[i] = first;                                                                                \
+        second_moment[i] = second;                                                                              \
+        updated[i] = before - first / (ROOT(second) + eps) * rate;                                              \
+      }                                                                                                         \
+      if (past)                                                                                                 \
+        store_past_cache((char *)here, (const char *)updated, length * (int64_t)sizeof(T));                     \
+      else                                                                                                      \
+        memcpy(here, updated, length * sizeof(T));                                                              \
     }                                                                                                           \
+    if (past) drain();                                                                                          \
   }
 
 ADAM(mpitrain_adam_f32, float, sqrtf)
 ADAM(mpitrain_adam_f64, double, sqrt)
+
+/* ---- Sums that are kept */
+
+#define ADD(NAME, T)                                                                        \
+  FOR_THIS_CPU void NAME(T *restrict sum, const sources *from, const int64_t n) {           \
+    enum { BLOCK = BLOCK_BYTES / sizeof(T) };                                               \
+    _Alignas(LINE_BYTES) T g[BLOCK];                                                        \
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {                                    \
+      const int64_t length = n - begin < BLOCK ? n - begin : BLOCK;                         \
+      add_terms_##T(g, from, begin, length, 1);                                             \
+      for (int64_t i = 0; i < length; i++) sum[begin + i] += g[i];                          \
+    }                                                                                       \
+  }
+
+ADD(mpitrain_add_f32, float)
+ADD(mpitrain_add_f64, double)
 
 int64_t mpitrain_optim_abi(void) { return ABI; }

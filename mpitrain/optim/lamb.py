@@ -16,6 +16,7 @@ from mpitrain.optim.adam import AdamW
 from mpitrain.optim.chunks import chunks, scratch, sum_of_squares
 from mpitrain.optim.elementwise import check_shard, follow_statistics
 from mpitrain.optim.optimizer import State
+from mpitrain.optim.terms import Terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class LAMB(AdamW):
         array of float64, shape (len(shard.layout), 2)
             ‖p‖² and ‖u‖²; zero for ``statistics``.
         """
-        check_shard(params, grads, state, step, shard)
+        check_shard(params, Terms((grads,)), state, step, shard)
         xp = namespace(params)
         norms: Array = xp.zeros((len(shard.layout), 2), np.float64)
         u, work, wide = scratch(params), scratch(params), scratch(params, np.float64)
@@ -81,7 +82,7 @@ class LAMB(AdamW):
         InputError
             ``totals`` are missing or of the wrong shape.
         """
-        check_shard(params, grads, state, step, shard)
+        check_shard(params, Terms((grads,)), state, step, shard)
         ratios = self._ratios(shard, totals)
         u, work = scratch(params), scratch(params)
         for number, chunk in _trained(shard, params):
@@ -89,7 +90,7 @@ class LAMB(AdamW):
             self._proposal(shard, number, chunk, params, state, step, u[:size], work[:size])
             u[:size] *= lr * ratios[number]
             params[chunk] -= u[:size]
-        follow_statistics(params, grads, shard)
+        follow_statistics(params, Terms((grads,)), shard)
 
     def _proposal(
         self,

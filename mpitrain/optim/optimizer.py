@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Shard, plain
+from mpitrain.optim.terms import Terms
 
 State = dict[str, Array]
 """Arrays of the shard's size, one per slot: ``{"m": …, "v": …}``."""
@@ -66,3 +67,25 @@ class Optimizer(ABC):
         totals : array of float64, shape (len(shard.layout), k), optional
             `partials`, summed over all shards.
         """
+
+    @property
+    def takes_terms(self) -> bool:
+        """Whether `update_mean` is there."""
+        return False
+
+    def update_mean(self, params: Array, terms: Terms, state: State, lr: float, step: int, shard: Shard) -> None:
+        """Update as `update` does, with the same bits, from gradients that are neither summed nor divided yet.
+
+        Parameters
+        ----------
+        params, state, lr, step, shard
+            As for `update`.
+        terms : Terms
+            Their mean is what `update` would be given; none of them is written to.
+
+        Raises
+        ------
+        NotImplementedError
+            Unless `takes_terms`.
+        """
+        raise NotImplementedError(type(self).__name__)

@@ -4,7 +4,7 @@ from mpitrain.parallel.averaging import ModelAveraging
 from mpitrain.parallel.data import DataParallel
 from mpitrain.parallel.gradient import GradientParallel
 from mpitrain.parallel.lanes import LaneSteps
-from mpitrain.parallel.pipeline import PipelineParallel
+from mpitrain.parallel.pipeline import PipelineParallel, ReproduciblePipelineParallel
 from mpitrain.parallel.reproducible import ReproducibleDataParallel, ReproducibleGradientParallel
 from mpitrain.parallel.synchronous import Synchronous, Tally
 
@@ -16,6 +16,7 @@ __all__ = [
     "PipelineParallel",
     "ReproducibleDataParallel",
     "ReproducibleGradientParallel",
+    "ReproduciblePipelineParallel",
     "Synchronous",
     "Tally",
 ]

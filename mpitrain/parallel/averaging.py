@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,8 @@ class ModelAveraging(DataParallel):
     local SGD with averaged momentum (Yu, Jin, Yang, ICML 2019, algorithm 1).  Unlike `DataParallel`, the result depends
     on the number of ranks.  A rank whose share of a step is empty takes none.
     """
+
+    reads_in_place: ClassVar[bool] = False
 
     def __init__(self, comm: Communicator, *, average_every: int, **options: Any) -> None:
         super().__init__(comm, **options)

@@ -14,12 +14,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, GradientBuffer, GradientTree, Group, Layout, Segment, nest
 from mpitrain.comm import Communicator
+from mpitrain.comm.rows import Rows, rows
+from mpitrain.comm.transports.shards import bounds
+from mpitrain.optim import Terms, kernel
+from mpitrain.parallel.piecewise import Piecewise
+
+READ_BY_OWNERS = 16
+"""Ranks up to which each reads its shard of all others' gradients at once; wider nodes combine level by level."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,37 @@ class WholeGradients(GradientBuffer):
         self._plan()
 
 
-class StreamedGradients:
+class _Planned:
+    """Reduces what passes through a place by a plan."""
+
+    def __init__(self, comm: Communicator, place: Array) -> None:
+        self._plan = comm.reduce_scatter_plan(place)
+        self.begin, self.end = self._plan.begin, self._plan.end
+
+    def add(self, sums: Array) -> None:
+        """Add the sums over all ranks of this rank's shard.  Collective."""
+        sums += self._plan()
+
+
+class _Read:
+    """Reads what passes through the places of all ranks of a node, where it lies: see `mpitrain.optim.kernel`."""
+
+    def __init__(self, comm: Communicator, common: Rows, place: Array) -> None:
+        cuts = bounds(place.size, comm.size, place.itemsize)
+        self.begin, self.end = cuts[comm.rank], cuts[comm.rank + 1]
+        self._terms = Terms(tuple(row[self.begin : self.end] for row in common.arrays), own=comm.rank)
+        self._run = common.reading("reduce_scatter", place.size, self._read)
+
+    def add(self, sums: Array) -> None:
+        """Add as `_Planned` does."""
+        self._sums = sums
+        self._run()
+
+    def _read(self) -> None:
+        kernel.add(self._sums, self._terms)
+
+
+class StreamedGradients(Piecewise):
     """The gradients of a model that keeps only this rank's shards of them; see `mpitrain.arrays.Gradients`.
 
     Parameters
@@ -104,8 +141,8 @@ class StreamedGradients:
         Of the model.
     bucket_bytes : int
         About the size of a bucket.
-    allocate : Allocator
-        Where the memory that buckets pass through comes from.  Collective.
+    allocate : Allocator, optional
+        Where the memory that buckets pass through comes from; None: where the ranks of a node share it.  Collective.
     own : Allocator
         Where memory of this rank's comes from.
 
@@ -124,13 +161,15 @@ class StreamedGradients:
     """
 
     def __init__(
-        self, comm: Communicator, layout: Layout, bucket_bytes: int, allocate: Allocator, own: Allocator
+        self, comm: Communicator, layout: Layout, bucket_bytes: int, allocate: Allocator | None, own: Allocator
     ) -> None:
         self.layout, self._own = layout, own
         self.buckets = buckets_of(layout, bucket_bytes)
-        self._passage = allocate(max((each.size for each in self.buckets), default=0), layout.dtype)
-        self._places = [self._passage[: bucket.size] for bucket in self.buckets]
-        self._plans = [comm.reduce_scatter_plan(place) for place in self._places]
+        largest = max((each.size for each in self.buckets), default=0)
+        common = None if allocate or comm.size > READ_BY_OWNERS else rows(comm, largest, layout.dtype)
+        passage = common.arrays[comm.rank] if common else (allocate or comm.empty)(largest, layout.dtype)
+        self._places = [passage[: bucket.size] for bucket in self.buckets]
+        self._plans = [_Read(comm, common, each) if common else _Planned(comm, each) for each in self._places]
         self.shards = [
             layout.shard(bucket.start + plan.begin, bucket.start + plan.end)
             for bucket, plan in zip(self.buckets, self._plans, strict=True)
@@ -144,16 +183,6 @@ class StreamedGradients:
         self._begun: dict[int, Array] = {}
         self._unset: set[str] = set()  # nothing was added to in this pass
         self._begin_pass()
-
-    @property
-    def flat(self) -> Array:
-        """Never there all at once."""
-        self._refuse()
-
-    @property
-    def views(self) -> Mapping[str, Array]:
-        """Never there all at once."""
-        self._refuse()
 
     @property
     def tree(self) -> Mapping[str, Any]:
@@ -238,7 +267,7 @@ class StreamedGradients:
         if begun is not None and begun is not place:
             place[...] = begun
         self._clear(self.buckets[number], place)
-        self.sums[number] += self._plans[number]()
+        self._plans[number].add(self.sums[number])
         self._reduced += 1
 
     def _clear(self, bucket: Bucket, place: Array) -> None:
@@ -248,8 +277,8 @@ class StreamedGradients:
             start = segment.offset if segment.name in self._unset else segment.stop
             place[start - bucket.start : end - bucket.start] = 0
 
-    def _refuse(self) -> NoReturn:
-        raise InputError(
+    def _refusal(self) -> InputError:
+        return InputError(
             "this model asks for all gradients at once, which stage 2 never has", operation="GradientParallel",
             got="grads.flat or grads.views", expected="grads.tree", remedy="use stage 1",
         )  # fmt: skip

@@ -18,7 +18,9 @@ from mpitrain.comm import Communicator
 from mpitrain.comm.shard_plans import AllgatherPlan
 from mpitrain.method.state import Kind, Read
 from mpitrain.method.steps import Part, all_finite, clip, divide, update
+from mpitrain.parallel import in_place
 from mpitrain.parallel.buckets import Bucket, StreamedGradients, WholeGradients
+from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
 
@@ -32,7 +34,7 @@ class GradientParallel(Synchronous):
         The ranks that share each batch.
     stage : {1, 2, 3}
         1: each rank keeps the optimizer state of a shard of the model.  2: and the gradients of that shard only.  3:
-        and the parameters of that shard only, if the model `reads_by_layer` (a `Network` does); else as 2.
+        and the parameters of that shard only, if the model `reads_by_layer` (`Network`, `TorchModel`); else as 2.
     microbatches : int
         Into how many parts a batch is cut, see `DataParallel`.  In stage 1 their gradients are added up before they
         are reduced; from stage 2 on, where there is nowhere to add them up, those of each are reduced.
@@ -52,7 +54,8 @@ class GradientParallel(Synchronous):
     each (p−1)/p · n bytes moved per rank where the library uses a ring, and an allreduce of five numbers.  In stage 3
     parameters are gathered in each pass instead, forward and backward: two allgathers a microbatch, less what is still
     there when a pass begins or turns, and what the first layer's backward pass need not read.  On one node with shared
-    memory no byte is sent: each rank reads n bytes of gradients and writes n/p of parameters at a time.
+    memory no byte is sent: each rank reads n bytes of gradients and writes n/p of parameters at a time, in one pass in
+    stage 1 if the optimizer is `Elementwise` and nothing is clipped.
 
     Memory per rank, with k numbers of optimizer state a parameter: n of parameters, or n/p where the node's p ranks
     share them; stage 1: n of gradients and kn/p of state, and n/p more of gradients in ordinary memory; stage 2: (k+1)
@@ -68,6 +71,7 @@ class GradientParallel(Synchronous):
     kind: ClassVar[Kind] = "sharded"
 
     params: FlatBuffer | ShardedParameters
+    grads: CommonGradients | WholeGradients | StreamedGradients
 
     def __init__(
         self,
@@ -95,20 +99,22 @@ class GradientParallel(Synchronous):
                 operation="GradientParallel", got=", ".join(self._terms[:3]),
                 remedy="use stage 1, or divide no activations along the sequence",
             )  # fmt: skip
-        memory = self._private or self.comm.empty
-        self.grads: WholeGradients | StreamedGradients = (
-            WholeGradients(self.comm, layout, memory) if self.stage == 1
-            else StreamedGradients(self.comm, layout, self.bucket_bytes, memory, self._allocator)
-        )  # fmt: skip
+        self.grads = self._place_gradients(layout)
         owned = self._allocate_parameters(layout)
         shards, sums = self.grads.shards, self.grads.sums
         self.parts = tuple(self._part(*each) for each in zip(shards, owned, sums, strict=True))
+
+    def _place_gradients(self, layout: Layout) -> CommonGradients | WholeGradients | StreamedGradients:
+        if self.stage > 1:
+            return StreamedGradients(self.comm, layout, self.bucket_bytes, self._private, self._allocator)
+        common = None if self._private else in_place.by_owners(self.comm, layout, self.optimizer, self.plan)
+        return common or WholeGradients(self.comm, layout, self._private or self.comm.empty)
 
     def _allocate_parameters(self, layout: Layout) -> list[Array]:
         """Set ``params``, and what hands them out; return where this rank's shards are."""
         buckets, shards = self.grads.buckets, self.grads.shards
         if self.stage == 3 and self.model.reads_by_layer:
-            self.params = ShardedParameters(self.comm, layout, buckets, shards, self._private, self._allocator)
+            self.params = ShardedParameters(self.comm, self.model, buckets, shards, self._private, self._allocator)
             return self.params.owned
         self.params = FlatBuffer(layout, self._private or self.comm.shared)
         self._gathers = [self._gather(*each) for each in zip(buckets, shards, strict=True)]
@@ -154,6 +160,13 @@ class GradientParallel(Synchronous):
         phase = self.comm.phase
         with phase("gradients"):
             own = self._gradients(microbatches, self.grads, self._reduce)
+            if isinstance(self.params, ShardedParameters):
+                self.params.end_passes()
+        if isinstance(self.grads, CommonGradients):
+            total = self._step_in_place(self.grads, own, microbatches, parameters_are_read=True)
+            with phase("gather"):
+                self._publish()
+            return total
         with phase("reduce"):
             self._sum_terms()
             self.grads.reduce()

@@ -2,13 +2,14 @@
 
 A lane is what one of so many ranks would compute: its share of each microbatch, in the same shapes and normalised by
 itself.  Ranks deal the lanes out among them.  Whatever is summed over lanes has the same bits however that is done:
-gradients in fixed point, and the few other numbers in the order of the lanes.
+gradients in fixed point, and the few other numbers in the order of the lanes.  A tied tensor is summed use by use, and
+the uses' sums are then added in their order, because they may come from different ranks.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
 from mpitrain.arrays import Batch, FlatBuffer, GradientBuffer
+from mpitrain.comm import Communicator
 from mpitrain.data.shares import share
 from mpitrain.method.method import Plan
 from mpitrain.method.steps import Part, add_sums, check_finite, clip, divide, update
@@ -40,14 +42,7 @@ class LaneSteps(Synchronous):
 
     def _deal(self, lanes: int) -> None:
         """Take this rank's lanes: a contiguous, near-equal run of them."""
-        if lanes < self.comm.size:
-            raise InputError(
-                "more ranks than lanes", operation=type(self).__name__, got=f"{self.comm.size} ranks, {lanes} lanes",
-                expected="a lane for each rank",
-                remedy=f"set lanes to {self.comm.size} or more, or start at most {lanes} ranks",
-            )  # fmt: skip
-        self.lanes = lanes
-        self._dealt = range(*share(lanes, self.comm.size, self.comm.rank))
+        self.lanes, self._dealt = lanes, deal(lanes, self.comm, type(self).__name__)
 
     @property
     def shares(self) -> tuple[tuple[int, int], ...]:
@@ -57,12 +52,31 @@ class LaneSteps(Synchronous):
     def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:
         """See `Method.setup`."""
         super().setup(model, optimizer, plan)
-        self._lane_grads = [GradientBuffer(model.layout, self._allocator) for _ in self._dealt]
-        self._tiles = Tiles(self.parts, self.comm if self.kind == "sharded" else None)
+        self._further = self._further_uses()
+        layout = self.params.layout.untied(self._further)
+        self._lane_grads = [GradientBuffer(layout, self._allocator) for _ in self._dealt]
+        self._tiles = self._make_tiles()
+
+    def _further_uses(self) -> tuple[str, ...]:
+        """Return the names of tied tensors under which lanes keep gradients apart from those of another name."""
+        return tuple(self.params.layout.ties)
+
+    def _make_tiles(self) -> Tiles:
+        return Tiles(self.parts, self.comm if self.kind == "sharded" else None)
 
     @abstractmethod
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:
         """Sum the gradients of all ranks' lanes, shape (layout.size,) each, into those of this rank's parts."""
+
+    @abstractmethod
+    def _add_uses(self, lanes: Mapping[str, Sequence[Array]]) -> None:
+        """Sum what the lanes have of further uses, flat arrays by name, and add it to the gradients of the parts."""
+
+    def _reduce_lanes(self) -> None:
+        """Sum the gradients of all lanes into those of this rank's parts.  Collective."""
+        size = self.params.layout.size
+        self._sum_lanes([grads.flat[:size] for grads in self._lane_grads])
+        self._add_uses({use: [grads.views[use].reshape(-1) for grads in self._lane_grads] for use in self._further})
 
     def _hand_out(self) -> None:
         """Give all ranks the parameters that were updated: nothing to do where each updates all."""
@@ -70,12 +84,12 @@ class LaneSteps(Synchronous):
     def _train_step(self, microbatches: list[Batch]) -> Tally:
         phase = self.comm.phase
         with phase("gradients"):
-            tallies = [self._lane(number, microbatches) for number in range(len(self._dealt))]
+            tallies = self._lane_gradients(microbatches)
         with phase("check"):
             total = Tally(*self._over_lanes([np.array(astuple(each)) for each in tallies]).tolist())
             self._check_lanes(total, tallies)
         with phase("reduce"):
-            self._sum_lanes([grads.flat for grads in self._lane_grads])
+            self._reduce_lanes()
         self.step += 1
         with phase("update"):
             divide(self.parts, total.count)
@@ -85,28 +99,34 @@ class LaneSteps(Synchronous):
             self._hand_out()
         return total
 
-    def _lane(self, number: int, microbatches: list[Batch]) -> Tally:
-        """Compute the gradient of one of this rank's lanes."""
-        grads, first = self._lane_grads[number], number * self.microbatches
-        found = self._gradients(microbatches[first : first + self.microbatches], grads, None)
-        return replace(found, bad=float(found.bad or not finite(grads.flat)))
+    def _lane_gradients(self, microbatches: list[Batch]) -> list[Tally]:
+        """Compute the gradient of each of this rank's lanes."""
+        each = self.microbatches
+        parts = [microbatches[first : first + each] for first in range(0, len(microbatches), each)]
+        pairs = zip(parts, self._lane_grads, strict=True)
+        return self._judged([self._gradients(part, grads, None) for part, grads in pairs])
+
+    def _judged(self, tallies: list[Tally]) -> list[Tally]:
+        """Return the tallies of this rank's lanes, which now tell whether their gradients are finite, too."""
+        pairs = zip(tallies, self._lane_grads, strict=True)
+        return [replace(found, bad=float(found.bad or not finite(grads.flat))) for found, grads in pairs]
 
     def _check_lanes(self, total: Tally, tallies: list[Tally]) -> None:
-        whole = self.params.layout.whole()
-        lanes = [Part(whole, self.params.flat, grads.flat, {}) for grads in self._lane_grads]
+        lanes = [Part(grads.layout.whole(), grads.flat, grads.flat, {}) for grads in self._lane_grads]
         check_finite(self.comm, not total.bad, lanes, self.step + 1, lambda: not any(each.bad for each in tallies))
 
-    def _over_lanes(self, values: Sequence[Array | None]) -> Array:
+    def _over_lanes(self, values: Sequence[Array | None], comm: Communicator | None = None) -> Array:
         """Sum an array of each lane over all lanes, in their order; of None nothing is added.  Collective.
 
-        Every rank gets all terms, each of them from one rank and zeros from the others, and adds them by itself.
+        Every rank of ``comm``, by default the method's, gets all terms, each of them from one rank and zeros from the
+        others, and adds them by itself.
         """
         shape = next(value.shape for value in values if value is not None)
         terms = np.zeros((self.lanes, *shape))
         for lane, value in zip(self._dealt, values, strict=True):
             if value is not None:
                 terms[lane] = value
-        total: Array = self.comm.allreduce(terms).sum(axis=0)
+        total: Array = (comm or self.comm).allreduce(terms).sum(axis=0)
         return total
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
@@ -126,3 +146,14 @@ class LaneSteps(Synchronous):
             raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
         sums = {name: self._over_lanes([each[name] if each else None for each in lanes]) for name in lanes[0]}
         return self.model.metrics(sums)
+
+
+def deal(lanes: int, comm: Communicator, operation: str, what: str = "rank") -> range:
+    """Return the lanes of this rank, of those that share them out: a contiguous, near-equal run."""
+    if lanes < comm.size:
+        raise InputError(
+            f"more {what}s than lanes", operation=operation, got=f"{comm.size} {what}s, {lanes} lanes",
+            expected=f"a lane for each {what}",
+            remedy=f"set lanes to {comm.size} or more, or start at most {lanes} {what}s",
+        )  # fmt: skip
+    return range(*share(lanes, comm.size, comm.rank))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import ClassVar
+
+import numpy as np
 
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, FlatBuffer, Layout, plain
@@ -39,6 +43,8 @@ class ReproducibleDataParallel(LaneSteps, DataParallel):
     of its lanes, and one more.
     """
 
+    reads_in_place: ClassVar[bool] = False
+
     def __init__(
         self, comm: Communicator, *, lanes: int, microbatches: int = 1, allocator: Allocator = plain
     ) -> None:  # fmt: skip
@@ -47,6 +53,11 @@ class ReproducibleDataParallel(LaneSteps, DataParallel):
 
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:
         lane_sum(self.comm, lanes, self.lanes, layout=self.params.layout, out=self.grads.flat)
+
+    def _add_uses(self, lanes: Mapping[str, Sequence[Array]]) -> None:
+        for use, values in lanes.items():
+            total = self.grads.views[use].reshape(-1)
+            total += lane_sum(self.comm, values, self.lanes)
 
 
 class ReproducibleGradientParallel(LaneSteps, GradientParallel):
@@ -87,6 +98,16 @@ class ReproducibleGradientParallel(LaneSteps, GradientParallel):
         lane_reduce_scatter(
             self.comm, lanes, self.lanes, self._counts, layout=self.params.layout, out=part.grads
         )  # fmt: skip
+
+    def _add_uses(self, lanes: Mapping[str, Sequence[Array]]) -> None:
+        (part,) = self.parts
+        for use, values in lanes.items():
+            segment = self.params.layout[use]
+            cuts = np.clip([0, *accumulate(self._counts)], segment.offset, segment.stop)
+            start = int(cuts[self.comm.rank]) - part.shard.start
+            total = lane_reduce_scatter(self.comm, values, self.lanes, np.diff(cuts).tolist())
+            own = part.grads[start : start + total.size]
+            own += total
 
     def _hand_out(self) -> None:
         self._publish()

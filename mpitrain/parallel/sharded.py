@@ -3,33 +3,36 @@
 A bucket is gathered into a passage, a stretch of memory that it shares with other buckets: it is there until another
 one needs the place.  What a layer uses together lies in different passages.  So all parameters never exist at once.
 
-All ranks must ask for the layers in one order, for each gathering is a collective operation.
+All ranks must ask for the layers in one order, for each gathering is a collective operation; that they do is checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, FlatBuffer, Layout, ParameterTree, Shard, namespace, nest
+from mpitrain.arrays import Allocator, FlatBuffer, Layout, Loans, ParameterTree, Shard, namespace, nest
 from mpitrain.comm import Communicator
 from mpitrain.comm.shard_plans import AllgatherPlan
+from mpitrain.nn.model import Model
 from mpitrain.parallel.buckets import Bucket
+from mpitrain.parallel.piecewise import Piecewise
+from mpitrain.parallel.walk import Walk
 
 
-class ShardedParameters:
+class ShardedParameters(Piecewise):
     """The parameters of a model that keeps only this rank's shards of them; see `mpitrain.arrays.ParameterSource`.
 
     Parameters
     ----------
     comm : Communicator
         The ranks that divide the parameters.
-    layout : Layout
-        Of the model.
+    model : Model
+        One that `reads_by_layer`.
     buckets : sequence of Bucket
-        What is gathered together; all tensors of a layer that are in one group are in one bucket.
+        What is gathered together.
     shards : sequence of Shard
         This rank's, one of each bucket.
     common : Allocator, optional
@@ -41,43 +44,53 @@ class ShardedParameters:
     ----------
     owned : list of array
         The values of each shard.  Whoever writes to them calls `release` before anything is read.
+    passages : list of array
+        The memory that buckets are gathered in.
 
     Notes
     -----
     Collective over ``comm``: everything but `release`.  Cost of a layer that is used: nothing if its buckets are there,
     else an allgather of each that is not, and on a node with a common passage a barrier, for others may still read what
     lay there.
+
+    A layer that keeps a view of its parameters after its call would read other layers' values there.  Before memory is
+    used again it is checked that nobody holds one (`Loans`): an InputError on the rank that does.  So is the order in
+    which layers are used (`Walk`).
     """
 
     def __init__(
         self,
         comm: Communicator,
-        layout: Layout,
+        model: Model,
         buckets: Sequence[Bucket],
         shards: Sequence[Shard],
         common: Allocator | None,
         own: Allocator,
     ) -> None:
-        self.layout, self.buckets, self._shards = layout, buckets, shards
+        layout = model.layout
+        self.layout, self.buckets, self._shards, self._layer_of = layout, buckets, shards, model.layer_of
         self.owned = [own(shard.size, layout.dtype) for shard in shards]
         self.xp = namespace(own(0, layout.dtype))
         self._allocate = common or comm.shared
         self._fence = None if common or comm.transport != "shared" else comm.node.barrier
-        self._needs = _needs(layout, buckets)
+        self._needs = _needs(layout, buckets, model.layer_of)
         self._passage_of = _colours(len(buckets), self._needs.values())
         self._places = self._lay_out()
         self._plans = [self._plan(comm, number) for number in range(len(buckets))]
-        self._views = self._named()
-        self._tree = ParameterTree(nest({name: name for name in self._views}), self._bring)
+        tensors = self._tensors()
+        self._loans = Loans(tensors, self.xp)
+        self._tree = ParameterTree(nest({name: name for name in (*tensors, *layout.ties)}), self._bring)
         self._there: dict[int, int] = {}  # by passage, the bucket in it
         self._layer: str | None = None  # whose buckets are known to be there
+        self._walk = Walk(comm)
 
     def _lay_out(self) -> list[Array]:
+        """Allocate the passages; return each bucket's place in its own."""
         sizes: dict[int, int] = {}
         for bucket, passage in zip(self.buckets, self._passage_of, strict=True):
             sizes[passage] = max(sizes.get(passage, 0), bucket.size)
-        passages = {each: self._allocate(size, self.layout.dtype) for each, size in sorted(sizes.items())}
-        return [passages[each][: bucket.size] for bucket, each in zip(self.buckets, self._passage_of, strict=True)]
+        self.passages = [self._allocate(size, self.layout.dtype) for _, size in sorted(sizes.items())]
+        return [self.passages[each][: bucket.size] for bucket, each in zip(self.buckets, self._passage_of, strict=True)]
 
     def _own_place(self, number: int) -> slice:
         bucket, shard = self.buckets[number], self._shards[number]
@@ -87,24 +100,13 @@ class ShardedParameters:
         own = self._own_place(number)
         return comm.allgather_plan(self._places[number], own.start, own.stop)
 
-    def _named(self) -> dict[str, Array]:
-        """Return where each tensor is while its bucket is there, by each of its names."""
-        found = {
+    def _tensors(self) -> dict[str, Array]:
+        """Return where each tensor is while its bucket is there."""
+        return {
             segment.name: place[segment.offset - bucket.start : segment.stop - bucket.start].reshape(segment.shape)
             for bucket, place in zip(self.buckets, self._places, strict=True)
             for segment in bucket.segments
         }
-        return found | {alias: found[name] for alias, name in self.layout.ties.items()}
-
-    @property
-    def flat(self) -> Array:
-        """Never there all at once."""
-        self._refuse()
-
-    @property
-    def views(self) -> Mapping[str, Array]:
-        """Never there all at once."""
-        self._refuse()
 
     @property
     def tree(self) -> Mapping[str, Any]:
@@ -119,13 +121,17 @@ class ShardedParameters:
     @property
     def passage_nbytes(self) -> int:
         """Bytes of the passages, which are there once a node where its ranks share memory."""
-        largest: dict[int, int] = {}
-        for place, passage in zip(self._places, self._passage_of, strict=True):
-            largest[passage] = max(largest.get(passage, 0), place.nbytes)
-        return sum(largest.values())
+        return sum(passage.nbytes for passage in self.passages)
+
+    def end_passes(self) -> None:
+        """Be told that all passes of a step are done; see `Walk.end`."""
+        self._layer = None
+        self._walk.end()
 
     def release(self) -> None:
         """Forget what is there: it is gathered again when it is used next."""
+        for number in self._there.values():
+            self._check_returned(number)
         self._there.clear()
         self._layer = None
 
@@ -139,37 +145,53 @@ class ShardedParameters:
         return found
 
     def _bring(self, name: str) -> Array:
-        layer = _layer(name)
+        layer = self._layer_of(name)
         if layer != self._layer:
+            self._walk.visit(layer)
             for number in self._needs[layer]:
                 self._hold(number)
             self._layer = layer
-        return self._views[name]
+        return self._loans.lend(self.layout.ties.get(name, name))
 
     def _hold(self, number: int) -> None:
         passage = self._passage_of[number]
-        if self._there.get(passage) == number:
+        there = self._there.get(passage)
+        if there == number:
             return
+        if there is not None:
+            self._check_returned(there)
         if self._fence is not None:
             self._fence()
         self._places[number][self._own_place(number)] = self.owned[number]
         self._plans[number]()
         self._there[passage] = number
 
-    def _refuse(self) -> NoReturn:
-        raise InputError(
+    def _check_returned(self, number: int) -> None:
+        """Refuse to reuse the memory of a bucket of which somebody still holds a view: it would read other values."""
+        held = self._loans.held([segment.name for segment in self.buckets[number].segments])
+        if held:
+            raise InputError(
+                "a layer keeps parameters after its call, whose memory other layers are about to use",
+                operation="GradientParallel, stage 3",
+                got=f"a view of {', '.join(map(repr, held[:3]))} that is still held",
+                expected="parameters that are asked for in each call, and none kept in the layer or its context",
+                remedy="drop it, keep a copy, or use stage 2",
+            )  # fmt: skip
+
+    def _refusal(self) -> InputError:
+        return InputError(
             "stage 3 never has all parameters at once", operation="GradientParallel",
             got="params.flat or params.views", expected="params.tree, or the method's whole()",
         )  # fmt: skip
 
 
-def _needs(layout: Layout, buckets: Sequence[Bucket]) -> dict[str, list[int]]:
+def _needs(layout: Layout, buckets: Sequence[Bucket], layer_of: Callable[[str], str]) -> dict[str, list[int]]:
     """Return which buckets each layer needs, in ascending order."""
     home = {segment.name: number for number, bucket in enumerate(buckets) for segment in bucket.segments}
     home |= {alias: home[name] for alias, name in layout.ties.items()}
     found: dict[str, set[int]] = {}
     for name, number in home.items():
-        found.setdefault(_layer(name), set()).add(number)
+        found.setdefault(layer_of(name), set()).add(number)
     return {layer: sorted(numbers) for layer, numbers in found.items()}
 
 
@@ -184,7 +206,3 @@ def _colours(count: int, together: Iterable[Sequence[int]]) -> list[int]:
         taken = {colours[other] for other in apart[number] if other < number}
         colours.append(next(colour for colour in range(count) if colour not in taken))
     return colours
-
-
-def _layer(name: str) -> str:
-    return name.rpartition(".")[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from math import prod
 from typing import Any, ClassVar
@@ -24,7 +24,8 @@ from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.state import Kind, Piece, Read, State, box_size, fill, pieces_of
 from mpitrain.method.steps import Part, Reach, add_sums, check_finite, verify_replicas
 from mpitrain.nn.model import Model, Reduce
-from mpitrain.optim import Optimizer, finite
+from mpitrain.optim import Optimizer, Terms, finite, squares_finite
+from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.whole import whole_tensor
 
 DEFAULT_BUCKET_BYTES = 4 << 20
@@ -155,6 +156,8 @@ class Synchronous(Method):
 
     def _own_shares(self, feed: Feed) -> list[Share]:
         """Return this rank's shares of a feed, which is cut once."""
+        if not hasattr(self, "plan"):
+            raise InputError("comes after setup", operation="advance", remedy="call setup(model, optimizer, plan)")
         if self._feed is not feed:
             self._feed, self._cut = feed, [feed.share(*share, self.microbatches) for share in self.shares]
         return self._cut
@@ -177,13 +180,42 @@ class Synchronous(Method):
         samples = sum(len(batch) for batch in microbatches)
         return Tally(loss_sum, count, samples, float(self._stop), float(not np.isfinite(loss_sum)))
 
+    def _step_in_place(
+        self, grads: CommonGradients, own: Tally, microbatches: list[Batch], parameters_are_read: bool
+    ) -> Tally:
+        """Take the rest of a step: all ranks' gradients are summed, divided and used in one pass."""
+        phase, (part,) = self.comm.phase, self.parts
+        with phase("check"):
+            self._sum_terms()
+            own = replace(own, bad=float(own.bad or not squares_finite(grads.flat)))
+        with phase("reduce"):
+            grads.reduce()
+            total = self._agreed(self._sum(own))
+        terms = grads.terms(total.count, parameters_are_read)
+        if total.bad:
+            self._check_sums(replace(part, grads=terms.sum()), own, microbatches)
+        self.step += 1
+        with phase("update"):
+            self._update_mean(part, terms)
+        return total
+
+    def _update_mean(self, part: Part, terms: Terms) -> None:
+        lr = self.plan.schedule(self.step)
+        self.optimizer.update_mean(part.params, terms, part.state, lr, self.step, part.shard)
+
+    def _check_sums(self, summed: Part, own: Tally, microbatches: list[Batch]) -> None:
+        """Look at the sums themselves, as a rank found something not to be finite, or its square."""
+        bad = not np.isfinite(own.loss) or not finite(summed.grads)
+        good = not self._agreed(self._sum(Tally(bad=float(bad)))).bad
+        self._check_finite(good, microbatches, (summed,))
+
     def _sum(self, own: Tally) -> Tally:
         return Tally(*self.comm.allreduce(np.array(astuple(own), np.float64)).tolist())
 
     def _sum_terms(self) -> None:
         """Sum the gradients of which the ranks that divide the model have terms.  Collective over them."""
         if self.across and self._terms:
-            terms = [self.grads.views[name] for name in self._terms]
+            terms = [self.grads.views[name] for name in self._terms if name in self.grads.views]
             self.across.allreduce(terms, out=terms)
 
     def _agreed(self, total: Tally) -> Tally:
@@ -197,7 +229,7 @@ class Synchronous(Method):
         self.comm.allreduce(array, out=array)
         return array
 
-    def _check_finite(self, good: bool, microbatches: list[Batch]) -> None:
+    def _check_finite(self, good: bool, microbatches: list[Batch], parts: Sequence[Part] = ()) -> None:
         """End the run unless all is well; else compute this rank's part again by itself, to see who is at fault."""
 
         def own_part_finite() -> bool:
@@ -205,7 +237,7 @@ class Synchronous(Method):
             alone = self._gradients(microbatches, grads, None)  # BatchNorm spread one rank's trouble to all
             return not alone.bad and finite(grads.flat)
 
-        check_finite(self.comm, good, self.parts, self.step + 1, own_part_finite, self.across)
+        check_finite(self.comm, good, parts or self.parts, self.step + 1, own_part_finite, self.across)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`."""

@@ -23,7 +23,7 @@ from mpitrain._errors import DataError, JobError
 from mpitrain._typing import Array
 from mpitrain.adapters import is_torch_module
 from mpitrain.arrays import Batch, Key, device, plain
-from mpitrain.comm import Communicator
+from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.codecs import make_codec
 from mpitrain.data import Batches, Dataset, Standardise
 from mpitrain.method import Method, Plan
@@ -35,6 +35,7 @@ from mpitrain.parallel import (
     PipelineParallel,
     ReproducibleDataParallel,
     ReproducibleGradientParallel,
+    ReproduciblePipelineParallel,
     Synchronous,
 )
 from mpitrain.parallel.pipeline import counted
@@ -143,9 +144,7 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
 
 
 def _ranks(comm: Communicator, axes: Axes) -> str:
-    if axes.tensor is None:
-        return f"{comm.size} rank{'s' if comm.size > 1 else ''}"
-    return f"{comm.size} ranks, data {axes.data.size} × tensor {axes.tensor.size}"
+    return f"{comm.size} rank{'s' if comm.size > 1 else ''}{axes.words and f', {axes.words}'}"
 
 
 def _check_lanes(job: Job, feed: Batches) -> None:
@@ -352,6 +351,9 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
 
 def _method(job: Job, axes: Axes, model: Model, facts: Facts) -> Synchronous:
     section, on_gpu = job.method, job.device == "gpu"
+    if axes.pipes:
+        whole = build_model(job, facts) if axes.tensor else model
+        return _pipeline(job, axes.pipes, whole, facts)
     if job.lanes is not None:
         made = ReproducibleGradientParallel if section.kind == "gradient" else ReproducibleDataParallel
         return made(axes.data, lanes=job.lanes, microbatches=section.microbatches)
@@ -361,15 +363,26 @@ def _method(job: Job, axes: Axes, model: Model, facts: Facts) -> Synchronous:
         return GradientParallel(
             comm, across=axes.tensor, stage=section.stage, allocator=device if on_gpu else None, **options
         )
-    if section.kind == "pipeline":
-        costs = counted(model, facts.sample_shape) if isinstance(model, Network) else None
-        options |= {"schedule": section.schedule, "chunks": section.chunks, "costs": costs}
-        return PipelineParallel(comm, allocator=device if on_gpu else plain, **options)
     options["codec"] = make_codec(section.codec.kind, **section.codec.arguments()) if section.codec else None
     options["allocator"] = device if on_gpu else plain
     if section.average_every:
         return ModelAveraging(comm, average_every=section.average_every, **options)
     return DataParallel(comm, across=axes.tensor, **options)
+
+
+def _pipeline(job: Job, mesh: ProcessMesh, whole: Model, facts: Facts) -> Synchronous:
+    """Return the method of a model in stages, which are balanced by the costs of the whole model's layers."""
+    section = job.method
+    options: dict[str, Any] = {
+        "schedule": section.schedule,
+        "chunks": section.chunks,
+        "microbatches": section.microbatches,
+        "costs": counted(whole, facts.sample_shape) if isinstance(whole, Network) else None,
+        "allocator": device if job.device == "gpu" else plain,
+    }
+    if job.lanes is not None:
+        return ReproduciblePipelineParallel(mesh, lanes=job.lanes, **options)
+    return PipelineParallel(mesh, bucket_bytes=section.bucket_bytes, **options)
 
 
 def _cadence(job: Job, steps: int, steps_per_epoch: int) -> Cadence:

@@ -73,9 +73,15 @@ class Facts:
             The samples have another shape, or are not numbers.
         """
         if inputs.dtype.kind not in "fiub":
-            raise InputError("the samples are not numbers", got=inputs.dtype, expected="floats or integers")
+            raise InputError(
+                "the samples are not numbers", operation="predict", got=inputs.dtype, expected="floats or integers"
+            )
         if inputs.shape[1:] != self.sample_shape:
-            raise InputError("the samples have the wrong shape", got=inputs.shape[1:], expected=self.sample_shape)
+            whole = ", ".join(map(str, ("n", *self.sample_shape)))
+            raise InputError(
+                "the samples have the wrong shape", operation="predict", got=inputs.shape[1:],
+                expected=self.sample_shape, remedy=f"hand in n samples, as the model was trained on, as ({whole})",
+            )  # fmt: skip
         if self.mean is None or self.scale is None:
             return inputs
         prepared: Array = (np.asarray(inputs) - np.asarray(self.mean)) / np.asarray(self.scale)

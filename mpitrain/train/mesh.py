@@ -20,10 +20,20 @@ class Axes:
         The ranks that share each batch.
     tensor : Communicator, optional
         The ranks that divide the model's tensors; None: this rank has all of the model.
+    pipes : ProcessMesh, optional
+        The whole mesh, where the model's layers are divided.
     """
 
     data: Communicator
     tensor: Communicator | None = None
+    pipes: ProcessMesh | None = None
+
+    @property
+    def words(self) -> str:
+        """The lengths of the axes, if the model is divided among several ranks."""
+        pipe = {"pipe": self.pipes["pipe"]} if self.pipes else {}
+        groups = {"data": self.data, **pipe, **({"tensor": self.tensor} if self.tensor else {})}
+        return " × ".join(f"{name} {group.size}" for name, group in groups.items()) if len(groups) > 1 else ""
 
 
 def axes_of(job: Job, comm: Communicator) -> Axes:
@@ -34,22 +44,35 @@ def axes_of(job: Job, comm: Communicator) -> Axes:
     JobError
         They are not as many as the mesh needs.
     """
-    lengths = {"tensor": job.mesh.tensor}
-    lengths = {"data": job.mesh.data or _left(comm.size, lengths), **lengths}
+    lengths = _lengths(job, comm.size)
     if prod(lengths.values()) != comm.size:
         raise JobError(
             f"mesh {'×'.join(map(str, lengths.values()))} needs {prod(lengths.values())} ranks, got {comm.size}",
             operation=", ".join(f"mesh.{name} = {length}" for name, length in lengths.items()),
             remedy=f"start {prod(lengths.values())} ranks, or leave out mesh.data",
         )  # fmt: skip
-    if not job.mesh.divides_model:
+    if not job.mesh.divides_model and not job.in_stages:
         return Axes(comm)
     mesh = ProcessMesh(comm, **lengths)
-    return Axes(mesh["data"], mesh["tensor"])
+    tensor = mesh["tensor"] if job.mesh.divides_model else None
+    return Axes(mesh["data"], tensor, mesh if job.in_stages else None)
+
+
+def _lengths(job: Job, ranks: int) -> dict[str, int]:
+    """Return the lengths of the axes that the job has, those of neighbouring ranks last."""
+    mesh, tensor = job.mesh, {"tensor": job.mesh.tensor}
+    if not job.in_stages:
+        return {"data": mesh.data or _left(ranks, tensor), **tensor}
+    tensor = tensor if mesh.divides_model else {}
+    if mesh.pipe is None:
+        rest = {"data": mesh.data or 1, **tensor}
+        return {"pipe": _left(ranks, rest), **rest}
+    pipe = {"pipe": mesh.pipe}
+    return {**pipe, "data": mesh.data or _left(ranks, pipe | tensor), **tensor}
 
 
 def _left(ranks: int, lengths: dict[str, int]) -> int:
-    """Return the length of the data axis that the others leave."""
+    """Return the length of an axis that the others leave."""
     others = prod(lengths.values())
     if ranks % others:
         raise JobError(

@@ -22,6 +22,7 @@ METHODS = {
     "data": DataParallel,
     "gradient 1": GradientParallel,
     "gradient 2": partial(GradientParallel, stage=2, bucket_bytes=256),
+    "gradient 3": partial(GradientParallel, stage=3, bucket_bytes=256),  # which keeps the parameters whole
 }
 
 

@@ -6,7 +6,10 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +152,22 @@ def test_launches_that_hang_or_crash_are_told_in_a_line(source: str, why: str) -
     assert "\n" not in found.why
 
 
+def test_ctrl_c_asks_the_launcher_to_end_its_ranks(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    waits = f"import signal, sys, time; signal.signal(15, lambda *_: sys.exit(open({str(told)!r}, 'w').write('asked')))"
+    start = pretend(f"{waits}\nopen({str(told)!r}, 'w').close()\ntime.sleep(60)")
+
+    def interrupt() -> None:
+        while not told.exists():
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        campaign.launcher(start, Spec((4,)), limit_s=20.0)(DEFAULT, 1)
+    assert told.read_text() == "asked"
+
+
 def test_a_launch_has_the_settings_of_its_set_up_and_hands_back_a_result(tmp_path: Path) -> None:
     told = tmp_path / "told"
     start = pretend(
@@ -226,6 +245,9 @@ def test_alone_and_under_mpiexec_one_rank_prints(ranks: int, caches: Path) -> No
         (["--variants=plan", "--operations=broadcast"], "none of --variants is a way to call broadcast"),
         (["-n2", "--launcher=mpiexec -n 2"], "--launcher is the whole command that starts ranks, its -n included"),
         (["--tune", "--launcher=srun"], "here: srun mpitrain bench collectives"),
+        (["--launcher=mpiexecc -n 2"], "--launcher: there is no command 'mpiexecc'"),
+        (["--json=nowhere/figures.json"], "'nowhere' is no folder that can be written to; make it first"),
+        (["--plot=nowhere/figure.png"], "'nowhere' is no folder that can be written to; make it first"),
         (["--plot=figure"], "--plot: the name tells no format; got figure; expected an end of .png"),
     ],
 )

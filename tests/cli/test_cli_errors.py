@@ -5,7 +5,10 @@ import textwrap
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from commands import JOB, mpitrain, settings, write_data, write_job
+
+from mpitrain.cli import cli
 
 SECONDS = 30.0
 """Far more than it takes, for machines that are busy; a hang is far longer."""
@@ -104,6 +107,16 @@ def test_wrong_options_are_told_once(tmp_path, arguments):
     done = mpitrain("run", "job.toml", *arguments, under=2, cwd=tmp_path)
     assert done.code == 2
     assert done.err.count("Error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [("verfy", "No such command 'verfy'. did you mean \"verify\"?"), ("xyz", "No such command 'xyz'.")],
+)
+def test_a_command_that_is_not_there(word, complaint):
+    done = CliRunner().invoke(cli, [word, "job.toml"])
+    assert done.exit_code == 2
+    assert done.output.splitlines()[-1] == f"Error: {complaint}"
 
 
 def test_n_within_a_launch(tmp_path):

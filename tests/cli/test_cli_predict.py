@@ -62,7 +62,7 @@ def test_no_samples(folder):
         (("nowhere", "good.npy"), 2, ["nowhere: holds no run"]),
         (("run", "missing.npy"), 2, ["missing.npy: no such file"]),
         (("run", "data.txt"), 2, ["unknown kind of file", ".npy, .npz or .csv"]),
-        (("run", "narrow.npy"), 2, ["the samples have the wrong shape; got (3,); expected (5,)"]),
+        (("run", "narrow.npy"), 2, ["predict: the samples have the wrong shape; got (3,); expected (5,)", "as (n, 5)"]),
         (("run", "flat.npy"), 2, ["the samples have the wrong shape"]),
         (("run", "words.npy"), 2, ["the samples are not numbers"]),
         (("run", "nan.npy"), 2, ["the inputs are not finite; got row 4"]),

@@ -124,7 +124,8 @@ def test_a_signal_is_not_lost_on_a_stopped_process(folder):
 
 def test_a_stopped_run_says_how_to_go_on(folder):
     run = folder / "says"
-    done = mpitrain("run", "job.toml", "--quiet", "--set=train.stop.wall_time_s=0.2", "--run-dir", run, cwd=folder)
+    short = "--set=train.stop.wall_time_s=0.2"
+    done = mpitrain("run", "-n", "2", "job.toml", "--quiet", short, "--run-dir", run, cwd=folder)
     assert done.code == 0
     assert "(wall time of 0.2 s is over)" in done.out
-    assert done.out.splitlines()[-1] == f"go on     mpitrain run {run}/job.toml --resume {run}"
+    assert done.out.splitlines()[-1] == f"go on     mpitrain run -n 2 {run}/job.toml --resume {run}"

@@ -59,8 +59,8 @@ def test_the_same_in_words(broken):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method__kind": "gradient", "method__stage": 2}, {"mesh__tensor": 3}],
-    ids=["data-parallel", "gradient-parallel", "tensor-parallel"],
+    [{}, {"method__kind": "gradient", "method__stage": 2}, {"mesh__tensor": 3}, {"mesh__pipe": 3}],
+    ids=["data-parallel", "gradient-parallel", "tensor-parallel", "pipeline"],
 )
 def test_a_method_is_the_serial_run(job, changes):
     done = mpitrain("verify", job, "-n", "3", "--steps", "8", *settings(**changes))
@@ -83,6 +83,15 @@ def test_a_reproducible_job_is_compared_to_the_bit(job):
 
 
 @pytest.mark.slow
+def test_ranks_and_their_layout_may_both_be_said(job):
+    """A schedule of pipelines is no mistake where the other run has one stage."""
+    fixed = ["--steps", "3", "--json", *settings(mesh__pipe=4, method__schedule="zb-h1", method__microbatches=2)]
+    done = mpitrain("verify", job, "-n", "4", "--mesh", "data=2,pipe=2", *fixed)
+    assert done.code == 0, done.err
+    assert (done.result["layout"], done.result["against"], done.result["equal"]) == ("data=2,pipe=2", "serial", True)
+
+
+@pytest.mark.slow
 def test_the_user_chooses_the_tolerance_and_the_dtype(job):
     fixed = ["-n", "2", "--steps", "3", "--json", *settings(dtype="float32")]
     assert mpitrain("verify", job, *fixed).result["tolerance"] == 1e-3
@@ -94,7 +103,7 @@ def test_the_user_chooses_the_tolerance_and_the_dtype(job):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "2", "--mesh", "data=2"], "-n is the number of ranks, which --mesh gives"),
+        (["-n", "2", "--mesh", "data=3"], "--mesh data=3 has 3 ranks, not the 2 of -n; leave out one of them"),
         (["--mesh", "data"], "layout 'data': cannot be understood"),
         pytest.param(["--against", "data=2,data=2"], "layout 'data=2,data=2': cannot", marks=pytest.mark.slow),
         pytest.param(["--set", "train.batch=3"], "train.batch: unknown key", marks=pytest.mark.slow),

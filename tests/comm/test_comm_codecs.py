@@ -29,7 +29,11 @@ from mpitrain.comm.codecs import (
     make_codec,
 )
 
-RANKS = [1, 2, 3, 4, pytest.param("mpi", marks=pytest.mark.mpi)]
+RANKS = [
+    *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4)),  # processes run every size
+    3,
+    pytest.param("mpi", marks=pytest.mark.mpi),
+]
 
 
 @pytest.fixture(params=RANKS, ids=lambda ranks: f"ranks-{ranks}")

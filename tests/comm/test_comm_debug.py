@@ -190,7 +190,7 @@ PATIENT = """
 import sys, time
 from mpitrain.comm import world
 comm = world()
-for timeout_s, nap_s in ((0.5, 0), (0, 1.2), (0.5, 0)):
+for timeout_s, nap_s in ((0.5, 0), (0, 1.2)):
     comm.timeout_s = 10
     comm.barrier()
     comm.timeout_s = timeout_s

@@ -60,7 +60,7 @@ import sys, threading
 from mpitrain._errors import JobError
 from mpitrain.comm import abort_on_uncaught, world
 comm = world()
-abort_on_uncaught(comm)
+{install}
 if comm.rank == comm.size - 1:
     def failing_function():
         raise {error}
@@ -73,8 +73,9 @@ IN_THREAD = "thread = threading.Thread(target=failing_function); thread.start();
 
 @pytest.mark.parametrize("start", ["failing_function()", IN_THREAD], ids=["main", "thread"])
 def test_an_uncaught_exception_ends_the_job_with_its_traceback(launch: Launch, start: str) -> None:
+    """In a script that asks for nothing: `world` sees to it."""
     begin = time.monotonic()
-    code, output = launch(3, RAISE.format(error="ValueError('a bug')", start=start))
+    code, output = launch(3, RAISE.format(error="ValueError('a bug')", start=start, install=""))
     assert time.monotonic() - begin < 20
     assert code == 1
     assert "[rank 2 of 3] Traceback" in output
@@ -85,7 +86,9 @@ def test_an_uncaught_exception_ends_the_job_with_its_traceback(launch: Launch, s
 
 def test_a_users_error_is_one_line_and_exit_code_2(launch: Launch) -> None:
     for ranks in (1, 2):
-        code, output = launch(ranks, RAISE.format(error="JobError('no such key')", start="failing_function()"))
+        install = "abort_on_uncaught(comm)"
+        script = RAISE.format(error="JobError('no such key')", start="failing_function()", install=install)
+        code, output = launch(ranks, script)
         assert code == 2
         assert f"[rank {ranks - 1} of {ranks}] error: no such key" in output
         assert "Traceback" not in output

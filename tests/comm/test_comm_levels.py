@@ -99,8 +99,7 @@ def test_the_domain_of_a_process_is_read_from_sysfs(tmp_path: Path) -> None:
     ("loops", "sizes"),
     [
         *product(("compiled", "numpy"), ((2, 2), (3, 2, 2))),
-        ("compiled", (16, 4, 2)),
-        pytest.param("numpy", (16, 4, 2), marks=pytest.mark.slow),
+        *(pytest.param(loops, (16, 4, 2), marks=pytest.mark.slow) for loops in ("compiled", "numpy")),
     ],
     ids=str,
 )

@@ -45,6 +45,9 @@ def _fitting(comm: Communicator) -> str:
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize(  # compiled loops serve one node only
+    "eager", [pytest.param("compiled", marks=pytest.mark.slow), "numpy"], indirect=True
+)
 @pytest.mark.parametrize("check", shared_checks.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(
     ("variable", "value"),

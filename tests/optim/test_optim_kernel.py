@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpitrain.arrays import Layout, Segment
-from mpitrain.optim import Adam, AdamW, kernel
+from mpitrain.optim import Adam, AdamW, Terms, kernel
 
 LAYOUT = [
     Segment("w", (37, 19)),
@@ -45,19 +45,61 @@ def test_bits_are_those_of_numpy(monkeypatch, make, decay, dtype, start, stop):
     assert found["on"] == found["off"]
 
 
+def terms_of(count: float, dtype: str, size: int, **options: object) -> list[Terms]:
+    """Three terms of very different sizes, for each of some steps."""
+    rng = np.random.default_rng(1)
+    scales = 10.0 ** rng.integers(-20, 10, (29, 3, size))
+    return [Terms(tuple(each), count, **options) for each in (rng.standard_normal(scales.shape) * scales).astype(dtype)]
+
+
+@compiled
+@pytest.mark.parametrize("which", ["on", "off"])
+@pytest.mark.parametrize("options", [{}, {"own": 1, "parameters_are_read": True}])
+@pytest.mark.parametrize("count", [1, 7, 128, 0.5, 2.0**100])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_terms_give_the_bits_of_their_mean(monkeypatch, dtype, count, options, which):
+    """Whatever compiled loops do: they divide by some counts by multiplying, and spare caches that others share."""
+    layout = Layout.build(LAYOUT, dtype)
+    shard = layout.shard(5, layout.size)
+    optimizer, start = AdamW(weight_decay=0.03), np.random.default_rng(0).standard_normal(shard.size).astype(dtype)
+    by_mean, by_terms = [(start.copy(), optimizer.init(shard)) for _ in range(2)]
+    for step, terms in enumerate(terms_of(count, dtype, shard.size, **options), start=1):
+        a, b, c = terms.arrays
+        monkeypatch.setenv("MPITRAIN_KERNEL", "off")
+        optimizer.update(by_mean[0], (a + b + c) / np.dtype(dtype).type(count), by_mean[1], 0.01, step, shard)
+        monkeypatch.setenv("MPITRAIN_KERNEL", which)
+        before = [each.tobytes() for each in terms.arrays]
+        optimizer.update_mean(by_terms[0], terms, by_terms[1], 0.01, step, shard)
+        assert by_terms[0].tobytes() == by_mean[0].tobytes()
+        assert all(by_terms[1][slot].tobytes() == by_mean[1][slot].tobytes() for slot in optimizer.slots)
+        assert [each.tobytes() for each in terms.arrays] == before
+
+
+@pytest.mark.parametrize("which", ["on", "off"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [0, 1, 5000])
+def test_sums_are_added_up(monkeypatch, size, dtype, which):
+    monkeypatch.setenv("MPITRAIN_KERNEL", which)
+    (a, b, c), sums = terms_of(1, dtype, size)[0].arrays, np.linspace(-1, 1, size).astype(dtype)
+    expected = sums + (a + b + c)
+    kernel.add(sums, Terms((a, b, c), own=2))
+    assert sums.tobytes() == expected.tobytes()
+
+
 @compiled
 def test_the_loop_is_used_and_can_be_forbidden(monkeypatch):
-    arrays = [np.ones(5, np.float32) for _ in range(4)]
+    p, g, m, v = (np.ones(5, np.float32) for _ in range(4))
     settings = kernel.AdamSettings(0, 1, 0.1, 0.9, 0.1, 1e-8, 0.5)
-    assert kernel.adam(*arrays, settings)
-    assert arrays[0][0] == pytest.approx(1 - 0.5, rel=1e-6)
+    assert kernel.adam(p, Terms((g,)), m, v, settings)
+    assert p[0] == pytest.approx(1 - 0.5, rel=1e-6)
     monkeypatch.setenv("MPITRAIN_KERNEL", "off")
-    assert not kernel.adam(*arrays, settings)
+    assert not kernel.adam(p, Terms((g,)), m, v, settings)
 
 
 @compiled
 @pytest.mark.parametrize("dtype", ["float16", "int32"])
 def test_other_types_are_left_to_numpy(dtype):
-    assert not kernel.adam(*(np.ones(5, dtype) for _ in range(4)), kernel.AdamSettings())
-    mixed = [np.ones(5, np.float32), np.ones(5, np.float64), np.ones(5, np.float32), np.ones(5, np.float32)]
-    assert not kernel.adam(*mixed, kernel.AdamSettings())
+    p, g, m, v = (np.ones(5, dtype) for _ in range(4))
+    assert not kernel.adam(p, Terms((g,)), m, v, kernel.AdamSettings())
+    p, m, v = (np.ones(5, np.float32) for _ in range(3))
+    assert not kernel.adam(p, Terms((p, np.ones(5, np.float64))), m, v, kernel.AdamSettings())

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mpitrain.arrays import Shard
-from mpitrain.optim import OPTIMIZERS, chunks, make_optimizer
+from mpitrain.arrays import FlatBuffer, Shard
+from mpitrain.optim import OPTIMIZERS, SGD, Terms, chunks, make_optimizer
 
 ELEMENTWISE = sorted(set(OPTIMIZERS) - {"lamb"})
 DECAYS = {"weight_decay": 0.1}
@@ -41,6 +41,31 @@ def test_shards_give_the_bits_of_the_whole(name, parts, layout, start, gradients
     flat, state = updated(optimizer, start(), gradients, layout.shards(parts))
     assert flat.tobytes() == whole.tobytes()
     assert all(state[slot].tobytes() == whole_state[slot].tobytes() for slot in optimizer.slots)
+
+
+@pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_terms_give_the_bits_of_their_mean(name, count, layout, start, gradients):
+    optimizer = make_optimizer(name, **DECAYS)
+    assert optimizer.takes_terms
+    means = [FlatBuffer(layout) for _ in gradients[1:]]
+    for mean, (a, b) in zip(means, itertools.pairwise(gradients), strict=True):
+        mean.flat[...] = (a.flat + b.flat) / count
+    whole, whole_state = updated(optimizer, start(), means, [layout.whole()])
+    params, state = start().flat, optimizer.init(layout.whole())
+    for step, (a, b) in enumerate(itertools.pairwise(gradients), start=1):
+        optimizer.update_mean(params, Terms((a.flat, b.flat), count), state, 0.05, step, layout.whole())
+    assert params.tobytes() == whole.tobytes()
+    assert all(state[slot].tobytes() == whole_state[slot].tobytes() for slot in optimizer.slots)
+
+
+def test_what_walks_over_shards_by_itself_takes_no_terms():
+    class Own(SGD):
+        def update(self, *args, **kwargs):
+            raise AssertionError
+
+    assert not make_optimizer("lamb").takes_terms
+    assert not Own().takes_terms
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

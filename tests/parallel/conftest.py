@@ -1,4 +1,7 @@
-"""Every check here takes a communicator, and runs on threads of 1 to 4 ranks and, under ``mpiexec``, on the world."""
+"""Every check here takes a communicator, and runs on the world under ``mpiexec`` (1 to 4 ranks), and on threads.
+
+Of threads three ranks are enough by default: uneven, and every size is run by processes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,14 @@ PATIENCE_S = 20.0
 Check = Callable[..., Any]
 
 
-@pytest.fixture(params=[1, 2, 3, 4, pytest.param("mpi", marks=pytest.mark.mpi)], ids=lambda param: f"ranks-{param}")
+RANKS = [
+    *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4)),
+    3,
+    pytest.param("mpi", marks=pytest.mark.mpi),
+]
+
+
+@pytest.fixture(params=RANKS, ids=lambda param: f"ranks-{param}")
 def on_ranks(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     """Return a function that calls ``check(comm, *args)`` on every rank."""
     if request.param != "mpi":

@@ -65,6 +65,18 @@ def test_parameters_are_one_array_for_all_ranks_of_a_node(comm: Communicator, ma
     assert (method.params.flat[0] == 7) == (node.rank == 0 or comm.transport == "shared")
 
 
+def test_in_stage_3_a_node_has_the_passages_once_and_all_ranks_the_shards(comm: Communicator) -> None:
+    method = METHODS["gradient 3"](comm)
+    method.setup(cnn(), make_optimizer("adam"), plan(1))
+    assert sum(comm.allgather_object(method.params.nbytes)) == method.model.layout.nbytes
+    node, first = comm.node, method.params.passages[0]
+    comm.barrier()
+    if node.rank == 0:
+        first[0] = 7
+    node.barrier()
+    assert (first[0] == 7) == (node.rank == 0 or comm.transport == "shared")
+
+
 WIDTH, LAYERS = 1000, 2
 
 

@@ -35,6 +35,12 @@ def test_initial_parameters_are_those_of_one_rank(on_ranks, make, dtype):
     on_ranks(check_initial_parameters, make, dtype)
 
 
+@every_method
+def test_advance_before_setup_says_so(make):
+    with pytest.raises(InputError, match="advance: comes after setup; call setup"):
+        LocalWorld(1).run(lambda comm: make(comm).advance(RowsFeed(1), until=1))
+
+
 class OneBitOff(Network):
     """Breaks the contract: its initial values depend on the rank."""
 

@@ -11,7 +11,7 @@ import pytest
 
 from mpitrain._errors import JobError
 from mpitrain.comm import Communicator, LocalWorld
-from mpitrain.parallel import DataParallel, GradientParallel
+from mpitrain.parallel import DataParallel, GradientParallel, PipelineParallel
 from mpitrain.parallel.tensor import TensorNetwork
 from mpitrain.train.assembly import assemble
 from mpitrain.train.comparison import compare
@@ -92,6 +92,9 @@ def test_a_line_puts_the_ranks_on_a_mesh(file: Path, settings: list[str], size: 
         ),
         (["mesh.tensor=3"], "mesh.tensor = 3: mesh 3 does not divide 4 ranks; start a multiple of 3 ranks"),
         (["mesh.data=3"], "mesh.data = 3, mesh.tensor = 1: mesh 3×1 needs 3 ranks, got 4; start 3 ranks"),
+        (["mesh.pipe=3"], "mesh.pipe = 3: mesh 3 does not divide 4 ranks; start a multiple of 3 ranks"),
+        (["mesh.pipe=2", "mesh.data=3"], "mesh.pipe = 2, mesh.data = 3: mesh 2×3 needs 6 ranks, got 4; start 6 ranks"),
+        (['method.kind="pipeline"', "mesh.data=3"], "mesh.data = 3: mesh 3 does not divide 4 ranks; start a multiple"),
     ],
 )
 def test_another_number_of_ranks_than_the_mesh_needs_is_said(file: Path, settings: list[str], message: str):
@@ -107,7 +110,7 @@ def test_another_number_of_ranks_than_the_mesh_needs_is_said(file: Path, setting
         (["mesh.tensor=0"], "mesh.tensor: is too small; got 0; expected integer ≥ 1"),
         (
             ["mesh.tensors=2"],
-            "mesh.tensors: unknown key; expected one of data, tensor, sequence_parallel; did you mean",
+            "mesh.tensors: unknown key; expected one of data, pipe, tensor, sequence_parallel; did you mean",
         ),
         (["mesh.sequence_parallel=true"], "mesh.sequence_parallel: needs ranks that divide the model; got true"),
         (["mesh.tensor=2", 'method.codec="fp16"'], "method.codec.kind: does not go with mesh.tensor > 1; got "),
@@ -118,6 +121,17 @@ def test_another_number_of_ranks_than_the_mesh_needs_is_said(file: Path, setting
             "mesh.sequence_parallel: does not go with method.stage = 2; got true; expected false, or method.stage = 1",
         ),
         (["mesh.tensor=2", 'model.loss="my.py:loss"'], "model.loss: is not for scores that ranks divide, as mesh"),
+        (["mesh.pipe=0"], "mesh.pipe: is too small; got 0; expected integer ≥ 1"),
+        (
+            ["mesh.pipe=2", 'method.kind="gradient"'],
+            'method.kind: does not go with mesh.pipe > 1; got "gradient"; expected "data_parallel" or "pipeline"; rank',
+        ),
+        (["mesh.pipe=2", 'method.codec="fp16"'], "method.codec.kind: does not go with mesh.pipe > 1; got "),
+        (["mesh.pipe=2", "method.average_every=2"], "method.average_every: does not go with mesh.pipe > 1; got 2"),
+        (
+            ["mesh.pipe=2", "mesh.tensor=2", "reproducible=true"],
+            "reproducible: does not go with mesh.tensor > 1; got true; expected false",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(file: Path, settings: list[str], message: str):
@@ -144,6 +158,91 @@ def test_a_run_may_go_on_on_another_mesh(tmp_path: Path, file: Path, settings: l
     (tmp_path / "job.toml").write_text(job(file).to_toml())
     with nullcontext() if allowed else pytest.raises(JobError, match="the job is not the one"):
         _check_same_job(job(file, *settings), tmp_path)
+
+
+def axes(comm: Communicator, job: Job) -> tuple[dict[str, int], str]:
+    parts = assemble(job, comm)
+    method: Any = parts.method
+    assert isinstance(method, PipelineParallel)
+    groups = {"data": method.data, "pipe": method.pipe, "tensor": method.across}
+    return {name: group.size for name, group in groups.items() if group}, parts.title
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "expected", "words"),
+    [
+        (["mesh.pipe=2"], 2, {"pipe": 2}, "data 1 × pipe 2"),
+        (["mesh.pipe=2"], 4, {"data": 2, "pipe": 2}, "data 2 × pipe 2"),
+        (['method.kind="pipeline"'], 3, {"pipe": 3}, "data 1 × pipe 3"),
+        (['method.kind="pipeline"', "mesh.data=2"], 4, {"data": 2, "pipe": 2}, "data 2 × pipe 2"),
+        (['method.kind="pipeline"', "mesh.pipe=2", "mesh.data=2"], 4, {"data": 2, "pipe": 2}, "data 2 × pipe 2"),
+        (["mesh.pipe=2", "mesh.tensor=2"], 4, {"pipe": 2, "tensor": 2}, "data 1 × pipe 2 × tensor 2"),
+        (["mesh.pipe=2", 'method.schedule="zb-h1"', "method.microbatches=2"], 2, {"pipe": 2}, "data 1 × pipe 2"),
+        (['method.kind="pipeline"'], 1, {"pipe": 1}, "data 1 × pipe 1"),
+    ],
+)
+def test_a_line_cuts_the_model_into_stages(
+    file: Path, settings: list[str], size: int, expected: dict[str, int], words: str
+):
+    found = LocalWorld(size).run(axes, job(file, *settings))
+    assert found == [found[0]] * size
+    assert found[0][0] == expected
+    assert found[0][1].endswith(f"on {size} rank{'s' if size > 1 else ''}, {words}")
+
+
+def test_neighbouring_ranks_share_a_stage(file: Path):
+    """Along tensor, and then along data, for that is where most is sent."""
+
+    def check(comm: Communicator) -> tuple[int, int, int]:
+        method: Any = assemble(job(file, "mesh.pipe=2", "mesh.tensor=2", "mesh.data=2"), comm).method
+        return method.pipe.rank, method.data.rank, method.across.rank
+
+    assert LocalWorld(8).run(check) == list(np.ndindex(2, 2, 2))
+
+
+def test_one_stage_is_no_pipeline(file: Path):
+    def check(comm: Communicator) -> None:
+        assert isinstance(assemble(job(file, "mesh.pipe=1", 'method.kind="gradient"'), comm).method, GradientParallel)
+
+    LocalWorld(2).run(check)
+
+
+PIPES: list[tuple[int, list[str]]] = [
+    (4, ["mesh.data=2", "mesh.pipe=2"]),
+    (6, ["mesh.pipe=3", "mesh.tensor=2", "optimizer.clip_norm=0.1", 'optimizer.kind="lamb"']),
+    (8, ["mesh.data=2", "mesh.pipe=2", "mesh.tensor=2", "mesh.sequence_parallel=true", 'method.schedule="zb-h1"']),
+]
+
+
+@pytest.mark.parametrize(("size", "settings"), PIPES)
+def test_every_tensor_of_a_model_in_stages_is_that_of_one_rank(file: Path, size: int, settings: list[str]):
+    """With gradients of tied tensors, norms for clipping and of tensors, and terms of gradients, over all axes."""
+
+    def recorded(comm: Communicator, *given: str) -> Any:
+        return record(job(file, "method.microbatches=2", *given), comm, 2)
+
+    ordinary = [each for each in settings if not each.startswith(("mesh", "method"))]
+    (expected,) = LocalWorld(1).run(recorded, *ordinary)
+    found, *_ = LocalWorld(size).run(recorded, *settings)
+    assert compare(found, expected, 1e-10).first is None
+
+
+def test_a_run_in_stages_goes_on_on_another_mesh(tmp_path: Path, file: Path):
+    def trained(comm: Communicator, *settings: str, **options: Any) -> dict[str, Any]:
+        return train_job(job(file, *settings), comm, report=False, **options)
+
+    whole = LocalWorld(1).run(lambda comm: trained(comm, run_dir=tmp_path / "whole"))[0]
+    run, first = tmp_path / "run", ("mesh.pipe=2", "mesh.tensor=2", "mesh.data=2", "train.steps=1")
+    LocalWorld(8).run(lambda comm: trained(comm, *first, run_dir=run))
+    LocalWorld(3).run(lambda comm: trained(comm, "mesh.pipe=3", "train.steps=2", resume=run))
+    LocalWorld(2).run(lambda comm: trained(comm, 'method.kind="gradient"', "train.steps=3", resume=run))
+    results = LocalWorld(4).run(lambda comm: trained(comm, "mesh.pipe=2", "mesh.tensor=2", resume=run))
+    assert results == [results[0]] * 4
+    assert (results[0]["steps"], results[0]["ranks"]) == (4, 4)
+    assert results[0]["metrics"] == pytest.approx(whole["metrics"], rel=1e-9)
+    one, other = Predictor(tmp_path / "whole"), Predictor(run)
+    np.testing.assert_allclose(other.params.flat, one.params.flat, rtol=1e-9, atol=1e-12)
+    assert other.params.sha256() == results[0]["weights_sha256"]
 
 
 def test_a_run_is_the_same_on_every_mesh_and_goes_on_on_another(tmp_path: Path, file: Path):

@@ -60,7 +60,10 @@ def test_a_line_chooses_the_method():
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ('schedule = "gpipe"', 'method.schedule: is the order of a pipeline; got "gpipe"; expected kind = "pipeline"'),
+        (
+            'schedule = "gpipe"',
+            'method.schedule: is the order of a pipeline; got "gpipe"; expected method.kind = "pipeline", or mesh.pipe',
+        ),
         (
             'kind = "pipeline"\nchunks = 2',
             "method.chunks: are stages that only one schedule has; got 2; expected sched",
@@ -90,20 +93,6 @@ def test_a_batch_may_be_smaller_than_the_ranks_are_many():
         return int(parts.method.advance(parts.feed, until=1).samples)
 
     assert LocalWorld(6, timeout_s=20).run(check) == [4] * 6
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("mesh.data=2", "mesh.data: does not go with method.kind"),
-        ("mesh.tensor=2", "mesh.tensor: does not "),
-        ("reproducible=true", 'reproducible: does not go with method.kind = "pipeline"'),
-    ],
-)
-def test_a_pipeline_takes_all_ranks(setting: str, message: str):
-    with pytest.raises(JobError) as caught:
-        Job.from_toml(job('kind = "pipeline"').to_toml(), "a.toml", [setting])
-    assert message in str(caught.value)
 
 
 def test_microbatches_that_do_not_fit_the_ranks_are_said():

@@ -21,6 +21,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "data": {},
     "gradient 1": {"method__kind": "gradient"},
     "gradient 2": {"method__kind": "gradient", "method__stage": 2},
+    "pipeline": {"method__kind": "pipeline", "method__schedule": "zb-h1"},
+    "data and pipeline": {"mesh__data": 2, "mesh__pipe": 2},
 }
 
 
@@ -52,7 +54,10 @@ def numbers(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in each.items() if k not in ("seconds", "samples_per_s")} for each in metrics(path)]
 
 
-@pytest.mark.parametrize(("ranks", "method"), [(2, "gradient 1"), (3, "data"), (4, "gradient 2")])
+@pytest.mark.parametrize(
+    ("ranks", "method"),
+    [(2, "gradient 1"), (3, "data"), (4, "gradient 2"), (3, "pipeline"), (4, "data and pipeline")],
+)
 def test_weights_losses_and_metrics_have_the_bits_of_one_rank(folder, ranks, method):
     serial = run(1, job(folder), run_dir=folder / "serial")
     found = run(ranks, job(folder, **METHODS[method]), run_dir=folder / "found")
@@ -63,18 +68,21 @@ def test_weights_losses_and_metrics_have_the_bits_of_one_rank(folder, ranks, met
     assert other["weights_sha256"] != serial["weights_sha256"]
 
 
-@pytest.mark.parametrize("then", [1, 4])
-def test_goes_on_with_the_same_bits_on_another_number_of_ranks(folder, then):
+@pytest.mark.parametrize(
+    ("first", "then", "method"),
+    [("data", 1, "gradient 1"), ("data", 4, "gradient 1"), ("data", 4, "data and pipeline"), ("pipeline", 2, "data")],
+)
+def test_goes_on_with_the_same_bits_on_another_number_of_ranks(folder, first, then, method):
     whole = run(2, job(folder), run_dir=folder / "whole")
-    run(3, job(folder, train__steps=8), run_dir=folder / "parts")
-    resumed = run(then, job(folder, method__kind="gradient"), resume=folder / "parts")
+    run(3, job(folder, train__steps=8, **METHODS[first]), run_dir=folder / "parts")
+    resumed = run(then, job(folder, **METHODS[method]), resume=folder / "parts")
     assert resumed["steps"] == 13
     assert resumed["weights_sha256"] == whole["weights_sha256"]
     assert resumed["metrics"] == whole["metrics"]
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("method", ["data", "gradient 1"])
+@pytest.mark.parametrize("method", ["data", "gradient 1", "pipeline"])
 def test_a_run_over_mpi_has_the_bits_of_one_rank(world, tmp_path, method):
     if world.rank == 0:
         write_job(tmp_path)

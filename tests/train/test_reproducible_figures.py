@@ -25,7 +25,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "data": {},
     "gradient 1": {"method__kind": "gradient"},
     "gradient 2": {"method__kind": "gradient", "method__stage": 2},
+    "pipeline": {"method__kind": "pipeline", "method__schedule": "zb-h1"},
+    "data and pipeline": {"mesh__data": 2, "mesh__pipe": 2},
 }
+
+RANKS = {"data and pipeline": (4,)}
+"""What does not run on any number."""
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +46,10 @@ def trained(name: str, ranks: int, method: str, folder: Path) -> tuple[str, floa
     return done.result["weights_sha256"], done.result["loss"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "ranks"),
+    [(method, ranks) for method in METHODS for ranks in RANKS.get(method, (1, 2, 3, 4))],
+)
 @pytest.mark.parametrize("name", JOBS)
 def test_the_weights_have_one_hash(serial, tmp_path, name, method, ranks):
     if name == "digits_cnn":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from mpitrain import _env
 from mpitrain._errors import LaunchError
 from mpitrain.cli.bench import plot, tables
 from mpitrain.cli.bench.campaign import Start, launcher, run_campaign
+from mpitrain.cli.bench.outputs import hand_out, typed, writable
 from mpitrain.cli.checks.world import plural
 from mpitrain.cli.run import check_no_launcher
 from mpitrain.comm import Communicator, abort_on_uncaught, leave_together, tuning, world
@@ -27,11 +28,9 @@ from mpitrain.comm.bench.ranks import chosen, measure
 from mpitrain.comm.bench.results import Report
 from mpitrain.comm.bench.spec import BUFFERS, DTYPES, OPERATIONS, Spec
 from mpitrain.comm.launch import launch_command, library
-from mpitrain.train.storage import disk
 
 SIZES = "4,64,1K,256K,1M,4M,16M,64M"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-_PIPE_COLUMNS = 160
 _TUNING_ROUNDS = 31
 
 
@@ -81,8 +80,10 @@ _VARIANTS = tuple(dict.fromkeys(variant.name for variant in VARIANTS))
 @click.option("--peers", is_flag=True, help="Also against the MPI library's own components and PyTorch's gloo.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat all launches.")
 @click.option("--limit-s", type=click.FloatRange(min=1), default=900.0, show_default=True, help="Of each launch.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all figures here.")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Draw them, e.g. as .png.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), callback=writable,
+              help="Write all figures here.")  # fmt: skip
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), callback=writable,
+              help="Draw them, e.g. as .png.")  # fmt: skip
 @click.option("--tune", is_flag=True, help="Instead: find the fastest algorithms, and keep them for this machine.")
 def collectives(ranks: int | None, command: str | None, tune: bool, **options: Any) -> None:
     """Time every collective, transport and algorithm of mpitrain's against raw mpi4py.
@@ -111,6 +112,8 @@ def _start_of(ranks: int | None, command: str | None, tune: bool) -> Start | Non
         raise click.UsageError("--launcher is the whole command that starts ranks, its -n included.")
     if tune or (launched and launched[1] > 1):
         raise click.UsageError(f"--launcher starts launches to compare; here: {command} mpitrain bench collectives …")
+    if shutil.which(words[0]) is None:
+        raise click.UsageError(f"--launcher: there is no command {words[0]!r} on this machine.")
     return lambda argv: ([*words, *argv], _env.snapshot())
 
 
@@ -118,16 +121,11 @@ def _spec(options: dict[str, Any]) -> Spec:
     taken = {name: options[name] for name in ("dtype", "repeats", "time_s", "buffers")}
     spec = Spec(
         options["sizes"] or _sizes(None, None, SIZES) or (), options["operations"] or OPERATIONS, **taken,
-        variants=options["variants"], gloo=options["peers"], command=_typed(),
+        variants=options["variants"], gloo=options["peers"], command=typed(),
     )  # fmt: skip
     if not chosen(spec):
         raise click.UsageError(f"none of --variants is a way to call {' or '.join(spec.operations)}")
     return spec
-
-
-def _typed() -> tuple[str, ...]:
-    """Return the command line, for the record, without where this program is installed."""
-    return ("mpitrain", *sys.argv[1:])
 
 
 def _measure_launched(start: Start, options: dict[str, Any]) -> None:
@@ -138,7 +136,9 @@ def _measure_launched(start: Start, options: dict[str, Any]) -> None:
     launches, failures = run_campaign(found, options["rounds"], launch, lambda text: click.echo(text, err=True))
     if not any(each.component == DEFAULT.name for each in launches):
         raise LaunchError("nothing was measured", operation="bench", got="; ".join(failures), remedy="mpitrain doctor")
-    _hand_out(Report([*spec.command], launches, failures), options)
+    hand_out(
+        Report([*spec.command], launches, failures), tables.show, plot.draw, options["json_file"], options["plot_file"]
+    )
 
 
 def _measure_here(options: dict[str, Any]) -> None:
@@ -149,7 +149,8 @@ def _measure_here(options: dict[str, Any]) -> None:
         failures = ["the MPI library's components: each needs launches of its own; give -n N, or --launcher '…'"]
         launch = measure(comm, spec)
         if comm.rank == 0:
-            _hand_out(Report([*spec.command], [launch], failures if options["peers"] else []), options)
+            report = Report([*spec.command], [launch], failures if options["peers"] else [])
+            hand_out(report, tables.show, plot.draw, options["json_file"], options["plot_file"])
         comm.barrier()
 
 
@@ -157,18 +158,6 @@ def _join() -> Communicator:
     comm = world()
     abort_on_uncaught(comm)
     return comm
-
-
-def _hand_out(report: Report, options: dict[str, Any]) -> None:
-    """Print the tables, and write what was asked for."""
-    terminal = sys.stdout.isatty() and _env.launched_size() is None
-    tables.show(report, Console(force_terminal=terminal, width=None if terminal else _PIPE_COLUMNS))
-    if options["json_file"]:
-        with disk("bench", options["json_file"]):
-            options["json_file"].write_bytes(report.to_json())
-    if options["plot_file"]:
-        with disk("bench", options["plot_file"]):
-            plot.draw(report, options["plot_file"])
 
 
 def _tune(ranks: int | None, options: dict[str, Any]) -> None:

@@ -8,19 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from mpitrain import _env
 from mpitrain.cli.bench import plot, training_plot, training_tables
+from mpitrain.cli.bench.outputs import hand_out, typed, writable
 from mpitrain.cli.run import check_no_launcher
 from mpitrain.comm import abort_on_uncaught, leave_together, world
 from mpitrain.comm.launch import launch_command
 from mpitrain.train.bench.ranks import Spec, check, measure
-from mpitrain.train.bench.results import TrainingReport
 from mpitrain.train.bench.tasks import TASKS
-from mpitrain.train.storage import disk
-
-_PIPE_COLUMNS = 160
 
 
 def _models(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str, ...]:
@@ -39,8 +34,10 @@ def _models(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str,
 @click.option("--batch", type=click.IntRange(min=1), help="Samples a rank.  [default: each model's own]")
 @click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Turns of each contestant.")
 @click.option("--round-s", type=click.FloatRange(min=0), default=0.15, show_default=True, help="Seconds of a turn.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all figures here.")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Draw them, e.g. as .png.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), callback=writable,
+              help="Write all figures here.")  # fmt: skip
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), callback=writable,
+              help="Draw them, e.g. as .png.")  # fmt: skip
 def training(ranks: int | None, json_file: Path | None, plot_file: Path | None, **options: Any) -> None:
     """Time training steps: every method, serial runs side by side, and with --peers the same models in PyTorch.
 
@@ -52,12 +49,12 @@ def training(ranks: int | None, json_file: Path | None, plot_file: Path | None, 
         plot.check(plot_file)
     if ranks is not None:
         sys.exit(_start(ranks))
-    spec, comm = Spec(**options, command=_typed()), world()
+    spec, comm = Spec(**options, command=typed()), world()
     abort_on_uncaught(comm)
     with leave_together(comm):
         report = measure(comm, spec)
         if comm.rank == 0:
-            _hand_out(report, json_file, plot_file)
+            hand_out(report, training_tables.show, training_plot.draw, json_file, plot_file)
         comm.barrier()
 
 
@@ -77,20 +74,3 @@ def _without_ranks(words: list[str]) -> list[str]:
         elif not (word.startswith("--ranks=") or (word.startswith("-n") and not word.startswith("--"))):
             left.append(word)
     return left
-
-
-def _typed() -> tuple[str, ...]:
-    """Return what the ranks were started with, for the record, without where this program is installed."""
-    return ("mpitrain", *sys.argv[1:])
-
-
-def _hand_out(report: TrainingReport, json_file: Path | None, plot_file: Path | None) -> None:
-    """Print the tables, and write what was asked for."""
-    terminal = sys.stdout.isatty() and _env.launched_size() is None
-    training_tables.show(report, Console(force_terminal=terminal, width=None if terminal else _PIPE_COLUMNS))
-    if json_file:
-        with disk("bench", json_file):
-            json_file.write_bytes(report.to_json())
-    if plot_file:
-        with disk("bench", plot_file):
-            training_plot.draw(report, plot_file)

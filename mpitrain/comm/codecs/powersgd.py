@@ -37,9 +37,9 @@ class PowerSGD(Codec):
     step (warm start), and is the same on all ranks.
 
     With e bytes an element: a reduce of ``e·Σ a·r`` bytes to rank 0, which alone makes P̂, a broadcast of as many, and
-    an allreduce of ``e·Σ b·r`` (each tensor padded to whole cache lines) and what is uncompressed; reduce and broadcast together cost what an
-    allreduce would.  Rank 0 for all, because LAPACK's last bits depend on CPU and threads; the product P̂ Qᵀ, which
-    every rank makes, is taken element by element for the same reason.
+    an allreduce of ``e·Σ b·r`` (each tensor padded to whole cache lines) and what is uncompressed; reduce and broadcast
+    together cost what an allreduce would.  Rank 0 for all, because LAPACK's last bits depend on CPU and threads; the
+    product P̂ Qᵀ, which every rank makes, is taken element by element for the same reason.
 
     Source: Vogels, Karimireddy, Jaggi, "PowerSGD", NeurIPS 2019, algorithms 1 and 2, with Householder's QR for
     Gram–Schmidt: it gives a basis where P has lower rank, and where it is zero, too.

@@ -18,6 +18,7 @@ import numpy as np
 
 from mpitrain import _env
 from mpitrain._typing import Array, DType
+from mpitrain.arrays.compiled import load
 from mpitrain.comm.transports.fence import LINE_BYTES, POSTED, Fence
 from mpitrain.comm.transports.program import Combine
 
@@ -91,11 +92,7 @@ class _Stream(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled loops; None where they were not built, or from another version of their source."""
-    try:
-        found = ctypes.CDLL(str(LIBRARY))
-    except OSError:
-        return None
-    return found if found.mpitrain_abi() == ABI else None
+    return load(LIBRARY, "mpitrain_abi", ABI)
 
 
 def available() -> bool:

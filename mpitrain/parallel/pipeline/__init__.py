@@ -3,6 +3,7 @@
 from mpitrain.parallel.pipeline.costs import UnitTimes, counted, measured
 from mpitrain.parallel.pipeline.cuts import partition
 from mpitrain.parallel.pipeline.method import PipelineParallel
+from mpitrain.parallel.pipeline.reproducible import ReproduciblePipelineParallel
 from mpitrain.parallel.pipeline.schedule import Family, Operation, Schedule, Sizes
 from mpitrain.parallel.pipeline.schedules import FAMILIES
 from mpitrain.parallel.pipeline.simulator import Costs, Span, Timeline, simulate
@@ -14,6 +15,7 @@ __all__ = [
     "Family",
     "Operation",
     "PipelineParallel",
+    "ReproduciblePipelineParallel",
     "Schedule",
     "Sizes",
     "Span",

@@ -51,19 +51,21 @@ class Executor:
         self._shapes: dict[Shape, list[Shape]] = {}
         self.peak = 0
 
-    def train(self, schedule: Schedule, microbatches: Sequence[Microbatch], grads: Gradients) -> float:
-        """Add the gradients of this rank's stages to ``grads``.
+    def train(
+        self, schedule: Schedule, microbatches: Sequence[Microbatch], grads: Sequence[Gradients]
+    ) -> list[float]:  # fmt: skip
+        """Add the gradients of this rank's stages, each microbatch's to its own of ``grads``.
 
         Returns
         -------
-        float
-            The sum of the samples' losses on the last stage's rank, 0 elsewhere.
+        list of float
+            Of each microbatch the sum of its samples' losses on the last stage's rank, 0 elsewhere.
 
         Notes
         -----
         2 (pv − 1) m messages over all ranks, each of a microbatch's values between two layers.
         """
-        loss_sum, self.peak, ways = 0.0, 0, dict[tuple[int, int], Pass]()
+        losses, self.peak, ways = [0.0] * len(microbatches), 0, dict[tuple[int, int], Pass]()
         for kind, stage, number in self._walk(schedule.orders[self._comm.rank], microbatches):
             with self._comm.phase(_PHASES[kind]):
                 if kind == "F":
@@ -72,13 +74,13 @@ class Executor:
                     continue
                 way = ways[stage, number]
                 if kind != "W":
-                    loss_sum += self._turn(stage, number, way)
-                dx = self._stages.backward(kind, stage, way, grads)
+                    losses[number] += self._turn(stage, number, way)
+                dx = self._stages.backward(kind, stage, way, grads[number])
                 if dx is not None:
                     self._links.send(Edge(stage - 1, stage, number), dx)
                 if kind != "B":
                     self._release(stage, ways.pop((stage, number)))
-        return loss_sum
+        return losses
 
     def outputs(self, microbatches: Sequence[Microbatch]) -> Iterator[Array]:
         """Yield the outputs of each microbatch on the last stage's rank; elsewhere none.

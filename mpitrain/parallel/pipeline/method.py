@@ -8,14 +8,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Key, Layout, namespace, plain
+from mpitrain.arrays import (
+    Allocator,
+    Batch,
+    FlatBuffer,
+    GradientBuffer,
+    Gradients,
+    Key,
+    Layout,
+    Segment,
+    namespace,
+    plain,
+)
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.method.method import Plan
@@ -31,7 +42,7 @@ from mpitrain.method.steps import (
     update,
     verify_replicas,
 )
-from mpitrain.nn import Call, Network, Sequential
+from mpitrain.nn import Network, Sequential
 from mpitrain.nn.cutting import part, units
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer
@@ -44,6 +55,9 @@ from mpitrain.parallel.pipeline.stages import Microbatch, Stages
 from mpitrain.parallel.pipeline.ties import Ties
 from mpitrain.parallel.pipeline.validator import validate
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
+from mpitrain.parallel.whole import whole_tensor
+
+_T = TypeVar("_T")
 
 
 class PipelineParallel(Synchronous):
@@ -52,8 +66,9 @@ class PipelineParallel(Synchronous):
     Parameters
     ----------
     where : Communicator or ProcessMesh
-        A communicator: its ranks make up the pipeline.  A mesh with the axes ``pipe`` and ``data``: each pipeline takes
-        a share of each batch, and gradients of a stage are summed over ``data``.
+        A communicator: its ranks make up the pipeline.  A mesh with the axes ``pipe``, ``data`` and ``tensor``, or some
+        of them: each pipeline takes a share of each batch, and gradients of a stage are summed over ``data``; ranks
+        along ``tensor`` divide each stage's tensors, as the model they are handed says.
     schedule : str
         Name in `FAMILIES`.
     chunks : int
@@ -93,8 +108,8 @@ class PipelineParallel(Synchronous):
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         allocator: Allocator = plain,
     ) -> None:
-        comm, self.pipe, self.data = _axes(where)
-        super().__init__(comm, microbatches, bucket_bytes, allocator)
+        comm, self.pipe, self.data, across = axes(where)
+        super().__init__(comm, microbatches, bucket_bytes, allocator, across)
         if schedule not in FAMILIES:
             raise InputError(
                 "no such schedule", operation="PipelineParallel", got=repr(schedule), expected=", ".join(FAMILIES),
@@ -125,18 +140,18 @@ class PipelineParallel(Synchronous):
 
     def _allocate(self, layout: Layout) -> None:
         layers = [part(self._layers, *cut) for cut in pairwise(self._cuts())]
-        names = [frozenset(layout.ties.get(each.name, each.name) for each in layer.parameters()) for layer in layers]
-        held = [frozenset().union(*(names[s] for s in self.sizes.stages_of(rank))) for rank in range(self.sizes.ranks)]
+        names = [frozenset(each.name for each in layer.parameters()) for layer in layers]
+        used = [frozenset().union(*(names[s] for s in self.sizes.stages_of(rank))) for rank in range(self.sizes.ranks)]
         if self._ties:
             self._ties.free()
-        self._ties = Ties(self.pipe, held)
-        self.params = FlatBuffer(layout.select(held[self.pipe.rank]), self._allocator)
+        self._ties = Ties(self.pipe, used, layout.ties)
+        self.params = FlatBuffer(layout.select(used[self.pipe.rank]), self._allocator)
         self.grads = GradientBuffer(self.params.layout, self._allocator)
         whole, copies = self.params.layout.whole(), self._ties.copies
         state = self.optimizer.init(whole, self._allocator)
         self.parts = (Part(whole, self.params.flat, self.grads.flat, state),)
         numbers = (number for number, segment in enumerate(self.params.layout) if segment.name in copies)
-        self._over_stages = Reach((self.pipe,), frozenset(numbers))
+        self._over_stages = self._over_model(self.pipe, elsewhere=numbers)
         own = {stage: layers[stage] for stage in self.sizes.stages_of(self.pipe.rank)}
         links = Links(self.pipe, self.sizes, self._network.pool, namespace(self.params.flat), layout.dtype)
         self.executor = Executor(self.pipe, self.sizes, Stages(self._network, own, self.params), links)
@@ -158,6 +173,16 @@ class PipelineParallel(Synchronous):
         self._ties.publish(self.params)
         if self.data:
             verify_replicas(self.data, self.params)
+        if self.across:
+            verify_replicas(self.across, self.params, [each.name for each in self.params.layout if each.is_whole])
+
+    def _over_model(self, *groups: Communicator, elsewhere: Iterable[int] = ()) -> Reach:
+        """Return over which ranks a sum over this rank's stages goes, or over all; see `Synchronous._reach`."""
+        if self.across is None:
+            return Reach(groups, frozenset(elsewhere))
+        counted = self.across.rank > 0  # by the first rank
+        shared = (number for number, segment in enumerate(self.params.layout) if counted and segment.is_whole)
+        return Reach((*groups, self.across), frozenset({*shared, *elsewhere}))
 
     @property
     def shares(self) -> tuple[tuple[int, int], ...]:
@@ -176,41 +201,57 @@ class PipelineParallel(Synchronous):
         with phase("reduce"):
             self._reduce_gradients()
         with phase("check"):
-            total = self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts))))
+            total = self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
             self._check_finite(not total.bad, microbatches)
         self.step += 1
         with phase("update"):
             divide(self.parts, total.count)
             clip(self.parts, self.plan, self._over_stages)
-            update(self.optimizer, self.parts, self.plan, self.step)
+            update(self.optimizer, self.parts, self.plan, self.step, self._over_model())
         return total
 
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
         """Pass the microbatches through the pipeline; its last rank tells of loss and count.  Collective over it."""
-        grads.zero()
+        (tally,) = self._flow(microbatches, [grads], reduce)
+        return tally
+
+    def _flow(self, microbatches: list[Batch], sums: Sequence[Gradients], reduce: Reduce | None) -> list[Tally]:
+        """Pass microbatches through the pipeline, an equal number in turn for each of ``sums``."""
+        each = len(microbatches) // len(sums)
         rng = self.plan.key.child("train").at(self.step)
         ready = [
-            self._ready(batch, True, rng.child(f"microbatch{number}"), reduce)
+            self._ready(batch, True, rng.child(f"microbatch{number % each}"), reduce)
             for number, batch in enumerate(microbatches)
         ]
-        loss_sum = self.executor.train(self.schedule, ready, grads)
-        grads.end_pass()
+        for grads in sums:
+            grads.zero()
+        losses = self.executor.train(self.schedule, ready, [sums[number // each] for number in range(len(ready))])
+        for grads in sums:
+            grads.end_pass()
+        parts = [slice(first, first + each) for first in range(0, len(ready), each)]
+        return [self._tally(ready[part], losses[part]) for part in parts]
+
+    def _tally(self, ready: Sequence[Microbatch], losses: Sequence[float]) -> Tally:
+        loss_sum = sum(losses)
         tally = Tally(stops=float(self._stop), bad=float(not np.isfinite(loss_sum)))
         if self.pipe.rank == self._last_rank:
-            samples = float(sum(len(batch) for batch in microbatches))
-            tally = replace(tally, loss=loss_sum, count=sum(each.call.count for each in ready), samples=samples)
+            count, samples = sum(each.call.count for each in ready), float(sum(len(each.batch) for each in ready))
+            tally = replace(tally, loss=loss_sum, count=count, samples=samples)
         return tally
 
     def _ready(self, batch: Batch, training: bool, key: Key, reduce: Reduce | None = None) -> Microbatch:
         """Return a batch with the surroundings of its passes."""
         batch = self._network.prepared(batch, self.params)
         count = self._network.loss.count(batch)
-        xp = namespace(self.params.flat)
-        return Microbatch(batch, Call(xp, self._network.pool, training, key, batch.index, count, reduce))
+        call = self._network.call(
+            batch.inputs, training=training, key=key, index=batch.index, count=count, reduce=reduce
+        )  # fmt: skip
+        return Microbatch(batch, call)
 
     def _reduce_gradients(self) -> None:
         """Sum the gradients of tied tensors over the stages, and all over the pipelines."""
         assert self._ties
+        self._sum_terms()
         self._ties.sum(self.grads.buffer)
         if self.data:
             reduce_gradients(self.data, self.grads.buffer, self.params.layout.buckets(self.bucket_bytes))
@@ -227,25 +268,33 @@ class PipelineParallel(Synchronous):
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`: each rank hands in its own batches, all of which pass through the pipeline."""
-        total: dict[str, Array] | None = None
+        own: dict[str, Array] | None = None
         for round_ in self._rounds(batches):
-            parts = [batch.part(rows) for batch in round_ for rows in self._network.slices(batch.inputs)]
-            ready = [self._ready(each, False, self.plan.key) for each in parts]
-            for outputs, microbatch in zip(self.executor.outputs(ready), ready, strict=False):  # none on other ranks
-                total = add_sums(total, self._network.loss.sums(outputs, microbatch.batch))
-        sums: dict[str, Array] | None = self.pipe.broadcast_object(total, self._last_rank)
+            for found in self._sums(round_):
+                own = add_sums(own, found)
+        sums: dict[str, Array] | None = self.pipe.broadcast_object(own, self._last_rank)
         if sums is None:
             raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        return self.model.metrics(self.data.allreduce(sums) if self.data else sums)
+        total = self.data.allreduce(sums) if self.data else sums
+        return self.model.metrics(self.across.broadcast(total) if self.across else total)
 
-    def _rounds(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-        """Yield the next batch of every rank of the pipeline, until no rank has one."""
-        own = iter(batches)
+    def _rounds(self, items: Iterable[_T]) -> Iterator[list[_T]]:
+        """Yield the next batch, or what there is in its place, of every rank of the pipeline, until none has one."""
+        own = iter(items)
         while True:
-            found = [batch for batch in self.pipe.allgather_object(next(own, None)) if batch is not None]
+            found = [item for item in self.pipe.allgather_object(next(own, None)) if item is not None]
             if not found:
                 return
             yield found
+
+    def _sums(self, batches: Sequence[Batch]) -> list[dict[str, Array]]:
+        """Pass batches through the pipeline; return each one's sums (`Model.sums`) on its last rank, elsewhere none."""
+        parts = [(number, b.part(rows)) for number, b in enumerate(batches) for rows in self._network.slices(b.inputs)]
+        ready = [self._ready(part, False, self.plan.key) for _, part in parts]
+        found = dict[int, dict[str, Array]]()
+        for outputs, (number, _), each in zip(self.executor.outputs(ready), parts, ready, strict=False):
+            found[number] = add_sums(found.get(number), self._network.loss.sums(outputs, each.batch))
+        return list(found.values())
 
     def predict(self, inputs: Array) -> Array:
         """See `Method.predict`: the first rank's inputs, which all ranks hand in alike."""
@@ -260,7 +309,7 @@ class PipelineParallel(Synchronous):
             outputs[start : start + len(found)] = found
             start += len(found)
         self.pipe.broadcast(outputs, self._last_rank, out=outputs)
-        return outputs
+        return self._network.united(outputs)
 
     def state(self) -> State:
         """See `Method.state`: a tied tensor is its first holder's, and of equal pipelines the first one speaks."""
@@ -274,7 +323,7 @@ class PipelineParallel(Synchronous):
         layout, digest = self.model.layout, ""
         names = sorted(segment.name for segment in layout)
         if self.pipe.rank == 0:
-            digest = sha256(self._fetched(name) for name in names)
+            digest = sha256(self._whole(layout[name], self._fetched(name)) for name in names)
         else:
             for name in names:
                 if self._owner(name) == self.pipe.rank:
@@ -291,17 +340,24 @@ class PipelineParallel(Synchronous):
         received: Array = self.pipe.recv(xp.empty(segment.shape, self.params.layout.dtype), owner)
         return received
 
+    def _whole(self, segment: Segment, part: Array) -> Array:
+        return whole_tensor(self.across, segment, part) if self.across else part
+
     def _owner(self, name: str) -> int:
         assert self._ties
         return self._ties.owners[name]
 
 
-def _axes(where: Communicator | ProcessMesh) -> tuple[Communicator, Communicator, Communicator | None]:
-    """Return the communicators of all ranks, along a pipeline, and over equal pipelines if there are several."""
+Axes = tuple[Communicator, Communicator, Communicator | None, Communicator | None]
+
+
+def axes(where: Communicator | ProcessMesh) -> Axes:
+    """Return the communicators of all pipelines, along one, over equal ones, and across a stage; None: of one rank."""
     if isinstance(where, Communicator):
-        return where, where, None
+        return where, where, None, None
     mesh = where
-    if not {"pipe"} <= set(mesh) <= {"data", "pipe"}:
-        axes = ", ".join(mesh)
-        raise InputError("the mesh does not fit", operation="PipelineParallel", got=axes, expected="pipe, and data")
-    return mesh.comm, mesh["pipe"], mesh["data"] if mesh.shape.get("data", 1) > 1 else None
+    if not {"pipe"} <= set(mesh) <= {"data", "pipe", "tensor"}:
+        got, expected = ", ".join(mesh), "pipe, and data or tensor"
+        raise InputError("the mesh does not fit", operation="PipelineParallel", got=got, expected=expected)
+    data, tensor = (mesh[name] if mesh.shape.get(name, 1) > 1 else None for name in ("data", "tensor"))
+    return mesh[tuple(name for name in mesh if name != "tensor")] if tensor else mesh.comm, mesh["pipe"], data, tensor

@@ -10,9 +10,10 @@ from mpitrain.nn.reductions import add_product, column_sums, rows
 from mpitrain.parallel.tensor.adjoints import COLLECT, COPY, SPLIT, SPREAD, SUM, Cut
 from mpitrain.parallel.tensor.call import peer_call
 from mpitrain.parallel.tensor.portion import Portion, boxed, in_terms
+from mpitrain.parallel.tensor.shared_input import SharedInput
 
 
-class ColumnLinear(Linear):
+class ColumnLinear(SharedInput, Linear):
     """Some columns of a linear layer: of the whole input, a part of the outputs, (n, …, inputs) to (n, …, span).
 
     Parameters
@@ -42,20 +43,6 @@ class ColumnLinear(Linear):
     def parameters(self) -> Sequence[Parameter]:
         """Return this rank's columns of weight and bias."""
         return boxed(self.whole.parameters(), weight=(1, self.span), bias=(0, self.span))
-
-    def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
-        """Return the columns of ``x W + b``."""
-        call, gathered = peer_call(call), call.context()
-        x = self.pair.forward(x, Cut(1, call.length), gathered, call)
-        y, context = super().forward(params, x, call)
-        context.children.append(gathered)
-        return y, context
-
-    def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
-        """Return the sum over the ranks of ``dy Wᵀ``."""
-        call = peer_call(call)
-        dx = super().backward_input(params, context, dy, call)
-        return self.pair.backward(dx, Cut(1, call.length), context, call)
 
 
 class RowLinear(Linear):

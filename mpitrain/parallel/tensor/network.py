@@ -43,12 +43,16 @@ class TensorNetwork(Network):
 
     def predict(self, params: FlatBuffer, inputs: Array) -> Array:
         """Return the whole outputs for ``inputs``, shape (n, …), in evaluation mode; a new array.  Collective."""
-        outputs = self._outputs(params, inputs)
+        return self.united(self._outputs(params, inputs))
+
+    def united(self, outputs: Array) -> Array:
+        """Return whole outputs, given this rank's part of them.  Collective."""
         if self.outputs is None:
             return outputs
-        call = self._call(inputs)
+        call = self.call(outputs)
         return GATHER.forward(outputs, Cut(-1, self.outputs), call.context(), call)
 
-    def _call(self, inputs: Array, **options: Any) -> PeerCall:
+    def call(self, inputs: Array, **options: Any) -> PeerCall:
+        """Return the surroundings of a pass over ``inputs``."""
         length = inputs.shape[1] if inputs.ndim > 1 else 1
         return PeerCall(namespace(inputs), self.pool, peers=self.peers, length=length, **options)

@@ -10,6 +10,7 @@ from mpitrain.nn.embedding import add_rows, gather_rows
 from mpitrain.parallel.tensor.adjoints import COLLECT, COPY, SPREAD, SUM, Cut
 from mpitrain.parallel.tensor.call import peer_call
 from mpitrain.parallel.tensor.portion import Portion, boxed
+from mpitrain.parallel.tensor.shared_input import SharedInput
 
 
 class VocabularyEmbedding(Embedding):
@@ -59,7 +60,7 @@ class VocabularyEmbedding(Embedding):
         add_rows(grads["weight"], context["x"][here] - self.span[0], dy[here], call)
 
 
-class VocabularyUnembedding(Unembedding):
+class VocabularyUnembedding(SharedInput, Unembedding):
     """Some scores of an unembedding: (n, t, features) to (n, t, span).
 
     Parameters
@@ -85,17 +86,3 @@ class VocabularyUnembedding(Unembedding):
     def parameters(self) -> Sequence[Parameter]:
         """Return this rank's rows."""
         return boxed(self.whole.parameters(), weight=(0, self.span))
-
-    def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
-        """Return the scores of this rank's tokens."""
-        call, gathered = peer_call(call), call.context()
-        x = self.pair.forward(x, Cut(1, call.length), gathered, call)
-        y, context = super().forward(params, x, call)
-        context.children.append(gathered)
-        return y, context
-
-    def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
-        """Return the sum over the ranks of ``dy W``."""
-        call = peer_call(call)
-        dx = super().backward_input(params, context, dy, call)
-        return self.pair.backward(dx, Cut(1, call.length), context, call)

@@ -13,6 +13,7 @@ from mpitrain.arrays import FlatBuffer
 from mpitrain.comm import Communicator
 from mpitrain.nn import Network
 from mpitrain.nn.costs import cost
+from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import Synchronous
 from mpitrain.train.bench.tasks import Task
 
@@ -54,14 +55,16 @@ def memory(comm: Communicator, task: Task, network: Network, method: Synchronous
     -----
     Collective.  Predicted activations are what the forward pass keeps; measured, the workspace comes on top.
     """
-    params, grads = method.params.flat, held_bytes([*_arrays(vars(method.grads)), *_sums(method)])
-    copies = _copies(comm, params)
+    grads = held_bytes([*_arrays(vars(method.grads)), *_sums(method)])
+    common, own = _parameters(method)
+    copies, item = _copies(comm, common[0]), network.layout.dtype.itemsize
+    params = own + held_bytes(common) * copies / comm.size
     state = held_bytes(array for part in method.parts for array in part.state.values())
     pool = float(network.pool.nbytes)
-    mean = comm.allreduce(np.array([params.nbytes * copies / comm.size, grads, state, pool]), "mean")
+    mean = comm.allreduce(np.array([params, grads, state, pool]), "mean")
     names = ("parameters", "gradients", "optimizer", "activations")
-    foreseen = predicted(method, network.layout.size * params.itemsize, comm.size, shared=copies < comm.size)
-    foreseen["activations"] = cost(task.layer(), task.shape).kept * params.itemsize
+    foreseen = predicted(method, network.layout.size * item, comm.size, shared=copies < comm.size)
+    foreseen["activations"] = cost(task.layer(), task.shape).kept * item
     return {name: Memory(float(each), foreseen[name]) for name, each in zip(names, mean, strict=True)}
 
 
@@ -77,14 +80,15 @@ def predicted(method: Synchronous, n: int, ranks: int, shared: bool) -> dict[str
     ranks : int
         How many there are.
     shared : bool
-        Whether all of them have the parameters in one memory.
+        Whether all of them have the parameters, or those that are gathered, in one memory.
     """
     stage = getattr(method, "stage", 0)
     own = n / ranks
     apart = 0.0 if shared or ranks == 1 else own  # shards lie among the gradients where ranks share those
-    gradients = {0: float(n), 1: n + apart, 2: own + _passing(method)}[stage]
+    gradients = {0: float(n), 1: n + apart}.get(stage, own + _passing(method))
+    common = _gathered(method) if stage == 3 else n
     return {
-        "parameters": own if shared else float(n), "gradients": gradients,
+        "parameters": common / (ranks if shared else 1) + (own if stage == 3 else 0.0), "gradients": gradients,
         "optimizer": _STATES * (own if stage else float(n)),
     }  # fmt: skip
 
@@ -95,6 +99,21 @@ def _passing(method: Synchronous) -> int:
     largest = max(buckets, key=lambda bucket: bucket.size, default=None)
     held = [each.size for each in buckets if each is largest or each.segments[0].group == "no_decay"]
     return int(sum(held) * method.params.layout.dtype.itemsize)
+
+
+def _gathered(method: Synchronous) -> int:
+    """Return the bytes through which parameters pass: the largest bucket of weights, and of biases."""
+    largest: dict[str, int] = {}
+    for bucket in getattr(method.grads, "buckets", ()):
+        group = bucket.segments[0].group
+        largest[group] = max(largest.get(group, 0), bucket.size)
+    return int(sum(largest.values()) * method.params.layout.dtype.itemsize)
+
+
+def _parameters(method: Synchronous) -> tuple[list[Array], int]:
+    """Return the memory of parameters that ranks may share, and the bytes of what each has by itself besides."""
+    params = method.params
+    return (params.passages, params.nbytes) if isinstance(params, ShardedParameters) else ([params.flat], 0)
 
 
 def _sums(method: Synchronous) -> list[Array]:

@@ -40,6 +40,7 @@ METHODS: dict[str, Callable[[Communicator], Synchronous]] = {
     "data": DataParallel,
     "gradient 1": GradientParallel,
     "gradient 2": lambda comm: GradientParallel(comm, stage=2),
+    "gradient 3": lambda comm: GradientParallel(comm, stage=3),
 }
 """Ways of ours, by name."""
 

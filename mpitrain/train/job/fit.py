@@ -26,6 +26,7 @@ def misfits(job: Job) -> Iterator[Problem]:
     yield from _loss_and_data(job)
     yield from _optimizer_and_batches(job)
     yield from _mesh_and_model(job)
+    yield from _stages(job)
     yield from _mesh_and_method(job)
     yield from _reproducible(job)
 
@@ -87,14 +88,25 @@ def _mesh_and_model(job: Job) -> Iterator[Problem]:
         yield Problem("mesh.sequence_parallel", what, True, "false")
 
 
+def _stages(job: Job) -> Iterator[Problem]:
+    """Yield what a model in stages does not go with."""
+    mesh, method = job.mesh, job.method
+    if method.schedule != "1f1b" and method.kind != "pipeline" and mesh.pipe is None:
+        expected = 'method.kind = "pipeline", or mesh.pipe'
+        yield Problem("method.schedule", "is the order of a pipeline", method.schedule, expected)
+    if not job.in_stages:
+        return
+    if method.kind == "gradient":
+        what, remedy = "does not go with mesh.pipe > 1", "ranks of a pipeline divide the optimizer state by stage"
+        yield Problem("method.kind", what, method.kind, '"data_parallel" or "pipeline"', remedy)
+    if method.codec and method.kind != "pipeline":
+        yield Problem("method.codec.kind", "does not go with mesh.pipe > 1", method.codec.kind, "no codec")
+    if method.average_every and method.kind != "pipeline":
+        yield Problem("method.average_every", "does not go with mesh.pipe > 1", method.average_every, "0")
+
+
 def _mesh_and_method(job: Job) -> Iterator[Problem]:
     mesh, method = job.mesh, job.method
-    if method.kind == "pipeline":
-        axis = "tensor" if mesh.divides_model else "data"
-        if mesh.divides_model or mesh.data:
-            what = 'does not go with method.kind = "pipeline", which puts all ranks into one pipeline'
-            yield Problem(f"mesh.{axis}", what, getattr(mesh, axis), "no mesh")
-        return
     if not mesh.divides_model:
         return
     if method.codec:
@@ -116,8 +128,6 @@ def _reproducible(job: Job) -> Iterator[Problem]:
         return
     if lanes is not None and batch_size != "full" and lanes > batch_size:
         yield Problem("lanes", "is more than the samples of a batch", lanes, f"at most train.batch_size = {batch_size}")
-    if method.kind == "pipeline":
-        yield Problem("reproducible", 'does not go with method.kind = "pipeline"', True, "false")
     if method.codec:
         what = "rounds by what each rank has, so that no run of reproducible = true may use it"
         yield Problem("method.codec.kind", what, method.codec.kind, "no codec")

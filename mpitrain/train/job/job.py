@@ -132,6 +132,11 @@ class Job(Section):
                 return {**value, "model": {"loss": LOSS_OF_TASK[KNOWN[source].task], **model}}
         return value
 
+    @property
+    def in_stages(self) -> bool:
+        """Whether the model's layers are divided, be it that one rank has all of them."""
+        return self.method.kind == "pipeline" or (self.mesh.pipe or 1) > 1
+
     def problems(self) -> Iterator[Problem]:
         """Yield where two sections do not fit together."""
         yield from misfits(self)

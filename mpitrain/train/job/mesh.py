@@ -12,11 +12,20 @@ from mpitrain.train.job.section import Count, Problem, Section
 class MeshSection(Section):
     """How the ranks are put on a grid; as many as the axes multiplied.
 
-    Ranks along `data` compute different samples, and divide what `[method]` says; ranks along `tensor` compute the same
-    samples, each with a part of the model. By default every rank is one along `data`.
+    Ranks along `data` compute different samples, and divide what `[method]` says; ranks along `pipe` or `tensor`
+    compute the same samples, each with a part of the model. By default every rank is one along `data`.
     """
 
-    data: Count | None = Field(None, description="Ranks that share a batch; by default as many as the others leave.")
+    data: Count | None = Field(
+        None,
+        description="Ranks that share a batch; by default as many as the others leave, and 1 where those are along "
+        "`pipe`.",
+    )
+    pipe: Count | None = Field(
+        None,
+        description="Ranks that divide the model's layers, a pipeline; by default 1, and with "
+        '`kind = "pipeline"` as many as the others leave.',
+    )
     tensor: Count = Field(1, description='Ranks that divide the model\'s tensors, for `kind = "gpt"` and `"mlp"`.')
     sequence_parallel: bool = Field(
         False,

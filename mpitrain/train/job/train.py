@@ -33,7 +33,8 @@ class MethodSection(Section):
         "data_parallel",
         description="`data_parallel`: each rank holds the model and computes a share of each batch. `gradient`: the "
         "same steps, with optimizer state, from stage 2 on gradients, and in stage 3 parameters, divided among the "
-        "ranks. `pipeline`: each rank holds some of the layers, through which microbatches flow.",
+        "ranks. `pipeline`: each rank holds some of the layers, through which microbatches flow; so it is with "
+        "`data_parallel` where `mesh.pipe` is more than 1.",
     )
     stage: int = Field(
         1,
@@ -42,15 +43,15 @@ class MethodSection(Section):
         description='Of `kind = "gradient"`: 1 divides the optimizer state, 2 the gradients too, 3 the parameters too.',
     )
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1"] = Field(
-        "1f1b", description='Of `kind = "pipeline"`: the order in which a rank computes its microbatches.'
+        "1f1b", description="Of a pipeline: the order in which a rank computes its microbatches."
     )
     chunks: Count = Field(
         1, description='Of `schedule = "interleaved"`: stages of each rank; microbatches divide by the ranks.'
     )
     microbatches: Count = Field(
         1,
-        description="Parts that a batch is computed in, one after the other: less memory. A pipeline needs several "
-        "times as many as ranks.",
+        description="Parts that a batch, or a lane of it, is computed in, one after the other: less memory. A pipeline "
+        "needs several times as many as ranks; lanes count.",
     )
     bucket_bytes: Count = Field(
         4 << 20,
@@ -80,11 +81,6 @@ class MethodSection(Section):
         if self.stage != 1 and self.kind != "gradient":
             what = f'says what is divided, which kind = "{self.kind}" does not'
             yield Problem("stage", what, self.stage, 'kind = "gradient"')
-        yield from self._pipeline_problems()
-
-    def _pipeline_problems(self) -> Iterator[Problem]:
-        if self.schedule != "1f1b" and self.kind != "pipeline":
-            yield Problem("schedule", "is the order of a pipeline", self.schedule, 'kind = "pipeline"')
         if self.chunks != 1 and self.schedule != "interleaved":
             yield Problem("chunks", "are stages that only one schedule has", self.chunks, 'schedule = "interleaved"')
 

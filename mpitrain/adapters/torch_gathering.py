@@ -1,0 +1,115 @@
+"""A PyTorch module whose parameters are not all there: each is brought for the functions that read it.
+
+Whatever a module does with a parameter goes through a function of PyTorch's, be it in the module that owns it, in
+another one, or under a tie.  So functions are what is watched, not modules.  What autograd saves of a parameter for the
+backward pass is remembered by name and brought again there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from mpitrain._typing import Tree
+from mpitrain.adapters.tree import find
+
+
+def can_gather(module: torch.nn.Module) -> bool:
+    """Tell whether all functions that a module calls can be seen: none of it is scripted, traced or compiled."""
+    return not any(
+        isinstance(each, torch.jit.ScriptModule) or hasattr(each, "_orig_mod") or each._compiled_call_impl is not None
+        for each in module.modules()
+    )
+
+
+def layer_of(module: torch.nn.Module, name: str) -> str:
+    """Return the layer to which a tensor belongs: that of the module that owns it.
+
+    Attention of PyTorch's hands its own weights and those of a module inside it to one function.
+    """
+    path = name.rpartition(".")[0]
+    outer = (path[:end] for end, each in enumerate(f"{path}.") if each == ".")
+    return next((each for each in outer if isinstance(module.get_submodule(each), torch.nn.MultiheadAttention)), path)
+
+
+def send_away(parameters: Iterable[Any]) -> None:
+    """Leave of each parameter its shape, filled with NaN, in no memory."""
+    for parameter in parameters:
+        parameter.data = torch.full((), float("nan"), dtype=parameter.dtype).expand(parameter.shape)
+
+
+@contextmanager
+def gathering(parameters: Mapping[str, Any], tree: Tree) -> Iterator[None]:
+    """Bring parameters from ``tree`` for whatever reads them inside, forward and backward.
+
+    Parameters
+    ----------
+    parameters : dict of str to torch.nn.Parameter
+        By name; sent away.
+    tree : nested mapping
+        Gives the array of each for as long as it is held, see `mpitrain.arrays.ParameterTree`.
+    """
+    reads = _Reads(parameters, tree)
+    with reads, saved_tensors_hooks(reads.pack, reads.unpack):
+        yield
+
+
+class _Saved(NamedTuple):
+    """What autograd saved of a parameter: all of it or a view."""
+
+    name: str
+    size: Any
+    stride: Any
+    offset: int
+
+
+class _Reads(TorchFunctionMode):  # type: ignore[misc]  # PyTorch is optional, and so unknown to the type checker
+    """Sees every function of PyTorch's that is called."""
+
+    def __init__(self, parameters: Mapping[str, Any], tree: Tree) -> None:
+        super().__init__()
+        self._parameters, self._tree = parameters, tree
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._lent: dict[int, str] = {}  # by address, what was lent there last; what came before is held no more
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        read = dict.fromkeys(self._read((*args, *kwargs.values())))
+        for name in read:
+            self._parameters[name].data = self._tensor(name)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            send_away(self._parameters[name] for name in read)
+
+    def _read(self, values: Iterable[Any]) -> Iterator[str]:
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                yield from self._read(value)
+            elif id(value) in self._names:
+                yield self._names[id(value)]
+
+    def _tensor(self, name: str) -> Any:
+        tensor = torch.from_numpy(find(self._tree, name))
+        self._lent[tensor.data_ptr()] = name
+        return tensor
+
+    def pack(self, tensor: Any) -> Any:
+        """Return what is kept of a tensor that a backward pass needs: itself, unless it lies in a parameter."""
+        name = self._lent.get(tensor.untyped_storage().data_ptr())
+        if name is None or not tensor.numel():
+            return tensor
+        return _Saved(name, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(self, saved: Any) -> Any:
+        """Return the tensor again."""
+        if not isinstance(saved, _Saved):
+            return saved
+        return self._tensor(saved.name).as_strided(saved.size, saved.stride, saved.offset)

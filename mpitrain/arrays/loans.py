@@ -1,0 +1,62 @@
+"""Arrays that are lent for a while: the owner can tell whether somebody still holds one, or a view of one.
+
+It must not know why that matters.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import WeakValueDictionary
+
+from mpitrain._typing import Array
+from mpitrain.arrays.namespace import is_cupy
+
+
+class Loans:
+    """Lends arrays by name.
+
+    Parameters
+    ----------
+    arrays : dict of str to array
+        What is lent, of NumPy or CuPy.
+    xp : module
+        Their library.
+
+    Notes
+    -----
+    What is lent is an array over the same memory, whose base is a small object made for the loan.  Slices, transposes
+    and other libraries' tensors made from it keep that object alive, so that a weak reference tells when the last of
+    them is gone.  Cost: about 2 µs a loan.
+    """
+
+    def __init__(self, arrays: Mapping[str, Array], xp: Any) -> None:
+        self._arrays, self._xp = arrays, xp
+        self._loans: WeakValueDictionary[str, _Loan] = WeakValueDictionary()
+
+    def lend(self, name: str) -> Array:
+        """Return an array of the name's memory."""
+        loan = self._loans.get(name)
+        if loan is None:
+            loan = self._loans[name] = _Loan(self._arrays[name])
+        lent: Array = self._xp.asarray(loan)
+        return lent
+
+    def held(self, names: Iterable[str]) -> list[str]:
+        """Return those of which a view is held by anything but cycles that the garbage collector has yet to find."""
+        if not any(name in self._loans for name in names):
+            return []
+        gc.collect()
+        return [name for name in names if name in self._loans]
+
+
+class _Loan:
+    """Shows an array's memory by the protocol of its library, and stays for as long as anyone uses that."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        if is_cupy(array):  # without a stream that would be waited for: what is lent is used where it is at home
+            self.__cuda_array_interface__ = {**getattr(array, "__cuda_array_interface__"), "stream": None}  # noqa: B009
+        else:
+            self.__array_interface__ = array.__array_interface__

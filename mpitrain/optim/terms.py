@@ -1,0 +1,64 @@
+"""A mean gradient that is not there yet: the terms it is the sum of, and what that is divided by.
+
+An optimizer that takes it sums on the way, in the pass that updates; so gradients of several ranks are read once, where
+they lie, and neither their sum nor their mean is ever written.  It knows nothing of ranks but in which order they come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mpitrain._typing import Array
+from mpitrain.arrays import namespace
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What gradients are made of.
+
+    Parameters
+    ----------
+    arrays : tuple of array, each of shape (n,)
+        Are added up in this order.  Those of other ranks are only read.
+    count : float
+        The sum is divided by it, rounded to the arrays' dtype.
+    own : int
+        Which of the arrays is this rank's.
+    parameters_are_read : bool
+        Whether other ranks read the parameters that are updated, where they lie.
+
+    Notes
+    -----
+    ``own`` and ``parameters_are_read`` change no value, but tell compiled loops how to spare caches.
+    """
+
+    arrays: tuple[Array, ...]
+    count: float = 1.0
+    own: int = 0
+    parameters_are_read: bool = False
+
+    def cut(self, where: slice) -> Terms:
+        """Return a stretch of them, as views."""
+        return replace(self, arrays=tuple(array[where] for array in self.arrays))
+
+    def sum(self) -> Array:
+        """Return the sum; a new array."""
+        total: Array = self.arrays[0].copy()
+        for array in self.arrays[1:]:
+            total += array
+        return total
+
+    def mean(self, out: Array) -> Array:
+        """Return the sum, divided: in ``out``, shape (n,), or a single term that is to be divided by 1 as it is."""
+        if self.is_mean:
+            return self.arrays[0]
+        out[...] = self.arrays[0]
+        for array in self.arrays[1:]:
+            out += array
+        namespace(out).divide(out, out.dtype.type(self.count), out=out)
+        return out
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether there is nothing left to do."""
+        return len(self.arrays) == 1 and self.count == 1

@@ -1,0 +1,134 @@
+"""Reproducible pipelines: lanes flow through the stages one after another, and give the bits that they give elsewhere.
+
+Each rank sums the lanes' gradients of its own stages, over the pipelines that share a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import add
+from typing import Any
+
+from mpitrain._errors import InputError
+from mpitrain._typing import Array
+from mpitrain.arrays import Allocator, Batch, plain
+from mpitrain.comm import Communicator, ProcessMesh
+from mpitrain.comm.lanes import lane_sum
+from mpitrain.data.shares import share
+from mpitrain.method.steps import add_sums
+from mpitrain.method.tiles import Tiles
+from mpitrain.parallel.lanes import LaneSteps, deal
+from mpitrain.parallel.pipeline.method import PipelineParallel
+from mpitrain.parallel.synchronous import Tally
+
+
+class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
+    """Pipeline-parallel SGD with the bits of `ReproducibleDataParallel`, whatever the numbers of ranks and stages.
+
+    Parameters
+    ----------
+    where : Communicator or ProcessMesh
+        As for `PipelineParallel`, without ``tensor``; each pipeline takes some of the lanes.
+    lanes : int
+        As for `ReproducibleDataParallel`; at least one for each pipeline.
+    microbatches : int
+        Into how many parts a lane is cut.  What flows through a pipeline in a step are those of all its lanes, so that
+        one each is enough to fill it.
+    schedule, chunks, costs, allocator
+        As for `PipelineParallel`.
+
+    Notes
+    -----
+    Cost of a step beyond that of `PipelineParallel`: `lane_sum` of a rank's stages, also where there is one pipeline,
+    and a broadcast for each use of a tensor that is tied across stages.  A rank keeps a gradient of its stages for each
+    of its pipeline's lanes, and one more.
+    """
+
+    def __init__(
+        self,
+        where: Communicator | ProcessMesh,
+        *,
+        lanes: int,
+        schedule: str = "1f1b",
+        chunks: int = 1,
+        microbatches: int = 1,
+        costs: Sequence[float] | None = None,
+        allocator: Allocator = plain,
+    ) -> None:
+        mesh = _with_data(where)
+        self._peers, self.lanes = mesh["data"], lanes
+        self._dealt = deal(lanes, self._peers, type(self).__name__, "pipeline")
+        flow = microbatches * len(self._dealt)
+        super().__init__(
+            mesh, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, allocator=allocator
+        )  # fmt: skip
+        self.microbatches = microbatches  # of a lane, as which a batch is dealt out
+
+    @property
+    def evaluation_shares(self) -> tuple[tuple[int, int], ...]:
+        """The lanes of which this rank hands in what is evaluated: some of its pipeline's."""
+        return tuple((lane, self.lanes) for lane in self._handed_in)
+
+    @property
+    def _handed_in(self) -> range:
+        start, stop = share(len(self._dealt), self.pipe.size, self.pipe.rank)
+        return self._dealt[start:stop]
+
+    def _further_uses(self) -> tuple[str, ...]:
+        """Return the names of this rank's uses of tied tensors, but for each one's first, which has its place."""
+        assert self._ties
+        own = ([use for use, rank in uses if rank == self.pipe.rank] for uses in self._ties.uses.values())
+        return tuple(use for uses in own for use in uses[1:])
+
+    def _make_tiles(self) -> Tiles:
+        assert self._ties
+        return Tiles(self.parts, self.pipe, self.model.layout, self._ties.copies)
+
+    def _lane_gradients(self, microbatches: list[Batch]) -> list[Tally]:
+        return self._judged(self._flow(microbatches, self._lane_grads, None))
+
+    def _sum_lanes(self, lanes: Sequence[Array]) -> None:
+        lane_sum(self._peers, lanes, self.lanes, layout=self.params.layout, out=self.grads.flat)
+
+    def _add_uses(self, lanes: Mapping[str, Sequence[Array]]) -> None:
+        assert self._ties
+        views = self.grads.views
+        further = {use: lane_sum(self._peers, values, self.lanes) for use, values in lanes.items()}
+        for name, uses in self._ties.uses.items():
+            here = [further[use].reshape(views[name].shape) if use in further else views[name] for use, _ in uses]
+            terms = [self._ties.everyones(name, each, rank) for each, (_, rank) in zip(here, uses, strict=True)]
+            views[name][...] = reduce(add, terms)
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """See `LaneSteps.evaluate`: each rank hands in batches of `evaluation_shares` in turn, or any others."""
+        own = self._handed_in or self._dealt[:1]
+        sums: list[dict[str, Array] | None] = [None] * len(self._dealt)
+        for round_ in self._rounds((own[number % len(own)], batch) for number, batch in enumerate(batches)):
+            found = self._sums([batch for _, batch in round_])
+            for (lane, _), each in zip(round_, found, strict=False):  # none on other ranks than the last
+                number = self._dealt.index(lane)
+                sums[number] = add_sums(sums[number], each)
+        total = self.pipe.broadcast_object(self._totals(sums), self._last_rank)
+        if total is None:
+            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
+        return self.model.metrics(total)
+
+    def _totals(self, sums: Sequence[dict[str, Array] | None]) -> dict[str, Array] | None:
+        """Return the sums over all lanes, given those of each; None where there are none."""
+        names = next((each for each in sums if each is not None), None)
+        if names is None:
+            return None
+        return {name: self._over_lanes([each[name] if each else None for each in sums], self._peers) for name in names}
+
+
+def _with_data(where: Communicator | ProcessMesh) -> ProcessMesh:
+    """Return the mesh of pipelines, with an axis of data even if there is one pipeline."""
+    if isinstance(where, Communicator):
+        return ProcessMesh(where, data=1, pipe=-1)
+    if where.shape.get("tensor", 1) > 1:
+        raise InputError(
+            "matrices of other shapes have other bits", operation="ReproduciblePipelineParallel",
+            got=f"tensor={where.shape['tensor']}", expected="the axes pipe and data",
+        )  # fmt: skip
+    return where if "data" in where.shape else ProcessMesh(where.comm, data=1, **where.shape)

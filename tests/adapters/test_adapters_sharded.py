@@ -1,0 +1,176 @@
+"""PyTorch modules in stage 3: a parameter is brought for whatever reads it, and a module that keeps one is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs PyTorch")
+from adapter_cases import CLASSES, mean_gradients, mlp, samples, seeded, twin  # noqa: E402
+from feeds import UnevenFeed  # noqa: E402
+from torch import nn as tnn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+from mpitrain import GradientParallel, Key, Plan, nn, optim  # noqa: E402
+from mpitrain._errors import InputError, NonFiniteError  # noqa: E402
+from mpitrain.adapters import TorchModel  # noqa: E402
+from mpitrain.arrays import FlatBuffer  # noqa: E402
+from mpitrain.comm import Communicator, Count, LocalWorld  # noqa: E402
+
+sizes = pytest.mark.parametrize("size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2, 4)), 3])
+"""Three ranks are uneven, and one has no sample."""
+
+FEED = UnevenFeed(*(each.numpy() for each in samples("mlp")))
+BOUND = 1e-10
+
+
+class Deep(tnn.Module):
+    """Three layers; ``middle`` says what becomes of the second."""
+
+    def __init__(self, middle: Callable[[Deep, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.third = tnn.Linear(6, 8), tnn.Linear(8, 8), tnn.Linear(8, CLASSES)
+        self.middle, self.passes = middle, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return self.third(self.middle(self, self.first(x)))
+
+
+class Attentive(tnn.Module):
+    """A parameter of its own, attention, which hands two modules' weights to one function, and a normalised weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.place = tnn.Linear(6, 8), tnn.Parameter(torch.ones(1, 1, 8) / 4)
+        self.attention = tnn.MultiheadAttention(8, 2, batch_first=True)
+        self.block = tnn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.out = tnn.utils.parametrizations.weight_norm(tnn.Linear(8, CLASSES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x)[:, None] + self.place
+        x = x + self.attention(x, x, x)[0]
+        return self.out(torch.relu_(self.block(x))[:, 0])
+
+
+def used_by_another(module: Deep, x: torch.Tensor) -> torch.Tensor:
+    """Reads a layer's tensors outside of it, one as a view; and a second time, so that both give gradients."""
+    return tnn.functional.linear(x @ module.second.weight.T, module.second.weight, module.second.bias)
+
+
+KINDS = {
+    "attention": Attentive,
+    "used by another": lambda: Deep(used_by_another),
+    "in place": lambda: Deep(lambda module, x: torch.relu_(module.second(x))),
+    "twice": lambda: Deep(lambda module, x: module.second(torch.tanh(module.second(x)))),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "compiled",
+    [lambda module: torch.jit.trace(module, torch.ones(2, 6).double()), lambda module: torch.compile(module)],
+    ids=["traced", "compiled"],
+)
+def test_modules_whose_functions_cannot_be_seen_keep_their_parameters_whole(compiled):
+    model = TorchModel(tnn.Sequential(compiled(seeded(mlp)), tnn.Identity()), nn.CrossEntropy())
+
+    def check(comm: Communicator) -> None:
+        method = GradientParallel(comm, stage=3)
+        method.setup(model, optim.SGD(), Plan(Key(1), lambda step: 1.0, 1))
+        assert isinstance(method.params, FlatBuffer)
+
+    LocalWorld(1).run(check)
+
+
+def advanced(comm: Communicator, module: tnn.Module, steps: int = 1) -> tuple[GradientParallel, dict[str, np.ndarray]]:
+    method = GradientParallel(comm, stage=3, bucket_bytes=1, microbatches=2)
+    method.setup(TorchModel(twin(module), nn.CrossEntropy()), optim.SGD(), Plan(Key(1), lambda step: 1.0, steps))
+    before = {name: view.copy() for name, view in method.whole().views.items()}
+    method.advance(FEED, steps)
+    return method, before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@sizes
+def test_gradients_are_serial_however_a_parameter_is_read(size, kind):
+    module = seeded(KINDS[kind])
+    expected = mean_gradients(module, "mlp")
+
+    def check(comm: Communicator) -> None:
+        method, before = advanced(comm, module)
+        after = method.whole().views
+        for name, gradient in expected.items():
+            got = before[name] - after[name]
+            assert np.linalg.norm(got - gradient.numpy()) <= BOUND * float(gradient.norm()), name
+
+    LocalWorld(size, timeout_s=20).run(check)
+
+
+def kept(module: Deep, x: torch.Tensor) -> torch.Tensor:
+    module.weight_as_it_was = module.second.weight.T
+    return module.second(x)
+
+
+def in_another_order(module: Deep, x: torch.Tensor) -> torch.Tensor:
+    return x if module.passes > 2 else module.second(x)
+
+
+def computed_again(module: Deep, x: torch.Tensor) -> torch.Tensor:
+    return checkpoint(module.second, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    ("middle", "error", "message"),
+    [
+        (kept, InputError, "keeps parameters after its call.* a view of 'second.weight' that is still held"),
+        (in_another_order, InputError, "in another order than in the first step; got third; expected second"),
+        (computed_again, NonFiniteError, "the loss or gradient of step 1 is not finite"),
+    ],
+)
+@sizes
+def test_what_stage_3_cannot_do_is_an_error(size, middle, error, message):
+    module = seeded(lambda: Deep(middle))
+    with pytest.raises(error, match=message):
+        LocalWorld(size, timeout_s=20).run(lambda comm: advanced(comm, module, 2))
+
+
+@sizes
+def test_a_rank_holds_its_shards_and_no_parameter_whole(size):
+    module = seeded(lambda: Deep(lambda deep, x: deep.second(x)))
+
+    def check(comm: Communicator) -> None:
+        method, _ = advanced(comm, module)
+        model, params = method.model, method.params
+        assert sum(comm.allgather_object(params.nbytes)) == model.layout.nbytes
+        assert params.passage_nbytes == 8 * (8 * 8 + 8)  # the largest weight and bias
+        assert [each.untyped_storage().nbytes() for each in model.module.parameters()] == [8] * 6
+        with pytest.raises(InputError, match="first values were let go when it was trained fully sharded"):
+            method.setup(model, optim.SGD(), Plan(Key(1), lambda step: 1.0, 1))
+
+    LocalWorld(size, timeout_s=20).run(check)
+
+
+@sizes
+def test_what_is_gathered_is_what_the_passes_read(size):
+    """Forward every layer; backward all but the last, which is there, and the first, whose input needs no gradient."""
+    module = seeded(lambda: tnn.Sequential(*mlp()[:2], tnn.Linear(8, 8), tnn.Linear(8, CLASSES)))
+
+    def check(comm: Communicator) -> None:
+        method, _ = advanced(comm, module, 1)
+        comm.ledger.reset()
+        method.plan = Plan(Key(1), lambda step: 1.0, 2)
+        method.advance(FEED, 2)
+        layout, passes = method.model.layout, 2
+        ends = sum(padded_bytes(layout[f"{layer}.{name}"].size) for layer in (0, 3) for name in ("weight", "bias"))
+        found = comm.ledger.snapshot().get((comm.ledger.axis, "allgather"), Count())
+        expected = (passes * (6 + 2), passes * (2 * layout.nbytes - ends)) if size > 1 else (0, 0)
+        assert (found.calls, found.logical_bytes) == expected
+
+    LocalWorld(size, timeout_s=20).run(check)
+
+
+def padded_bytes(size: int) -> int:
+    return -(-size * 8 // 64) * 64
