@@ -111,7 +111,7 @@ ADD_TERMS(double)
 /* By a power of two to divide is to multiply, with the same bits, and several times as fast. */
 static int is_power_of_two(double x) {
   int exponent;
-  return frexp(x, &exponent) == 0.5 && exponent > -64 && exponent < 64;
+  return frexp(x, &exponent) == 0.5;
 }
 
 #define ADAM(NAME, T, ROOT)                                                                                     \
