@@ -13,12 +13,13 @@ from typing import ClassVar
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, Layout, Shard, plain
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, Layout, Shard, is_cupy, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.shard_plans import AllgatherPlan
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, Read
 from mpitrain.method.steps import Part, all_finite, clip, divide, update
+from mpitrain.optim import Terms
 from mpitrain.parallel import in_place
 from mpitrain.parallel.buckets import Bucket, StreamedGradients, WholeGradients
 from mpitrain.parallel.in_place import CommonGradients
@@ -206,13 +207,22 @@ class GradientParallel(Synchronous):
         if not taken:
             return total.untrained()
         with phase("update"):
-            divide(self.parts, self._scale * total.count)
-            reach = self._reach(self.comm)
-            clip(self.parts, self.plan, reach)
-            update(self.optimizer, self.parts, self.plan, self.updates, reach)
+            self._update(total.count)
         with phase("gather"):
             self._publish()
         return total
+
+    def _update(self, count: float) -> None:
+        """Divide, clip and update; in one pass where nothing is clipped."""
+        if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
+            read = isinstance(self.params, FlatBuffer) and self.comm.transport == "shared"
+            for part in self.parts:
+                self._update_mean(part, Terms((part.grads,), self._scale * count, parameters_are_read=read))
+            return
+        divide(self.parts, self._scale * count)
+        reach = self._reach(self.comm)
+        clip(self.parts, self.plan, reach)
+        update(self.optimizer, self.parts, self.plan, self.updates, reach)
 
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""

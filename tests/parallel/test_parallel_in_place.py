@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parallel_cases import Make, RowsFeed, by_label, cnn, mlp, plan, same_on_all
+from parallel_cases import METHODS, Make, RowsFeed, by_label, cnn, mlp, plan, same_on_all
 
 from mpitrain import nn
 from mpitrain._errors import NonFiniteError
@@ -50,6 +50,13 @@ def test_bits_are_those_of_sums_that_are_there_first(
     before = trained(world, make, optimizer, dtype, clip_norm=NEVER)
     assert in_place[0] == before[0]
     assert (in_place[1], before[1]) == (world.size > 1, False)
+
+
+@pytest.mark.parametrize("name", ["gradient 2", "gradient 3"])
+def test_streamed_sums_are_divided_while_updating_with_the_same_bits(world: Communicator, name: str) -> None:
+    make = METHODS[name]
+    in_update, before = (trained(world, make, "adam", "float32", **each) for each in ({}, {"clip_norm": NEVER}))
+    assert in_update[0] == before[0]
 
 
 def test_a_node_that_shares_no_memory_sums_before(world: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
