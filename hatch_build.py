@@ -1,4 +1,4 @@
-"""Compiles the loops of shared transport and optimizers, and the short way of collectives, while the package is built.
+"""Compiles loops (transports, codecs, optimizers, random words) and the short way of collectives, while it is built.
 
 Without a C compiler the package is built without all of them; without Python's headers, without the way.  ``CC`` and
 ``CFLAGS`` are heeded.  `mpitrain doctor` tells what an installation has.
@@ -14,10 +14,12 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+_FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _LOOPS = (
     ("mpitrain/comm/transports/kernel.c", "mpitrain/comm/transports/_kernel.so"),
     ("mpitrain/optim/kernel.c", "mpitrain/optim/_kernel.so"),
+    ("mpitrain/arrays/kernel.c", "mpitrain/arrays/_kernel.so"),
+    ("mpitrain/comm/codecs/kernel.c", "mpitrain/comm/codecs/_kernel.so"),
 )
 _ENTRY = ("mpitrain/comm/transports/entry.c", "mpitrain/comm/transports/_entry.abi3.so")
 

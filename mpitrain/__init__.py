@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpitrain.arrays import Batch, FlatBuffer, Key, Layout, Segment
     from mpitrain.comm import Communicator, LocalWorld, Outcome, ProcessMesh, map_tasks, trace, world
     from mpitrain.data import Batches, Dataset
-    from mpitrain.method import Method, Plan
+    from mpitrain.method import Method, Plan, Precision
     from mpitrain.nn import Layer, Model, Network
     from mpitrain.optim import Optimizer
     from mpitrain.parallel import DataParallel, GradientParallel, PipelineParallel
@@ -42,6 +42,7 @@ _HOMES = {
     "Outcome": "comm",
     "PipelineParallel": "parallel",
     "Plan": "method",
+    "Precision": "method",
     "ProcessMesh": "comm",
     "Segment": "arrays",
     "Trainer": "train",
@@ -71,6 +72,7 @@ __all__ = [
     "Outcome",
     "PipelineParallel",
     "Plan",
+    "Precision",
     "ProcessMesh",
     "Segment",
     "Trainer",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+from mpitrain._typing import Array
+
 
 def load(path: Path, version_of: str, version: int) -> ctypes.CDLL | None:
     """Load a library.
@@ -28,3 +30,8 @@ def load(path: Path, version_of: str, version: int) -> ctypes.CDLL | None:
     except OSError:
         return None
     return found if found[version_of]() == version else None
+
+
+def address(array: Array) -> int:
+    """Return where a NumPy array begins."""
+    return int(array.__array_interface__["data"][0])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain._errors import DtypeError
+from mpitrain._errors import DtypeError, MissingExtraError
 from mpitrain._typing import DType
 
 
@@ -44,6 +44,26 @@ def storage(dtype: DType) -> DType:
     if is_half(dtype):
         return np.dtype(np.uint16)
     return np.dtype(np.uint8) if dtype.kind == "b" else dtype
+
+
+def half(name: str, operation: str) -> DType:
+    """Return the dtype of 16-bit floats that is called ``"float16"`` or ``"bfloat16"``.
+
+    Raises
+    ------
+    MissingExtraError
+        It is bfloat16, which NumPy has only where ``ml_dtypes`` is installed, and it is not.
+    """
+    if name == "bfloat16":
+        try:
+            import ml_dtypes  # noqa: F401  (it registers bfloat16 with NumPy)
+        except ImportError as error:
+            raise MissingExtraError(
+                "NumPy has no bfloat16 of its own", operation=operation, got=str(error),
+                remedy="pip install ml_dtypes, or use float16",
+            ) from error  # fmt: skip
+    found: DType = np.dtype(name)
+    return found
 
 
 def floating(dtype: Any, what: str) -> DType:

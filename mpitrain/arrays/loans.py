@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from mpitrain._typing import Array
+from mpitrain.arrays.dtypes import storage
 from mpitrain.arrays.namespace import is_cupy
 
 
@@ -37,11 +38,11 @@ class Loans:
 
     def lend(self, name: str) -> Array:
         """Return an array of the name's memory."""
-        loan = self._loans.get(name)
+        loan, array = self._loans.get(name), self._arrays[name]
         if loan is None:
-            loan = self._loans[name] = _Loan(self._arrays[name])
+            loan = self._loans[name] = _Loan(array)
         lent: Array = self._xp.asarray(loan)
-        return lent
+        return lent if lent.dtype == array.dtype else lent.view(array.dtype)
 
     def held(self, names: Iterable[str]) -> list[str]:
         """Return those of which a view is held by anything but cycles that the garbage collector has yet to find."""
@@ -52,11 +53,14 @@ class Loans:
 
 
 class _Loan:
-    """Shows an array's memory by the protocol of its library, and stays for as long as anyone uses that."""
+    """Shows an array's memory by the protocol of its library, and stays for as long as anyone uses that.
+
+    16-bit floats are shown as words: the protocols have no name for bfloat16.
+    """
 
     def __init__(self, array: Array) -> None:
-        self._array = array
+        self._array, words = array, array.view(storage(array.dtype))
         if is_cupy(array):  # without a stream that would be waited for: what is lent is used where it is at home
-            self.__cuda_array_interface__ = {**getattr(array, "__cuda_array_interface__"), "stream": None}  # noqa: B009
+            self.__cuda_array_interface__ = {**getattr(words, "__cuda_array_interface__"), "stream": None}  # noqa: B009
         else:
-            self.__array_interface__ = array.__array_interface__
+            self.__array_interface__ = words.__array_interface__

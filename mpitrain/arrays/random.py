@@ -17,6 +17,7 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array, Shape
+from mpitrain.arrays import kernel
 from mpitrain.arrays.layout import Box
 from mpitrain.arrays.namespace import namespace
 
@@ -107,21 +108,28 @@ class Key:
         array of uint32, shape (n, columns[1] - columns[0])
             In the library of ``rows``.
         """
-        xp = namespace(rows)
         first, last = columns
         low, high = first // 4, -(-last // 4)
+        table = kernel.philox(rows, low, high, self.step, self.words)
+        if table is None:
+            table = self._blocks(rows, low, high)
+        found: Array = table[:, first - 4 * low : last - 4 * low]
+        return found
+
+    def _blocks(self, rows: Array, low: int, high: int) -> Array:
+        """Return the words of blocks of four, shape (n, 4 * (high - low))."""
+        xp = namespace(rows)
         index = rows.astype(xp.uint64)[:, None]
         blocks = xp.arange(low, high, dtype=xp.uint64)[None, :]
         words = philox4x32((blocks, index & _LOW, index >> _SHIFT, xp.uint64(self.step)), self.words)
         shape = (rows.shape[0], high - low)
-        table = xp.stack([xp.broadcast_to(w, shape) for w in words], axis=-1).astype(xp.uint32)
-        found: Array = table.reshape(shape[0], 4 * (high - low))[:, first - 4 * low : last - 4 * low]
-        return found
+        table: Array = xp.stack([xp.broadcast_to(w, shape) for w in words], axis=-1).astype(xp.uint32)
+        return table.reshape(shape[0], 4 * (high - low))
 
     def uniform(self, rows: Array, columns: tuple[int, int], dtype: Any = np.float32) -> Array:
         """Return values in [0, 1): 24 random bits each for float32, 53 for float64 (shape as `bits`)."""
         if np.dtype(dtype) == np.float32:
-            return (self.bits(rows, columns) >> 8).astype(np.float32) * np.float32(2.0**-24)
+            return unit_interval(self.bits(rows, columns))
         words = self.bits(rows, (2 * columns[0], 2 * columns[1])).astype(np.uint64)
         return ((words[:, ::2] >> np.uint64(5)) * 2.0**26 + (words[:, 1::2] >> np.uint64(6))) * 2.0**-53
 
@@ -156,6 +164,11 @@ class Key:
         else:
             values = _box_muller(self.bits(rows, (2 * columns[0], 2 * columns[1])))
         return values.reshape(*lead_shape, columns[1] - columns[0]) if box else values.reshape(())
+
+
+def unit_interval(words: Array) -> Array:
+    """Turn random 32-bit words into float32 values in [0, 1), by the upper 24 bits of each."""
+    return (words >> 8).astype(np.float32) * np.float32(2.0**-24)
 
 
 def _box_muller(words: Array) -> Array:

@@ -106,6 +106,11 @@ def _verify(
 
     check_no_launcher(ranks or 2)
     given = Job.load(job, overrides)
+    if given.precision.mixed:
+        raise JobError(
+            "what differs between layouts in 16 bits is rounding", operation="precision.compute",
+            got=given.precision.compute, remedy="verify the layouts in float64: --set 'precision={}'",
+        )  # fmt: skip
     if not given.reproducible and not any(each.partition("=")[0].strip() == "dtype" for each in overrides):
         overrides = ("dtype=float64", *overrides)
     sides = side(mesh) if mesh else Side(f"{ranks or 2} ranks", ranks or 2), side(against)

@@ -52,6 +52,10 @@ class Progress:
         Learning rate of the last step.
     stop_requested : bool
         Some rank was asked to stop (`Method.request_stop`).
+    skipped : int
+        Of all units done, those that changed nothing, for float16 had overflowed (`Precision`).
+    loss_scale : float, optional
+        Of the next step; None where the loss is not scaled.
     """
 
     step: int
@@ -59,6 +63,8 @@ class Progress:
     samples: int
     lr: float
     stop_requested: bool
+    skipped: int = 0
+    loss_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,13 @@ class Method(ABC):
 
     params: ParameterSource
     step: int
+    skipped: int = 0
+    """Of these steps, those that changed nothing."""
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the next step's loss is multiplied by; None where it is not scaled."""
+        return None
 
     @abstractmethod
     def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:

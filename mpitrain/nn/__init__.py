@@ -15,7 +15,7 @@ from mpitrain.nn.layernorm import LayerNorm
 from mpitrain.nn.linear import Linear
 from mpitrain.nn.loss import Loss
 from mpitrain.nn.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
-from mpitrain.nn.model import Model, Reduce
+from mpitrain.nn.model import MixedModel, Model, Reduce
 from mpitrain.nn.network import Network
 from mpitrain.nn.pool import Pool
 from mpitrain.nn.pooling import AvgPool2d, MaxPool2d
@@ -23,6 +23,7 @@ from mpitrain.nn.positions import PositionEmbedding
 from mpitrain.nn.presets import LOSSES, MODELS
 from mpitrain.nn.recompute import Recompute
 from mpitrain.nn.unembedding import Unembedding
+from mpitrain.nn.wide import in_float32
 
 __all__ = [
     "ACTIVATIONS",
@@ -48,6 +49,7 @@ __all__ = [
     "Loss",
     "MaxPool2d",
     "MeanSquaredError",
+    "MixedModel",
     "Model",
     "Network",
     "Parameter",
@@ -63,4 +65,5 @@ __all__ = [
     "Unembedding",
     "check_layer",
     "check_loss",
+    "in_float32",
 ]

@@ -7,6 +7,7 @@ from math import pi, sqrt
 
 from mpitrain._typing import Array, Tree
 from mpitrain.nn.layer import Call, Context, Layer
+from mpitrain.nn.wide import in_float32
 
 
 class Activation(Layer):
@@ -48,6 +49,7 @@ class ReLU(Activation):
         call.xp.greater(y, 0, out=out)
 
 
+@in_float32
 class Tanh(Activation):
     """The hyperbolic tangent."""
 
@@ -61,6 +63,7 @@ class Tanh(Activation):
         call.xp.subtract(1, out, out=out)
 
 
+@in_float32
 class Sigmoid(Activation):
     """1 / (1 + exp(−x)), without overflow and accurate in both tails."""
 
@@ -74,6 +77,7 @@ class Sigmoid(Activation):
         out *= y
 
 
+@in_float32
 class GELU(Activation):
     """x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))): the tanh form of the Gaussian error linear unit.
 

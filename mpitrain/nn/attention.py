@@ -10,11 +10,13 @@ from mpitrain._typing import Array, Tree
 from mpitrain.nn import checks
 from mpitrain.nn.layer import Call, Context, Layer
 from mpitrain.nn.reductions import row_sums
+from mpitrain.nn.wide import in_float32
 
 _BLOCK = 64
 """Queries that are taken at a time.  Keys beyond the block's last query are left out, not masked."""
 
 
+@in_float32
 class CausalAttention(Layer):
     """``softmax(Q Kᵀ / √size) V`` of each head, over the past alone: (n, t, 3 · heads · size) to (n, t, heads · size).
 

@@ -13,8 +13,10 @@ from mpitrain.nn import checks
 from mpitrain.nn.initial import ones, zeros
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
 from mpitrain.nn.reductions import column_sums
+from mpitrain.nn.wide import in_float32
 
 
+@in_float32
 class BatchNorm(Layer):
     """Normalise each feature over the batch, then scale and shift: ``y = gamma (x − mean) / √(var + eps) + beta``.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mpitrain._errors import DataError
 from mpitrain._typing import Array, Tree
 from mpitrain.arrays import Group, is_cupy
+from mpitrain.arrays.dtypes import accumulator
 from mpitrain.nn import checks
 from mpitrain.nn.initial import normal
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
@@ -93,7 +94,7 @@ def add_rows(table: Array, numbers: Array, values: Array, call: Call) -> None:
     starts = xp.flatnonzero(starts_run)
     rows = call.take(values.shape, values.dtype)
     gather_rows(values, order, rows)
-    table[ordered[starts]] += xp.add.reduceat(rows, starts, axis=0)
+    table[ordered[starts]] += xp.add.reduceat(rows, starts, axis=0, dtype=accumulator(rows.dtype))
     call.give(rows)
 
 

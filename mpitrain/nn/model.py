@@ -85,3 +85,30 @@ class Model(ABC):
     @abstractmethod
     def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
         """Turn added `sums` into metrics: ``loss``, and e.g. ``accuracy`` and ``confusion`` or ``r2``."""
+
+
+class MixedModel(Model):
+    """A model that also computes in 16 bits: in the dtype of the parameters that it is handed."""
+
+    @abstractmethod
+    def scaled_gradients(
+        self,
+        params: ParameterSource,
+        batch: Batch,
+        grads: Gradients,
+        rng: Key,
+        reduce: Reduce | None = None,
+        scale: float = 1.0,
+    ) -> tuple[float, float]:
+        """Do as `loss_and_gradients`, with all that is added to ``grads`` multiplied by ``scale``.
+
+        Parameters
+        ----------
+        params : ParameterSource
+            Of the model's own dtype, or of float16 or bfloat16: then the passes are in that dtype.
+        grads : Gradients
+            Of the model's own dtype.
+        scale : float
+            Multiplies the gradient of the loss before it goes back through the layers, where small numbers would
+            vanish in float16; statistics too.  Loss and count, which are returned, are not scaled.
+        """

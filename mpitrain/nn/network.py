@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from mpitrain._errors import DataError
-from mpitrain._typing import Array
+from mpitrain._typing import Array, DType
 from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, namespace
-from mpitrain.arrays.dtypes import floating
-from mpitrain.nn.layer import Call, Layer
+from mpitrain.arrays.dtypes import accumulator, floating, is_half
+from mpitrain.arrays.products import half_products
+from mpitrain.nn.layer import Call, Context, Layer
 from mpitrain.nn.layout import layout_of
 from mpitrain.nn.loss import Loss
-from mpitrain.nn.model import Model, Reduce
+from mpitrain.nn.model import MixedModel, Reduce
 from mpitrain.nn.pool import Pool
+from mpitrain.nn.wide import copied
 
 _PREDICT_ROWS = 256
 """Samples that `Network.predict` takes at a time, so that its memory does not grow with the data set."""
@@ -25,7 +28,7 @@ _PREDICT_TOKENS = 2048
 """Tokens that it takes at a time, each of which becomes a sample's worth of features."""
 
 
-class Network(Model):
+class Network(MixedModel):
     """Trains a layer, most often a `Sequential`, with a loss.
 
     Parameters
@@ -68,14 +71,28 @@ class Network(Model):
         self, params: ParameterSource, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
     ) -> tuple[float, float]:
         """Add the gradient of the sum of the batch's losses to ``grads``; see `Model.loss_and_gradients`."""
+        return self.scaled_gradients(params, batch, grads, rng, reduce)
+
+    def scaled_gradients(
+        self,
+        params: ParameterSource,
+        batch: Batch,
+        grads: Gradients,
+        rng: Key,
+        reduce: Reduce | None = None,
+        scale: float = 1.0,
+    ) -> tuple[float, float]:
+        """See `MixedModel.scaled_gradients`; the loss is computed in float32 at least."""
         batch, count = self.prepared(batch, params), self.loss.count(batch)
         call = self.call(
-            batch.inputs, training=True, key=rng, index=batch.index, count=count, reduce=reduce,
+            batch.inputs, training=True, key=rng, index=batch.index, count=scale * count, reduce=reduce,
             complete=grads.complete,
         )  # fmt: skip
+        if is_half(params.layout.dtype):
+            call = replace(call, xp=half_products(call.xp))
         outputs, context = self.layer.forward(params.tree, batch.inputs, call)
-        loss_sum, loss_context = self.loss.forward(outputs, batch, self.pool)
-        d_outputs = self.loss.backward(loss_context)
+        loss_sum, loss_context = self.loss.forward(_in_full(outputs, context), batch, self.pool)
+        d_outputs = _scaled(self.loss.backward(loss_context), outputs.dtype, scale, loss_context)
         self.layer.backward(params.tree, grads.tree, context, d_outputs, call, want_dx=False)
         loss_context.release()
         context.release()
@@ -138,3 +155,18 @@ class Network(Model):
         dtype = inputs.dtype if self.layer.takes_indices else params.layout.dtype
         found: Array = xp.ascontiguousarray(inputs, dtype=dtype)
         return found
+
+
+def _in_full(outputs: Array, context: Context) -> Array:
+    """Return outputs in float32 at least."""
+    dtype = accumulator(outputs.dtype)
+    return outputs if dtype == outputs.dtype else copied(outputs, dtype, context)
+
+
+def _scaled(gradient: Array, dtype: DType, scale: float, context: Context) -> Array:
+    """Return a gradient times ``scale``, rounded once to the dtype of the layers."""
+    if scale == 1.0 and gradient.dtype == dtype:
+        return gradient
+    scaled = context.take(gradient.shape, dtype)
+    namespace(gradient).multiply(gradient, scale, out=scaled)
+    return scaled

@@ -31,13 +31,13 @@ def column_sums(x: Array, call: Call) -> Array:
     positions, features = prod(x.shape[1:-1]), x.shape[-1]
     sums = sample_sums(x, call)
     if positions != 1:  # none at all, where a sequence is divided among more ranks than it has places
-        sums = _ones(positions, x, call) @ sums.reshape(positions, features)
+        sums = call.xp.matmul(_ones(positions, x, call), sums.reshape(positions, features))
     return sums.reshape(features)
 
 
 def sample_sums(x: Array, call: Call) -> Array:
     """Return the sums over the first axis, shape ``x.shape[1:]``, as `column_sums` does; a new array."""
-    sums: Array = _ones(x.shape[0], x, call) @ x.reshape(x.shape[0], prod(x.shape[1:]))
+    sums: Array = call.xp.matmul(_ones(x.shape[0], x, call), x.reshape(x.shape[0], prod(x.shape[1:])))
     return sums.reshape(x.shape[1:])
 
 

@@ -72,8 +72,10 @@ class ModelAveraging(DataParallel):
         with phase("check"):
             own = replace(own, bad=float(own.bad or not all_finite(self.parts)))
             total = self._sum(own)
-            self._check_finite(not total.bad, microbatches)
+            taken = self._is_taken(not total.bad, microbatches)
         self.step += 1
+        if not taken:
+            own, total = own.untrained(), total.untrained()
         if own.count:
             with phase("update"):
                 self._update(own.count)
@@ -84,7 +86,10 @@ class ModelAveraging(DataParallel):
         return total
 
     def _average(self) -> None:
-        share = self._seen / float(self.comm.allreduce(np.float64(self._seen)))
+        total = float(self.comm.allreduce(np.float64(self._seen)))
+        if not total:  # all steps since were skipped
+            return
+        share = self._seen / total
         for array in (self.params.flat, *self.optimizer_state.values()):
             array *= array.dtype.type(share)
             self.comm.allreduce(array, out=array)

@@ -11,11 +11,13 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from mpitrain._errors import InputError
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Layout, is_cupy, plain
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Layout, is_cupy, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.codecs import Codec, CompressedSum, make_codec
+from mpitrain.method.precision import Precision
 from mpitrain.method.state import Read, State, fill, pieces_of
 from mpitrain.method.steps import Part, all_finite, clip, divide, reduce_gradients, update
+from mpitrain.nn.model import Reduce
 from mpitrain.optim import State as OptimizerState
 from mpitrain.optim import Terms
 from mpitrain.parallel import in_place
@@ -41,6 +43,8 @@ class DataParallel(Synchronous):
         Where parameters, gradients and optimizer state live.
     across : Communicator, optional
         The ranks that divide the model, see `Synchronous`; no codec then.
+    precision : Precision, optional
+        In which 16-bit type the passes are computed, see there; no codec with float16.
 
     Notes
     -----
@@ -65,17 +69,25 @@ class DataParallel(Synchronous):
         codec: str | Codec | None = None,
         allocator: Allocator = plain,
         across: Communicator | None = None,
+        precision: Precision | None = None,
     ) -> None:
-        super().__init__(comm, microbatches, bucket_bytes, allocator, across)
+        super().__init__(comm, microbatches, bucket_bytes, allocator, across, precision)
         self.codec = make_codec(codec) if isinstance(codec, str) else codec
         if self.codec and across:
             raise InputError(
                 "a codec keeps what it leaves out for whole tensors, which are divided", operation=type(self).__name__,
                 got=self.codec.name, remedy="use no codec, or leave out across",
             )  # fmt: skip
+        if self.codec and precision and precision.compute == "float16":
+            raise InputError(
+                "a codec would keep what it leaves out of steps that float16 makes overflow",
+                operation=type(self).__name__, got=self.codec.name, remedy="use no codec, or bfloat16",
+            )  # fmt: skip
 
     def _allocate(self, layout: Layout) -> None:
         self.params = FlatBuffer(layout, self._allocator)
+        if self.precision:
+            self._rounded = FlatBuffer(layout.astype(self.precision.dtype), self._allocator)
         self._common = self._common_gradients(layout)
         self.grads = self._common or GradientBuffer(layout, self._allocator)
         whole = layout.whole()
@@ -89,13 +101,23 @@ class DataParallel(Synchronous):
 
     def _common_gradients(self, layout: Layout) -> CommonGradients | None:
         """Return gradients that are summed while they are used, where that is possible."""
-        if self.codec or self._allocator is not plain or not self.reads_in_place:
+        if self.codec or self.precision or self._allocator is not plain or not self.reads_in_place:
             return None
         return in_place.everywhere(self.comm, layout, self.optimizer, self.plan)
 
     def _initialise(self) -> None:
         self.model.initialise(self.params, self.plan.key.child("init"))
         self._verify(self.params)
+
+    @property
+    def _read(self) -> FlatBuffer:
+        return self._rounded if self.precision else self.params
+
+    def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
+        if self.precision:
+            with self._overflowing():
+                self._rounded.flat[...] = self.params.flat
+        return super()._gradients(microbatches, grads, reduce)
 
     @property
     def optimizer_state(self) -> OptimizerState:
@@ -116,8 +138,10 @@ class DataParallel(Synchronous):
             self._reduce_gradients(total.count)
         with phase("check"):
             total = self._agreed(replace(total, bad=float(total.bad or not all_finite(self.parts))))
-            self._check_finite(not total.bad, microbatches)
+            taken = self._is_taken(not total.bad, microbatches)
         self.step += 1
+        if not taken:
+            return total.untrained()
         with phase("update"):
             self._update(total.count)
         return total
@@ -131,12 +155,12 @@ class DataParallel(Synchronous):
     def _update(self, count: float) -> None:
         """Divide, clip and update."""
         if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.params.flat):
-            self._update_mean(self.parts[0], Terms((self.parts[0].grads,), count))
+            self._update_mean(self.parts[0], Terms((self.parts[0].grads,), self._scale * count))
             return
-        divide(self.parts, count)
+        divide(self.parts, self._scale * count)
         reach = self._reach()
         clip(self.parts, self.plan, reach)
-        update(self.optimizer, self.parts, self.plan, self.step, reach)
+        update(self.optimizer, self.parts, self.plan, self.updates, reach)
 
     def state(self) -> State:
         """See `Method.state`."""

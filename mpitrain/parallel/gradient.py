@@ -16,6 +16,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, Layout, Shard, is_cupy, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.shard_plans import AllgatherPlan
+from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, Read
 from mpitrain.method.steps import Part, all_finite, clip, divide, update
 from mpitrain.optim import Terms
@@ -47,6 +48,9 @@ class GradientParallel(Synchronous):
         Where all memory of this rank's lives; None: where the ranks of a node share it, as far as they can.
     across : Communicator, optional
         The ranks that divide the model, see `Synchronous`.
+    precision : Precision, optional
+        In which 16-bit type parameters are gathered and the passes computed, see there; each rank then keeps the
+        float32 parameters of its shards.
 
     Notes
     -----
@@ -83,8 +87,9 @@ class GradientParallel(Synchronous):
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         allocator: Allocator | None = None,
         across: Communicator | None = None,
+        precision: Precision | None = None,
     ) -> None:
-        super().__init__(comm, microbatches, bucket_bytes, allocator or plain, across)
+        super().__init__(comm, microbatches, bucket_bytes, allocator or plain, across, precision)
         if stage not in (1, 2, 3):
             raise InputError(
                 "there is no such stage", operation="GradientParallel", got=stage, expected="1, 2 or 3",
@@ -108,18 +113,23 @@ class GradientParallel(Synchronous):
     def _place_gradients(self, layout: Layout) -> CommonGradients | WholeGradients | StreamedGradients:
         if self.stage > 1:
             return StreamedGradients(self.comm, layout, self.bucket_bytes, self._private, self._allocator)
-        common = None if self._private else in_place.by_owners(self.comm, layout, self.optimizer, self.plan)
+        common = None
+        if not (self._private or self.precision):
+            common = in_place.by_owners(self.comm, layout, self.optimizer, self.plan)
         return common or WholeGradients(self.comm, layout, self._private or self.comm.empty)
 
     def _allocate_parameters(self, layout: Layout) -> list[Array]:
         """Set ``params``, and what hands them out; return where this rank's shards are."""
         buckets, shards = self.grads.buckets, self.grads.shards
+        dtype = self.precision.dtype if self.precision else layout.dtype
         if self.stage == 3 and self.model.reads_by_layer:
-            self.params = ShardedParameters(self.comm, self.model, buckets, shards, self._private, self._allocator)
+            memory = self._private, self._allocator
+            self.params = ShardedParameters(self.comm, self.model, buckets, shards, *memory, dtype)
             return self.params.owned
-        self.params = FlatBuffer(layout, self._private or self.comm.shared)
+        self.params = FlatBuffer(layout.astype(dtype), self._private or self.comm.shared)
         self._gathers = [self._gather(*each) for each in zip(buckets, shards, strict=True)]
-        return [self.params.flat[shard.start : shard.stop] for shard in shards]
+        self._places = [self.params.flat[shard.start : shard.stop] for shard in shards]
+        return [self._allocator(shard.size, layout.dtype) for shard in shards] if self.precision else self._places
 
     def _part(self, shard: Shard, own: Array, sums: Array) -> Part:
         return Part(shard, own, sums, self.optimizer.init(shard, self._allocator))
@@ -129,7 +139,7 @@ class GradientParallel(Synchronous):
         return self.comm.allgather_plan(place, shard.start - bucket.start, shard.stop - bucket.start)
 
     def _initialise(self) -> None:
-        layout = self.params.layout
+        layout = self.model.layout
         if isinstance(self.params, ShardedParameters):
             for bucket, part in zip(self.grads.buckets, self.parts, strict=True):
                 self._begin(layout.select(segment.name for segment in bucket.segments), bucket.start, (part,))
@@ -150,12 +160,31 @@ class GradientParallel(Synchronous):
         if isinstance(self.params, ShardedParameters):
             self.params.release()
             return
+        if self.precision:
+            self._round()
         for gather in self._gathers:
             gather()
 
+    def _round(self) -> None:
+        """Write this rank's shards to where they are gathered, in 16 bits."""
+        with self._overflowing():
+            for place, part in zip(self._places, self.parts, strict=True):
+                place[...] = part.params
+
     def whole(self) -> FlatBuffer:
-        """See `Method.whole`; a copy in stage 3."""
+        """See `Method.whole`; a copy in stage 3, and where passes are in 16 bits."""
+        if self.precision:
+            return self._gathered()
         return self.params.whole() if isinstance(self.params, ShardedParameters) else self.params
+
+    def _gathered(self) -> FlatBuffer:
+        """Return all parameters as they are updated, in float32.  Collective: each bucket is gathered."""
+        found = FlatBuffer(self.model.layout, self._private or self.comm.shared)
+        for bucket, part in zip(self.grads.buckets, self.parts, strict=True):
+            place, start = found.flat[bucket.start : bucket.stop], part.shard.start - bucket.start
+            place[start : start + part.shard.size] = part.params
+            self.comm.allgather_plan(place, start, start + part.shard.size)()
+        return found
 
     def _train_step(self, microbatches: list[Batch]) -> Tally:
         phase = self.comm.phase
@@ -173,8 +202,10 @@ class GradientParallel(Synchronous):
             self.grads.reduce()
         with phase("check"):
             total = self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
-            self._check_finite(not total.bad, microbatches)
+            taken = self._is_taken(not total.bad, microbatches)
         self.step += 1
+        if not taken:
+            return total.untrained()
         with phase("update"):
             self._update(total.count)
         with phase("gather"):
@@ -184,14 +215,14 @@ class GradientParallel(Synchronous):
     def _update(self, count: float) -> None:
         """Divide, clip and update; in one pass where nothing is clipped."""
         if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
-            read = isinstance(self.params, FlatBuffer) and self.comm.transport == "shared"
+            read = isinstance(self.params, FlatBuffer) and not self.precision and self.comm.transport == "shared"
             for part in self.parts:
-                self._update_mean(part, Terms((part.grads,), count, parameters_are_read=read))
+                self._update_mean(part, Terms((part.grads,), self._scale * count, parameters_are_read=read))
             return
-        divide(self.parts, count)
+        divide(self.parts, self._scale * count)
         reach = self._reach(self.comm)
         clip(self.parts, self.plan, reach)
-        update(self.optimizer, self.parts, self.plan, self.step, reach)
+        update(self.optimizer, self.parts, self.plan, self.updates, reach)
 
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""

@@ -94,7 +94,7 @@ class LaneSteps(Synchronous):
         with phase("update"):
             divide(self.parts, total.count)
             clip(self.parts, self.plan, tiles=self._tiles)
-            update(self.optimizer, self.parts, self.plan, self.step, tiles=self._tiles)
+            update(self.optimizer, self.parts, self.plan, self.updates, tiles=self._tiles)
         with phase("gather"):
             self._hand_out()
         return total

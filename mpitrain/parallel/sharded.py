@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mpitrain._errors import InputError
-from mpitrain._typing import Array
+from mpitrain._typing import Array, DType
 from mpitrain.arrays import Allocator, FlatBuffer, Layout, Loans, ParameterTree, Shard, namespace, nest
 from mpitrain.comm import Communicator
 from mpitrain.comm.shard_plans import AllgatherPlan
@@ -39,6 +39,8 @@ class ShardedParameters(Piecewise):
         Where passages come from, collectively; None: where the ranks of a node share them, as far as they can.
     own : Allocator
         Where the shards' memory comes from.
+    dtype : dtype, optional
+        What parameters are gathered in; None: in the layout's dtype, which the shards have.
 
     Attributes
     ----------
@@ -66,9 +68,11 @@ class ShardedParameters(Piecewise):
         shards: Sequence[Shard],
         common: Allocator | None,
         own: Allocator,
+        dtype: DType | None = None,
     ) -> None:
         layout = model.layout
-        self.layout, self.buckets, self._shards, self._layer_of = layout, buckets, shards, model.layer_of
+        self.layout, self._layer_of = layout.astype(dtype or layout.dtype), model.layer_of
+        self.buckets, self._shards = buckets, shards
         self.owned = [own(shard.size, layout.dtype) for shard in shards]
         self.xp = namespace(own(0, layout.dtype))
         self._allocate = common or comm.shared

@@ -9,6 +9,7 @@ from __future__ import annotations
 import reprlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from math import prod
 from typing import Any, ClassVar
@@ -17,10 +18,11 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Layout
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
+from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, Piece, Read, State, box_size, fill, pieces_of
 from mpitrain.method.steps import Part, Reach, add_sums, check_finite, verify_replicas
 from mpitrain.nn.model import Model, Reduce
@@ -44,6 +46,10 @@ class Tally:
     def __add__(self, other: Tally) -> Tally:
         return Tally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
+    def untrained(self) -> Tally:
+        """Return that of a step that was skipped: nothing was learnt from its samples."""
+        return Tally(stops=self.stops)
+
 
 class Synchronous(Method):
     """All ranks take every step together, each on its share of the batch.
@@ -59,6 +65,15 @@ class Synchronous(Method):
     across : Communicator, optional
         The ranks that divide the model and see the same samples, the ``"tensor"`` axis of a mesh of which ``comm`` is
         another axis; None: each rank of ``comm`` has all of the model.
+    precision : Precision, optional
+        In which 16-bit type the passes are computed; None: in the model's own type.
+
+    Attributes
+    ----------
+    step : int
+        Steps done since training began.
+    skipped : int
+        Of these, the ones that changed nothing, see `Precision`.
 
     Notes
     -----
@@ -80,13 +95,14 @@ class Synchronous(Method):
         bucket_bytes: int,
         allocator: Allocator,
         across: Communicator | None = None,
+        precision: Precision | None = None,
     ) -> None:
         for name, value in (("microbatches", microbatches), ("bucket_bytes", bucket_bytes)):
             if value < 1:
                 raise InputError(
                     f"{name} is too small", operation=type(self).__name__, got=value, expected="at least 1"
                 )
-        self.comm, self.across = comm, across
+        self.comm, self.across, self.precision = comm, across, precision
         self.microbatches = microbatches
         self.bucket_bytes = bucket_bytes
         self._allocator = allocator
@@ -95,9 +111,12 @@ class Synchronous(Method):
     def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:
         """See `Method.setup`."""
         self.model, self.optimizer, self.plan = model, optimizer, plan
-        self.step = 0
+        self.step = self.skipped = 0
+        self._scaler, self._scale = (self.precision.scaler() if self.precision else None), 1.0
         self._feed: Feed | None = None
         self._terms = [segment.name for segment in model.layout if segment.axes - {"data"}]
+        if self.precision:
+            self._mixed = self.precision.check(model, self._allocator(0, model.layout.dtype))
         self._allocate(model.layout)
         self._initialise()
 
@@ -140,9 +159,19 @@ class Synchronous(Method):
                 microbatches = [batch for share in mine for batch in share.batch(self.step)]
             with self.comm.phase("step"):
                 total += self._train_step(microbatches)
-        lr = self.plan.schedule(max(self.step, 1))
+        lr = self.plan.schedule(max(self.updates, 1))
         loss = total.loss / total.count if total.count else float("nan")
-        return Progress(self.step, loss, int(total.samples), lr, bool(total.stops))
+        return Progress(self.step, loss, int(total.samples), lr, bool(total.stops), self.skipped, self.loss_scale)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the next step's loss is multiplied by; None where it is not scaled."""
+        return self._scaler.scale if self._scaler else None
+
+    @property
+    def updates(self) -> int:
+        """How many steps changed the parameters; optimizers and schedules of learning rates count these."""
+        return self.step - self.skipped
 
     @property
     def shares(self) -> tuple[tuple[int, int], ...]:
@@ -167,18 +196,34 @@ class Synchronous(Method):
         return True
 
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
-        """Sum the gradients of this rank's samples into ``grads``."""
+        """Sum the gradients of this rank's samples, times the scale of this step, into ``grads``."""
         grads.zero()
+        self._scale = self._scaler.scale if self._scaler else 1.0
         rng = self.plan.key.child("train").at(self.step)
         loss_sum = count = 0.0
         for number, batch in enumerate(microbatches):
             key = rng.child(f"microbatch{number}")
-            found = self.model.loss_and_gradients(self.params, batch, grads, key, reduce)
-            loss, weight = _two_numbers(found)
+            loss, weight = _two_numbers(self._pass(batch, grads, key, reduce))
             loss_sum, count = loss_sum + loss, count + weight
             grads.end_pass()
         samples = sum(len(batch) for batch in microbatches)
         return Tally(loss_sum, count, samples, float(self._stop), float(not np.isfinite(loss_sum)))
+
+    def _pass(self, batch: Batch, grads: Gradients, key: Key, reduce: Reduce | None) -> Any:
+        """Run the model forward and backward."""
+        if self.precision is None:
+            return self.model.loss_and_gradients(self._read, batch, grads, key, reduce)
+        with self._overflowing():
+            return self._mixed.scaled_gradients(self._read, batch, grads, key, reduce, self._scale)
+
+    @property
+    def _read(self) -> ParameterSource:
+        """Where passes read parameters; in 16 bits, they are others than those that are updated."""
+        return self.params
+
+    def _overflowing(self) -> AbstractContextManager[Any]:
+        """Return a context in which float16 may overflow, for that is looked for, without a warning."""
+        return np.errstate(over="ignore", invalid="ignore") if self._scaler else nullcontext()
 
     def _step_in_place(
         self, grads: CommonGradients, own: Tally, microbatches: list[Batch], parameters_are_read: bool
@@ -200,8 +245,8 @@ class Synchronous(Method):
         return total
 
     def _update_mean(self, part: Part, terms: Terms) -> None:
-        lr = self.plan.schedule(self.step)
-        self.optimizer.update_mean(part.params, terms, part.state, lr, self.step, part.shard)
+        lr = self.plan.schedule(self.updates)
+        self.optimizer.update_mean(part.params, terms, part.state, lr, self.updates, part.shard)
 
     def _check_sums(self, summed: Part, own: Tally, microbatches: list[Batch]) -> None:
         """Look at the sums themselves, as a rank found something not to be finite, or its square."""
@@ -229,11 +274,31 @@ class Synchronous(Method):
         self.comm.allreduce(array, out=array)
         return array
 
+    def _is_taken(self, good: bool, microbatches: list[Batch]) -> bool:
+        """Tell whether a step is taken: where the loss is scaled, it is skipped unless all is well.
+
+        Parameters
+        ----------
+        good : bool
+            Whether loss and gradients are finite, on all ranks of all axes; the same on all of these.
+
+        Raises
+        ------
+        NonFiniteError
+            They are not, and the loss is not scaled, or too many steps in a row were skipped.
+        """
+        if self._scaler is None:
+            self._check_finite(good, microbatches)
+            return True
+        self._scaler.judge(good, self.step + 1)
+        self.skipped += not good
+        return good
+
     def _check_finite(self, good: bool, microbatches: list[Batch], parts: Sequence[Part] = ()) -> None:
         """End the run unless all is well; else compute this rank's part again by itself, to see who is at fault."""
 
         def own_part_finite() -> bool:
-            grads = FlatBuffer(self.params.layout, self._allocator)
+            grads = FlatBuffer(self.params.layout.astype(self.model.layout.dtype), self._allocator)
             alone = self._gradients(microbatches, grads, None)  # BatchNorm spread one rank's trouble to all
             return not alone.bad and finite(grads.flat)
 
@@ -270,7 +335,12 @@ class Synchronous(Method):
                 pieces += pieces_of(f"optimizer.{slot}", array, part.shard, self.kind)
         if self.across and self.across.rank > 0:  # what all ranks hold, the first one gives
             pieces = [piece for piece in pieces if box_size(piece.box) < prod(piece.global_shape)]
-        return State(tuple(pieces), {"step": self.step})
+        scalars: dict[str, Any] = {"step": self.step}
+        if self.skipped:
+            scalars["skipped"] = self.skipped
+        if self._scaler:
+            scalars["loss_scale"] = self._scaler.state()
+        return State(tuple(pieces), scalars)
 
     def load(self, scalars: Mapping[str, Any], read: Read) -> None:
         """See `Method.load`."""
@@ -278,7 +348,9 @@ class Synchronous(Method):
             for slot, array in part.state.items():
                 fill(f"optimizer.{slot}", array, part.shard, read)
         self.load_parameters(read)
-        self.step = int(scalars["step"])
+        self.step, self.skipped = int(scalars["step"]), int(scalars.get("skipped", 0))
+        if self._scaler and "loss_scale" in scalars:
+            self._scaler.load(scalars["loss_scale"])
 
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, islice
-from math import prod
+from math import floor, log2, prod
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mpitrain.arrays import Batch, Key, device, plain
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.codecs import make_codec
 from mpitrain.data import Batches, Dataset, Standardise
-from mpitrain.method import Method, Plan
+from mpitrain.method import Method, Plan, Precision
 from mpitrain.nn import Layer, Loss, Model, Network
 from mpitrain.parallel import (
     DataParallel,
@@ -127,7 +127,7 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     feed, axes = _batches(job, samples.train), axes_of(job, comm)
     _check_lanes(job, feed)
     model = build_model(job, samples.facts, axes.tensor)
-    method = _method(job, axes, model, samples.facts)
+    method = _method(job, axes, model, samples.facts, feed.batch_size)
     steps_per_epoch = feed.share(*method.shares[0], job.method.microbatches).steps_per_epoch
     steps = job.train.steps or (job.train.epochs or 1) * steps_per_epoch
     method.setup(model, optimizer or job_optimizer(job), _plan(job, feed.batch_size, steps))
@@ -135,7 +135,7 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     held_out = {kind: partial(batches, part) for kind, part in samples.held_out.items()}
     title = (
         f"{job.name}: {model.layout.global_parameter_count:,} parameters, {len(samples.train):,} samples, "
-        f"batches of {feed.batch_size}, {steps:,} steps on {_ranks(comm, axes)}"
+        f"batches of {feed.batch_size}, {steps:,} steps on {_ranks(comm, axes)}{_passes(job)}"
     )
     cadence = _cadence(job, steps, steps_per_epoch)
     parts = Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
@@ -145,6 +145,13 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
 
 def _ranks(comm: Communicator, axes: Axes) -> str:
     return f"{comm.size} rank{'s' if comm.size > 1 else ''}{axes.words and f', {axes.words}'}"
+
+
+def _passes(job: Job) -> str:
+    precision = job.precision
+    if not precision.mixed:
+        return ""
+    return f", passes in {precision.compute}{', which the CPU emulates' if job.device == 'cpu' else ''}"
 
 
 def _check_lanes(job: Job, feed: Batches) -> None:
@@ -349,7 +356,7 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
     return Plan(Key(job.seed), course, steps, section.clip_norm, section.clip_value)
 
 
-def _method(job: Job, axes: Axes, model: Model, facts: Facts) -> Synchronous:
+def _method(job: Job, axes: Axes, model: Model, facts: Facts, batch_size: int) -> Synchronous:
     section, on_gpu = job.method, job.device == "gpu"
     if axes.pipes:
         whole = build_model(job, facts) if axes.tensor else model
@@ -358,7 +365,7 @@ def _method(job: Job, axes: Axes, model: Model, facts: Facts) -> Synchronous:
         made = ReproducibleGradientParallel if section.kind == "gradient" else ReproducibleDataParallel
         return made(axes.data, lanes=job.lanes, microbatches=section.microbatches)
     options: dict[str, Any] = {"microbatches": section.microbatches, "bucket_bytes": section.bucket_bytes}
-    comm = axes.data
+    comm, options["precision"] = axes.data, _precision(job, facts, batch_size)
     if section.kind == "gradient":
         return GradientParallel(
             comm, across=axes.tensor, stage=section.stage, allocator=device if on_gpu else None, **options
@@ -398,3 +405,12 @@ def _cadence(job: Job, steps: int, steps_per_epoch: int) -> Cadence:
 
 
 __all__ = ["Assembly", "Samples", "assemble", "build_model", "job_optimizer", "load_samples", "single_numbers"]
+
+
+def _precision(job: Job, facts: Facts, batch_size: int) -> Precision | None:
+    section = job.precision
+    if not section.mixed:
+        return None
+    options = section.model_dump(exclude={"initial_scale"})
+    labels = batch_size * (prod(facts.sample_shape) if facts.task == "sequence" else 1)
+    return Precision(**options, initial_scale=section.initial_scale or 2.0 ** floor(16 - log2(labels)))

@@ -103,7 +103,8 @@ def train_job(
     -------
     dict
         What ``result.json`` holds: ``job, ranks, steps, seconds, loss, metrics, weights_sha256, run_dir, report,
-        stopped, completed``, and for a classification ``confusion`` and ``classes``.  The same on all ranks.
+        stopped, completed``, for a classification ``confusion`` and ``classes``, and in float16 ``loss_scale`` and
+        ``skipped_steps``.  The same on all ranks.
 
     Notes
     -----
@@ -260,6 +261,8 @@ def _finish(
         "stopped": stopped,
         "completed": trainer.completed,
     }
+    if trainer.method.loss_scale is not None:
+        result |= {"loss_scale": trainer.method.loss_scale, "skipped_steps": trainer.method.skipped}
     if "confusion" in metrics["test"]:
         result["confusion"] = metrics["test"]["confusion"].tolist()
         result["classes"] = list(trainer.parts.samples.train.class_names)

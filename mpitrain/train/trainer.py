@@ -121,7 +121,10 @@ class Trainer:
     def _log(self, progress: Progress, seconds: float) -> None:
         rate = progress.samples / max(seconds, 1e-9)
         self.standing.loss = progress.loss if isfinite(progress.loss) else None
-        self._record("train", {"loss": progress.loss, "lr": progress.lr, "samples_per_s": rate})
+        numbers = {"loss": progress.loss, "lr": progress.lr, "samples_per_s": rate}
+        if progress.loss_scale is not None:
+            numbers |= {"loss_scale": progress.loss_scale, "skipped_steps": progress.skipped}
+        self._record("train", numbers)
 
     def final(self, kind: str) -> dict[str, Any]:
         """Return the metrics of a held-out set as things stand, from the last evaluation if nothing moved since."""

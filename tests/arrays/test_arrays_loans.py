@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpitrain.arrays.dtypes import half
 from mpitrain.arrays.loans import Loans
 
 
@@ -26,6 +27,21 @@ def test_what_is_lent_is_the_memory_itself(memory, loans):
     lent[1, 2] = -1
     assert memory[5] == -1
     assert (lent.shape, lent.dtype, loans.lend("empty").shape) == ((2, 3), memory.dtype, (0, 4))
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "bool", "int64"])
+def test_what_is_lent_has_its_type(name):
+    memory = np.arange(6).astype(half(name, "test"))
+    loans = Loans({"a": memory[2:].reshape(2, 2)}, np)
+    lent = loans.lend("a")
+    assert (lent.dtype, lent.shape) == (memory.dtype, (2, 2))
+    lent[0, 1] = 0
+    assert memory.astype(int).tolist() == (np.arange(6).astype(memory.dtype).astype(int) * [1, 1, 1, 0, 1, 1]).tolist()
+    view = lent[1]
+    del lent
+    assert loans.held(["a"]) == ["a"]
+    del view
+    assert loans.held(["a"]) == []
 
 
 def torch_tensor(lent: np.ndarray) -> Any:

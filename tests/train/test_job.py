@@ -111,7 +111,7 @@ def test_all_problems_are_listed_a_line_each():
         '--set: method.kind: is not one of the choices; got []; expected "data_parallel" or "gradient" or "pipeline"',
         '--set: train.batch_size: is not a batch size; got 0; expected integer ≥ 1 or "full"',
         "a.toml: sead: unknown key; expected one of name, seed, dtype, device, reproducible, lanes, data, model, "
-        'optimizer, method, mesh, train; did you mean "seed"?',
+        'optimizer, method, mesh, precision, train; did you mean "seed"?',
     ]
 
 

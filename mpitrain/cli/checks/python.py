@@ -14,9 +14,12 @@ from threadpoolctl import threadpool_info
 
 import mpitrain
 from mpitrain import _env
+from mpitrain.arrays import kernel as arrays_kernel
 from mpitrain.cli.checks.finding import Finding, ok, warn
+from mpitrain.comm.codecs import kernel as codecs_kernel
 from mpitrain.comm.launch import library
 from mpitrain.comm.transports import entry, kernel
+from mpitrain.optim import kernel as optim_kernel
 
 _EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "torch": "torch"}
 """Module and distribution of what is needed for some jobs only; CuPy is looked at with the GPUs."""
@@ -34,10 +37,17 @@ def package() -> Finding:
 
 
 def loops() -> Finding:
-    """Whether the compiled loops of the shared transport are there."""
-    if kernel.library() is None:
+    """Whether the compiled loops are there."""
+    parts = {
+        "the shared transport": kernel,
+        "optimizers": optim_kernel,
+        "codecs": codecs_kernel,
+        "random values": arrays_kernel,
+    }
+    lacking = [name for name, each in parts.items() if each.library() is None]
+    if lacking:
         return warn(
-            "not compiled, or of another version: NumPy does the work of the shared transport, slower",
+            f"not compiled, or of another version: NumPy does the work of {', '.join(lacking)}, slower",
             "install a C compiler, then pip install --force-reinstall --no-deps mpitrain",
         )
     if not _env.kernel():

@@ -7,6 +7,7 @@ holds options only; what it remembers from step to step is the caller's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpitrain._options import COUNT, Checked, option
@@ -49,7 +50,15 @@ class Codec(Checked, ABC):
         return {}
 
     @abstractmethod
-    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key) -> Array:
+    def sum(
+        self,
+        comm: Communicator,
+        values: FlatBuffer,
+        state: State,
+        key: Key,
+        out: Mapping[str, Array],
+        others: list[Array],
+    ) -> None:
         """Sum over all ranks.  Collective.
 
         Parameters
@@ -63,9 +72,9 @@ class Codec(Checked, ABC):
             What `init` gave; updated in place.
         key : Key
             For what is random in this step; the same on all ranks.
-
-        Returns
-        -------
-        array, shape (values.layout.size,), of the dtype of ``values``
-            The same bits on all ranks.  If a rank hands in what is not finite, some of the result is not finite.
+        out : dict of str to array
+            Contiguous, of the shape and dtype of each tensor: becomes the sum, the same bits on all ranks.  If a rank
+            hands in what is not finite, some of the sum is not finite.
+        others : list of array
+            Of the dtype of ``values``; each is replaced by its sum, uncompressed.
         """

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, plain
+from mpitrain._typing import Array
+from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, is_cupy, plain
 from mpitrain.arrays.dtypes import floating
-from mpitrain.arrays.flatbuffer import views
 from mpitrain.comm.codecs.codec import Codec
 from mpitrain.comm.communicator import Communicator
+
+_BLOCK = 1 << 15
+"""Elements that are computed on at a time."""
 
 
 class Kept(NamedTuple):
@@ -53,8 +57,8 @@ class CompressedSum:
     mean gradients handed out and all ranks' residuals add up to all mean gradients, but for rounding.  Source:
     Karimireddy, Rebjock, Stich, Jaggi, "Error feedback fixes SignSGD", ICML 2019, algorithm 2.
 
-    The tensors that the codec does not take are summed by one allreduce.  Memory: the size of the compressed tensors
-    for the residual, and about three times that while a sum is taken.
+    The tensors that the codec does not take are summed in full, on a message of the codec's where that is possible.
+    Memory: the size of the compressed tensors for the residual, and about as much while a sum is taken.
     """
 
     def __init__(
@@ -81,22 +85,28 @@ class CompressedSum:
             What the sum will be divided by, the same on all ranks.  The residual is kept as part of a mean, lest what a
             large batch left over weigh more in a small one.
         """
+        others = [grads.views[name] for name in self._others]
         if self.residual.layout.size:
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is the caller's to find in the sum
-                self._reduce_taken(grads, step, count)
-        others = [grads.views[name] for name in self._others]
-        if others:
+                self._reduce_taken(grads, step, count, others)
+        elif others:
             self.comm.allreduce(others, out=others)
 
-    def _reduce_taken(self, grads: FlatBuffer, step: int, count: float) -> None:
+    def _reduce_taken(self, grads: FlatBuffer, step: int, count: float, others: list[Array]) -> None:
         terms = self.residual
-        terms.flat *= count
-        for segment in terms.layout:
-            terms.views[segment.name] += grads.views[segment.name]
-        total = views(terms.layout, self.codec.sum(self.comm, terms, self.codec_state, self._key.at(step)))
-        for segment in terms.layout:
-            grads.views[segment.name][...] = total[segment.name]
+        for own, new in self._blocks(grads):
+            own *= count
+            own += new
+        self.codec.sum(self.comm, terms, self.codec_state, self._key.at(step), grads.views, others)
         terms.flat /= count
+
+    def _blocks(self, grads: FlatBuffer) -> Iterator[tuple[Array, Array]]:
+        """Cut residual and gradients into blocks that stay in a CPU's cache."""
+        for name in (segment.name for segment in self.residual.layout):
+            own, new = self.residual.views[name].reshape(-1), grads.views[name].reshape(-1)
+            step = max(1, own.size) if is_cupy(own) else _BLOCK
+            for begin in range(0, own.size, step):
+                yield own[begin : begin + step], new[begin : begin + step]
 
     @property
     def kept(self) -> tuple[Kept, ...]:

@@ -8,8 +8,11 @@ and what the owner rounds away is left in its own error.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
+
+import numpy as np
 
 from mpitrain._typing import Array, DType
 from mpitrain.arrays import FlatBuffer, Key, namespace
@@ -20,7 +23,7 @@ from mpitrain.comm.communicator import Communicator
 Wire = tuple[Array, ...]
 """What travels instead of an array of shape (rows, n): arrays that have as many rows."""
 
-_CHUNK = 1 << 14
+_CHUNK = 1 << 16
 """At least so many values are rounded at a time."""
 
 
@@ -64,7 +67,15 @@ class Format(Codec):
         """Return what travels instead of the elements ``begin`` to ``end`` of each row; ``begin`` is whole units."""
         return tuple(array[..., begin:end] for array in wire)
 
-    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key) -> Array:
+    def sum(
+        self,
+        comm: Communicator,
+        values: FlatBuffer,
+        state: State,
+        key: Key,
+        out: Mapping[str, Array],
+        others: list[Array],
+    ) -> None:
         """See `Codec.sum`."""
         flat, xp = values.flat, namespace(values.flat)
         width = -(-flat.size // comm.size)
@@ -73,39 +84,49 @@ class Format(Codec):
         if padded:
             rows.reshape(-1)[: flat.size] = flat
 
-        owned, total = xp.empty((1, width), flat.dtype), xp.empty_like(rows)  # row r: the elements that rank r owns
-        wire = comm.alltoall(self._take(rows, key.child(f"rank{comm.rank}"), 0))
-        for begin, end in self._chunks(rows):
+        owned = xp.empty((1, width), flat.dtype)  # row r: the elements that rank r owns
+        sent = self._take(rows, key.child(f"rank{comm.rank}"), 0)
+        wire = from_bytes(comm.alltoall(as_bytes(sent)), sent)
+        for begin, end in self._chunks(rows, 0, width):
             found = self.decode(self.part(wire, begin, end), flat.dtype)
             found.sum(axis=0, keepdims=True, out=owned[:, begin:end])
 
-        wire = self._take(owned, key.child("sum"), comm.rank * width)
+        sent = self._take(owned, key.child("sum"), comm.rank * width)
         rows[comm.rank] += owned[0]
-        wire = comm.allgather(tuple(part[0] for part in wire))
-        for begin, end in self._chunks(rows):
-            total[:, begin:end] = self.decode(self.part(wire, begin, end), flat.dtype)
-
+        wire = from_bytes(comm.allgather(as_bytes(tuple(part[0] for part in sent))), sent)
+        for segment in values.layout:
+            self._read(wire, segment.offset, out[segment.name].reshape(-1))
         if padded:
             flat[...] = rows.reshape(-1)[: flat.size]
-        result: Array = total.reshape(-1)[: flat.size]
-        return result
+        if others:
+            comm.allreduce(others, out=others)
 
     def _take(self, rows: Array, key: Key, start: int) -> Wire:
         """Return what travels instead of rows, and leave there what is rounded away."""
         n, found = rows.shape[1], []
         for row in range(len(rows)):
-            for begin, end in self._chunks(rows):
+            for begin, end in self._chunks(rows, 0, n):
                 chunk = rows[row : row + 1, begin:end]
                 found.append(self.encode(chunk, key, start + row * n + begin))
                 chunk -= self.decode(found[-1], rows.dtype)
         join = namespace(rows).concatenate
         return tuple(join(parts, axis=1).reshape(len(rows), -1) for parts in zip(*found, strict=True))
 
-    def _chunks(self, rows: Array) -> list[tuple[int, int]]:
-        """Cut rows, at least into one part, so that what is computed on the way stays in a CPU's cache."""
-        n = rows.shape[1]
-        step = max(1, n) if is_cupy(rows) else self.unit * -(-_CHUNK // self.unit)
-        return [(begin, min(begin + step, n)) for begin in range(0, max(1, n), step)]
+    def _read(self, wire: Wire, offset: int, out: Array) -> None:
+        """Write the values of a tensor, which may begin and end anywhere in the rows that were encoded."""
+        width = wire[0].shape[1]
+        for row in range(offset // width, -(-(offset + out.size) // width)):
+            own = tuple(array[row : row + 1] for array in wire)
+            first = row * width - offset  # where in the tensor the row begins
+            start, stop = max(-first, 0), min(out.size - first, width)
+            for begin, end in self._chunks(wire[0], start // self.unit * self.unit, stop):
+                values = self.decode(self.part(own, begin, end), out.dtype)[0]
+                out[first + max(begin, start) : first + end] = values[max(begin, start) - begin :]
+
+    def _chunks(self, array: Array, start: int, stop: int) -> list[tuple[int, int]]:
+        """Cut columns, at least into one part, so that what is computed on the way stays in a CPU's cache."""
+        step = max(1, stop - start) if is_cupy(array) else self.unit * -(-_CHUNK // self.unit)
+        return [(begin, min(begin + step, stop)) for begin in range(start, max(start + 1, stop), step)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +142,16 @@ class Full(Format):
     def decode(self, wire: Wire, dtype: DType) -> Array:
         """See `Format.decode`."""
         return wire[0]
+
+
+def as_bytes(arrays: Wire) -> Wire:
+    """Return arrays as bytes: they travel in one message, whatever their types."""
+    return tuple(array.view(np.uint8) for array in arrays)
+
+
+def from_bytes(arrays: Wire, sent: Wire) -> Wire:
+    """Return bytes as arrays of the types that were sent."""
+    return tuple(array.view(each.dtype) for array, each in zip(arrays, sent, strict=True))
 
 
 def saturate(values: Array, largest: float) -> Array:

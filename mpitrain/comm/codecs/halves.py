@@ -9,6 +9,7 @@ import numpy as np
 
 from mpitrain._typing import Array, DType
 from mpitrain.arrays import Key, namespace
+from mpitrain.comm.codecs import kernel
 from mpitrain.comm.codecs.format import Format, Wire, saturate
 
 _FLOAT16_MAX = 65504.0
@@ -35,11 +36,17 @@ class Fp16(Format):
 
     def encode(self, rows: Array, key: Key, start: int) -> Wire:
         """See `Format.encode`."""
-        return (saturate(rows, _FLOAT16_MAX).astype(np.float16),)
+        words = namespace(rows).empty(rows.shape, np.float16)
+        if not kernel.convert("to_fp16", rows, words):
+            words[...] = saturate(rows, _FLOAT16_MAX)
+        return (words,)
 
     def decode(self, wire: Wire, dtype: DType) -> Array:
         """See `Format.decode`."""
-        return wire[0].astype(dtype)
+        values: Array = namespace(wire[0]).empty(wire[0].shape, dtype)
+        if not kernel.convert("from_fp16", wire[0], values):
+            values[...] = wire[0]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +67,23 @@ class Bf16(Format):
 
     def encode(self, rows: Array, key: Key, start: int) -> Wire:
         """See `Format.encode`."""
-        xp = namespace(rows)
-        single = saturate(rows, _BFLOAT16_MAX).astype(np.float32, copy=False)
-        bits = single.view(np.uint32)
-        half_way = (bits >> 16) & 1  # an odd upper half is rounded up at the half, an even one just above it
-        half_way += 0x7FFF
-        words = ((bits + half_way) >> 16).astype(np.uint16)
-        words[xp.isnan(single)] = _QUIET_NAN  # the carry may have run through all of a NaN's bits
+        words = namespace(rows).empty(rows.shape, np.uint16)
+        if not kernel.convert("to_bf16", rows, words):
+            words[...] = _upper_halves(saturate(rows, _BFLOAT16_MAX).astype(np.float32, copy=False))
         return (words,)
 
     def decode(self, wire: Wire, dtype: DType) -> Array:
         """See `Format.decode`."""
-        single = (wire[0].astype(np.uint32) << 16).view(np.float32)
-        return single.astype(dtype, copy=False)
+        values: Array = namespace(wire[0]).empty(wire[0].shape, dtype)
+        if not kernel.convert("from_bf16", wire[0], values):
+            values[...] = (wire[0].astype(np.uint32) << 16).view(np.float32)
+        return values
+
+
+def _upper_halves(single: Array) -> Array:
+    bits = single.view(np.uint32)
+    half_way = (bits >> 16) & 1  # an odd upper half is rounded up at the half, an even one just above it
+    half_way += 0x7FFF
+    words = ((bits + half_way) >> 16).astype(np.uint16)
+    words[namespace(single).isnan(single)] = _QUIET_NAN  # the carry may have run through all of a NaN's bits
+    return words

@@ -11,6 +11,8 @@ import numpy as np
 from mpitrain._options import Interval, option
 from mpitrain._typing import Array, DType
 from mpitrain.arrays import Key, namespace
+from mpitrain.arrays.random import unit_interval
+from mpitrain.comm.codecs import kernel
 from mpitrain.comm.codecs.format import Format, Wire
 
 _LARGEST = 127
@@ -44,9 +46,9 @@ class Int8(Format):
         count, n = rows.shape
         codes, steps = xp.empty((count, n), np.int8), xp.empty((count, -(-n // block)), np.float32)
         for row in range(count):
-            first = start + row * n
-            noise = key.uniform(xp.zeros(1, np.int64), (first, first + n), np.float32)[0]
-            codes[row], steps[row] = self._round(rows[row], noise)
+            words = key.bits(xp.zeros(1, np.int64), (start + row * n, start + (row + 1) * n))[0]
+            if not kernel.quantise(rows[row], words, block, codes[row], steps[row]):
+                codes[row], steps[row] = self._round(rows[row], unit_interval(words))
         return codes, steps
 
     @property
@@ -76,7 +78,8 @@ class Int8(Format):
         """See `Format.decode`."""
         codes, steps = wire
         xp = namespace(codes)
-        n = codes.shape[-1]
-        values: Array = codes.astype(dtype)
-        values *= xp.repeat(steps.astype(dtype, copy=False), self.block, axis=-1)[:, :n]
+        values: Array = xp.empty(codes.shape, dtype)
+        if not kernel.dequantise(codes, steps, self.block, values):
+            sizes = xp.repeat(steps.astype(dtype, copy=False), self.block, axis=-1)
+            xp.multiply(codes, sizes[:, : codes.shape[1]], out=values)
         return values

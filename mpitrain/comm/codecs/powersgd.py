@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
+import numpy as np
+
 from mpitrain._options import COUNT, option
 from mpitrain._typing import Array, Shape
 from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, Segment, namespace, plain
-from mpitrain.arrays.flatbuffer import views
+from mpitrain.comm.codecs import kernel
 from mpitrain.comm.codecs.codec import Codec, State
 from mpitrain.comm.communicator import Communicator
 
@@ -34,9 +37,9 @@ class PowerSGD(Codec):
     step (warm start), and is the same on all ranks.
 
     With e bytes an element: a reduce of ``e·Σ a·r`` bytes to rank 0, which alone makes P̂, a broadcast of as many, and
-    an allreduce of ``e·Σ b·r`` (each tensor padded to whole cache lines); reduce and broadcast together cost what an
-    allreduce would.  Rank 0 for all, because LAPACK's last bits depend on CPU and threads; the product P̂ Qᵀ, which
-    every rank makes, is taken element by element for the same reason.
+    an allreduce of ``e·Σ b·r`` (each tensor padded to whole cache lines) and what is uncompressed; reduce and broadcast
+    together cost what an allreduce would.  Rank 0 for all, because LAPACK's last bits depend on CPU and threads; the
+    product P̂ Qᵀ, which every rank makes, is taken element by element for the same reason.
 
     Source: Vogels, Karimireddy, Jaggi, "PowerSGD", NeurIPS 2019, algorithms 1 and 2, with Householder's QR for
     Gram–Schmidt: it gives a basis where P has lower rank, and where it is zero, too.
@@ -61,27 +64,39 @@ class PowerSGD(Codec):
             q.views[factor.name][...] = xp.asarray(normal)
         return {"q": q}
 
-    def sum(self, comm: Communicator, values: FlatBuffer, state: State, key: Key) -> Array:
+    def sum(
+        self,
+        comm: Communicator,
+        values: FlatBuffer,
+        state: State,
+        key: Key,
+        out: Mapping[str, Array],
+        others: list[Array],
+    ) -> None:
         """See `Codec.sum`."""
         xp, q = namespace(values.flat), state["q"]
         matrices = {s.name: _as_matrix(values.views[s.name]) for s in values.layout}
-        left = comm.reduce({name: matrix @ q.views[name] for name, matrix in matrices.items()})
-        if left is None:
-            left = {name: xp.empty((len(matrix), self.rank), matrix.dtype) for name, matrix in matrices.items()}
-        else:
-            left = {name: xp.linalg.qr(p)[0] for name, p in left.items()}
-        comm.broadcast(left, out=left)
+        p, left = self._left_factors(matrices, values.flat)
+        for name, matrix in matrices.items():
+            xp.matmul(matrix, q.views[name], out=left[name])
+        if comm.reduce(p, out=p if comm.rank == 0 else None) is not None:
+            for each in left.values():
+                each[...] = xp.linalg.qr(each)[0]
+        comm.broadcast(p, out=p)
 
-        total: Array = xp.zeros_like(values.flat)
-        sums = {name: _as_matrix(view) for name, view in views(values.layout, total).items()}
         for name, matrix in matrices.items():
             xp.matmul(matrix.T, left[name], out=q.views[name])
-            _multiply(left[name], q.views[name], out=sums[name])  # this rank's term
-            matrix -= sums[name]
-        comm.allreduce(q.flat, out=q.flat)
+            _multiply(left[name], q.views[name], out=matrix, takes_away=True)  # this rank's term
+        comm.allreduce([q.flat, *others], out=[q.flat, *others])
         for name in matrices:
-            _multiply(left[name], q.views[name], out=sums[name])
-        return total
+            _multiply(left[name], q.views[name], out=_as_matrix(out[name]))
+
+    def _left_factors(self, matrices: Mapping[str, Array], like: Array) -> tuple[Array, dict[str, Array]]:
+        """Return memory for all P, one after the other, and each of them, shape (a, rank)."""
+        p = namespace(like).empty((sum(map(len, matrices.values())), self.rank), like.dtype)
+        ends = np.cumsum([len(matrix) for matrix in matrices.values()]).tolist()
+        views = (p[end - len(matrix) : end] for end, matrix in zip(ends, matrices.values(), strict=True))
+        return p, dict(zip(matrices, views, strict=True))
 
 
 def _matrix_shape(shape: Shape) -> tuple[int, int]:
@@ -92,13 +107,17 @@ def _as_matrix(view: Array) -> Array:
     return view.reshape(_matrix_shape(view.shape))
 
 
-def _multiply(left: Array, right: Array, out: Array) -> None:
-    """Write ``left @ right.T``, summed term by term in order: the same bits on any machine."""
+def _multiply(left: Array, right: Array, out: Array, takes_away: bool = False) -> None:
+    """Write ``left @ right.T``, or take it away; summed term by term in order: the same bits on any machine."""
     xp = namespace(out)
-    terms = xp.ascontiguousarray(right.T)
+    left, terms = xp.ascontiguousarray(left), xp.ascontiguousarray(right.T)
+    if kernel.multiply(left, terms, out, takes_away):
+        return
     step = max(1, _BLOCK_BYTES // (out.itemsize * out.shape[1]))
     for start in range(0, len(out), step):
         block, factors = out[start : start + step], left[start : start + step]
-        xp.multiply(factors[:, :1], terms[0], out=block)
+        product = xp.multiply(factors[:, :1], terms[0], out=None if takes_away else block)
         for column in range(1, len(terms)):
-            block += factors[:, column : column + 1] * terms[column]
+            product += factors[:, column : column + 1] * terms[column]
+        if takes_away:
+            block -= product

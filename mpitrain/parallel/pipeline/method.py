@@ -207,7 +207,7 @@ class PipelineParallel(Synchronous):
         with phase("update"):
             divide(self.parts, total.count)
             clip(self.parts, self.plan, self._over_stages)
-            update(self.optimizer, self.parts, self.plan, self.step, self._over_model())
+            update(self.optimizer, self.parts, self.plan, self.updates, self._over_model())
         return total
 
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:

@@ -29,6 +29,7 @@ def misfits(job: Job) -> Iterator[Problem]:
     yield from _stages(job)
     yield from _mesh_and_method(job)
     yield from _reproducible(job)
+    yield from _precision(job)
 
 
 def _model_and_data(job: Job) -> Iterator[Problem]:
@@ -138,3 +139,22 @@ def _reproducible(job: Job) -> Iterator[Problem]:
         yield Problem("method.stage", "does not go with reproducible = true", method.stage, "1 or 2")
     if job.device == "gpu":
         yield Problem("device", "is not shown to be reproducible yet", job.device, '"cpu"')
+
+
+def _precision(job: Job) -> Iterator[Problem]:
+    precision, method = job.precision, job.method
+    if not precision.mixed:
+        return
+    compute = precision.compute
+    if job.device == "cpu" and not precision.emulate:
+        remedy = "CPUs train in float32: leave out [precision], or, for tests, set precision.emulate = true"
+        yield Problem("precision.compute", 'needs device = "gpu"', compute, '"float32"', remedy)
+    if job.dtype != "float32":
+        yield Problem("dtype", f'does not go with precision.compute = "{compute}"', job.dtype, '"float32"')
+    if job.reproducible:
+        yield Problem("reproducible", f'does not go with precision.compute = "{compute}"', True, "false")
+    if job.in_stages:
+        yield Problem("precision.compute", "does not go with a model in stages", compute, '"float32"')
+    if method.codec and compute == "float16":
+        what = 'keeps what it leaves out also of steps that overflow, as with precision.compute = "float16"'
+        yield Problem("method.codec.kind", what, method.codec.kind, 'no codec, or precision.compute = "bfloat16"')

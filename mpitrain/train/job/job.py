@@ -18,6 +18,7 @@ from mpitrain.train.job.fit import misfits
 from mpitrain.train.job.mesh import MeshSection
 from mpitrain.train.job.model import LOSS_OF_TASK, ModelSection
 from mpitrain.train.job.optimizer import OptimizerSection
+from mpitrain.train.job.precision import PrecisionSection
 from mpitrain.train.job.reference import reference
 from mpitrain.train.job.section import Count, Problem, Section
 from mpitrain.train.job.train import MethodSection, Train
@@ -53,6 +54,7 @@ class Job(Section):
     optimizer: OptimizerSection
     method: MethodSection = MethodSection()
     mesh: MeshSection = MeshSection()
+    precision: PrecisionSection = PrecisionSection()
     train: Train
 
     @classmethod

@@ -1,0 +1,110 @@
+"""Mixed precision on CuPy arrays trains as the emulation on NumPy's does: `make test-gpu`.
+
+Every check also runs on NumPy, against itself, so that it is known to work before a GPU is at hand.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
+
+from mpitrain import data, nn, optim
+from mpitrain._errors import DtypeError
+from mpitrain.arrays import Batch, FlatBuffer, Key, device, is_cupy, plain, to_host
+from mpitrain.arrays.products import half_products
+from mpitrain.comm import LocalWorld
+from mpitrain.method import Plan, Precision
+from mpitrain.nn import CrossEntropy, Network
+from mpitrain.parallel import DataParallel, GradientParallel
+
+STEPS = 6
+EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def xp(request):
+    """The array library, NumPy or CuPy."""
+    if request.param == "numpy":
+        return np
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        pytest.skip(f"no GPU: {error}")
+    return cupy
+
+
+@pytest.fixture(params=EPS)
+def precision(request, xp):
+    """A precision for this library; where it lacks bfloat16, the test is skipped."""
+    made = Precision(compute=request.param, emulate=xp is np, initial_scale=2.0**20)
+    network = Network(nn.MODELS["mlp"](2, 2), CrossEntropy())
+    try:
+        made.check(network, xp.zeros(0, np.float32))
+    except DtypeError as error:
+        pytest.skip(str(error))
+    return made
+
+
+@pytest.fixture
+def allocator(xp):
+    return plain if xp is np else device
+
+
+def test_products_are_summed_in_float32(xp, precision):
+    dtype, n = precision.dtype, 4096
+    left, right = xp.ones((3, n), dtype), xp.ones((n, 5), dtype)
+    assert (to_host(half_products(xp).matmul(left, right)).astype(float) == n).all()
+    out = xp.empty((3, 5), np.float32)
+    half_products(xp).matmul(left, right, out=out)
+    assert (to_host(out) == n).all()
+    stack = half_products(xp).matmul(xp.ones((2, 3, n), dtype), xp.ones((2, n, 5), dtype))
+    assert (to_host(stack).astype(float) == n).all()
+
+
+MODELS = {
+    "mlp": lambda: nn.MODELS["mlp"](64, 10, hidden=[16], activation="gelu", dropout=0.2, batch_norm=True),
+    "cnn": lambda: nn.MODELS["cnn"]((8, 8, 1), 10, channels=[4, 8], hidden=16),
+    "gpt": lambda: nn.MODELS["gpt"](17, 80, layers=2, width=16, heads=2, dropout=0.2, recompute=True),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradients(xp, allocator, precision, kind):
+    network = Network(MODELS[kind](), CrossEntropy())
+    inputs, labels = data.load("digits").rows(np.arange(12))
+    if kind == "gpt":
+        inputs, labels = np.random.default_rng(0).integers(0, 17, (2, 12, 80))
+    found = []
+    for allocate in (plain, allocator):
+        layouts = network.layout, network.layout.astype(precision.dtype), network.layout
+        whole, params, grads = (FlatBuffer(layout, allocate) for layout in layouts)
+        network.initialise(whole, Key(0))
+        params.flat[...] = whole.flat
+        batch = Batch(inputs, labels, np.arange(12))
+        loss, count = network.scaled_gradients(params, batch, grads, Key(1), None, 64.0)
+        found.append((loss, count, to_host(grads.flat)))
+    assert is_cupy(grads.flat) == (xp is not np)
+    eps = EPS[precision.compute]
+    assert found[1][:2] == pytest.approx(found[0][:2], rel=eps)
+    assert np.linalg.norm(found[1][2] - found[0][2]) < 16 * eps * np.linalg.norm(found[0][2])
+
+
+@pytest.mark.parametrize("make", [DataParallel, GradientParallel])
+def test_training_skips_the_same_steps(xp, allocator, precision, make):
+    def run(comm, allocate):
+        emulate = Precision(compute=precision.compute, emulate=allocate is plain, initial_scale=2.0**20)
+        method = make(comm, allocator=allocate, precision=emulate)
+        layer = nn.MODELS["mlp"](64, 10, hidden=[16])
+        method.setup(Network(layer, CrossEntropy()), optim.SGD(), Plan(Key(0), optim.Constant(lr=0.01), STEPS))
+        progress = method.advance(data.Batches(data.load("digits"), 64, seed=0), STEPS)
+        return progress, to_host(method.whole().flat)
+
+    expected = LocalWorld(1).run(run, plain)[0]
+    assert expected[0].skipped > 0 or precision.compute == "bfloat16"
+    for progress, params in LocalWorld(2).run(run, allocator):
+        assert progress.skipped == expected[0].skipped
+        assert progress.loss_scale == expected[0].loss_scale
+        np.testing.assert_allclose(params, expected[1], rtol=0, atol=4 * EPS[precision.compute])
