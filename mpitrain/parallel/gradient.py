@@ -215,7 +215,7 @@ class GradientParallel(Synchronous):
     def _update(self, count: float) -> None:
         """Divide, clip and update; in one pass where nothing is clipped."""
         if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
-            read = isinstance(self.params, FlatBuffer) and self.comm.transport == "shared"
+            read = isinstance(self.params, FlatBuffer) and not self.precision and self.comm.transport == "shared"
             for part in self.parts:
                 self._update_mean(part, Terms((part.grads,), self._scale * count, parameters_are_read=read))
             return
