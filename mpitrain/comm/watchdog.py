@@ -81,7 +81,7 @@ class Watch:
         self.aside: Callable[[], tuple[str, int] | None] | None = None
         self.count = 0
         self.checking = self.debug = False
-        self._seen: tuple[object, int] = (None, 0)
+        self._seen: tuple[str | int, int] = (0, 0)
         self._since = 0.0
         if channel is not None:
             watchdog.add(self)
@@ -110,9 +110,10 @@ class Watch:
 
     def waited_s(self, now: float) -> float:
         """Return since when the thread, which asks again and again, has seen the present call."""
-        present = self.present()
-        if present[0] is None or self.checking or self._seen != present:
-            self._seen, self._since = present, now
+        what, count = self.present()
+        seen = what if isinstance(what, str) else id(what), count  # not the call: its arrays are the caller's to drop
+        if what is None or self.checking or self._seen != seen:
+            self._seen, self._since = seen, now
         return now - self._since
 
     def overdue(self, now: float) -> bool:

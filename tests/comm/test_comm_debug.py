@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -85,6 +86,17 @@ def test_the_watchdog_sees_single_calls_that_wait() -> None:
     assert not any(watch.overdue(now) for now in range(300, 400))
     watch.chosen_s, watch.checking = 2.0, True  # debug mode has a deadline of its own
     assert not any(watch.overdue(now) for now in range(400, 500))
+
+
+def test_the_watchdog_keeps_no_array_of_a_call_that_it_has_seen() -> None:
+    watch, x = Watch("world"), np.zeros(3)
+    gone = weakref.ref(x)
+    watch.current = Prepared("barrier", [Call("barrier")], lambda: None, x)
+    del x
+    assert watch.waited_s(100.0) == 0
+    assert watch.waited_s(101.0) == 1
+    watch.current = None
+    assert gone() is None
 
 
 def test_timeouts() -> None:

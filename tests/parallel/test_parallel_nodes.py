@@ -81,9 +81,9 @@ WIDTH, LAYERS = 1024, 2  # whole huge pages, to which shared memory may be round
 
 
 def resident_bytes() -> int:
-    """This process's proportional share of the memory that it uses."""
+    """This process's proportional share of the memory that is not a file's: libraries' pages come and go."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def grown_bytes(comm: Communicator, make: Make) -> tuple[int, int]:
