@@ -28,7 +28,8 @@ def test_a_traced_job_shows_all_ranks(tmp_path: Path, arguments, under, ranks):
         assert phases.items() >= PHASES.items()
         assert phases["log"] == len(metrics(run))
         assert told(events, rank)["world", "allreduce"] > 24
-    gradients = [e for e in events if e["name"] == "allreduce" and e["args"]["at"].startswith("mpitrain/method/steps")]
+    sites = "mpitrain/method/steps", "mpitrain/parallel/in_place"
+    gradients = [e for e in events if e["name"] == "allreduce" and e["args"]["at"].startswith(sites)]
     assert len(gradients) == 24 * ranks
     assert {e["args"]["dtype"] for e in gradients} == {"float32"}
 
