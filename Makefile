@@ -32,7 +32,7 @@ test: $(VENV)/.with-test
 	$(BIN)/python tests/run.py
 
 test-all: $(VENV)/.with-test
-	$(BIN)/python tests/run.py --slow
+	$(BIN)/python tests/run.py --slow --timeout 3600
 
 test-gpu:
 	$(PYTHON) -m pytest -m 'gpu and not mpi' -rs tests/gpu
