@@ -15,7 +15,6 @@ import numpy as np
 from mpitrain._errors import MismatchError, NonFiniteError
 from mpitrain._typing import Array
 from mpitrain.arrays import FlatBuffer, Shard, namespace
-from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Plan
 from mpitrain.optim import Optimizer, State, clip_value, finite, scale, squared_norm
@@ -77,20 +76,14 @@ class Reach:
 _ALL_HERE = Reach()
 
 
-def verify_replicas(comm: Communicator, params: FlatBuffer, names: Sequence[str] | None = None) -> None:
-    """Check that all ranks hold the same parameters.  Collective.
-
-    Parameters
-    ----------
-    names : sequence of str, optional
-        Which tensors are compared; None: all.
+def verify_replicas(comm: Communicator, digest: str) -> None:
+    """Check that all ranks hold the same parameters, of which ``digest`` is a hash.  Collective.
 
     Raises
     ------
     MismatchError
         Naming the ranks that differ from rank 0.
     """
-    digest = params.sha256() if names is None else sha256(params.views[name] for name in names)
     digests = comm.allgather_object(digest)
     differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if differing:

@@ -107,7 +107,7 @@ class DataParallel(Synchronous):
 
     def _initialise(self) -> None:
         self.model.initialise(self.params, self.plan.key.child("init"))
-        self._verify(self.params)
+        self._verify(self.comm, [self.params])
 
     @property
     def _read(self) -> FlatBuffer:

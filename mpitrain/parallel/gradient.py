@@ -140,20 +140,22 @@ class GradientParallel(Synchronous):
 
     def _initialise(self) -> None:
         layout = self.model.layout
+        stretches: list[tuple[Layout, int, Sequence[Part]]] = [(layout, 0, self.parts)]
         if isinstance(self.params, ShardedParameters):
-            for bucket, part in zip(self.grads.buckets, self.parts, strict=True):
-                self._begin(layout.select(segment.name for segment in bucket.segments), bucket.start, (part,))
-        else:
-            self._begin(layout, 0, self.parts)
+            stretches = [
+                (layout.select(segment.name for segment in bucket.segments), bucket.start, (part,))
+                for bucket, part in zip(self.grads.buckets, self.parts, strict=True)
+            ]
+        self._verify(self.comm, (self._begin(*each) for each in stretches))
         self._publish()
 
-    def _begin(self, layout: Layout, start: int, parts: Sequence[Part]) -> None:
+    def _begin(self, layout: Layout, start: int, parts: Sequence[Part]) -> FlatBuffer:
         """Fill parts of a stretch of the model, which begins at ``start`` and is laid out as ``layout`` says."""
         initial = FlatBuffer(layout, self._allocator)  # what is shared would hide that ranks differ
         self.model.initialise(initial, self.plan.key.child("init"))
-        self._verify(initial)
         for part in parts:
             part.params[...] = initial.flat[part.shard.start - start : part.shard.stop - start]
+        return initial
 
     def _publish(self) -> None:
         """Give all ranks the parameters that their owners have written, or see to it that they are gathered anew."""

@@ -128,11 +128,26 @@ class Synchronous(Method):
     def _initialise(self) -> None:
         """Fill ``params`` with the model's initial values, verified between ranks."""
 
-    def _verify(self, params: FlatBuffer) -> None:
-        """Check that ranks hold the same values of the same tensors.  Collective."""
-        verify_replicas(self.comm, params)
+    def _verify(self, replicas: Communicator | None, stretches: Iterable[FlatBuffer]) -> None:
+        """Check that ranks hold the same values of the same tensors.  Collective.
+
+        Parameters
+        ----------
+        replicas : Communicator, optional
+            The ranks that hold the same parameters as this one; None: there are no others.
+        stretches : iterable of FlatBuffer
+            The parameters, part by part; ranks along ``across`` may cut theirs elsewhere.
+        """
+        common = []
+        for params in stretches:
+            if replicas:
+                verify_replicas(replicas, params.sha256())
+            if self.across:
+                common += [
+                    f"{each.name} {sha256([params.views[each.name]])}" for each in params.layout if each.is_whole
+                ]
         if self.across:
-            verify_replicas(self.across, params, [segment.name for segment in params.layout if segment.is_whole])
+            verify_replicas(self.across, "\n".join(sorted(common)))
 
     def _reach(self, *groups: Communicator) -> Reach:
         """Return over which ranks a sum over the model goes, of which ``groups`` divide this rank's part."""

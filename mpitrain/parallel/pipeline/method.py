@@ -40,7 +40,6 @@ from mpitrain.method.steps import (
     divide,
     reduce_gradients,
     update,
-    verify_replicas,
 )
 from mpitrain.nn import Network, Sequential
 from mpitrain.nn.cutting import part, units
@@ -171,10 +170,7 @@ class PipelineParallel(Synchronous):
         self.model.initialise(self.params, self.plan.key.child("init"))
         assert self._ties
         self._ties.publish(self.params)
-        if self.data:
-            verify_replicas(self.data, self.params)
-        if self.across:
-            verify_replicas(self.across, self.params, [each.name for each in self.params.layout if each.is_whole])
+        self._verify(self.data, [self.params])
 
     def _over_model(self, *groups: Communicator, elsewhere: Iterable[int] = ()) -> Reach:
         """Return over which ranks a sum over this rank's stages goes, or over all; see `Synchronous._reach`."""
