@@ -4,18 +4,25 @@ from mpitrain.parallel.averaging import ModelAveraging
 from mpitrain.parallel.data import DataParallel
 from mpitrain.parallel.gradient import GradientParallel
 from mpitrain.parallel.lanes import LaneSteps
-from mpitrain.parallel.pipeline import PipelineParallel, ReproduciblePipelineParallel
+from mpitrain.parallel.pipeline import (
+    GradientPipelineParallel,
+    PipelineParallel,
+    ReproducibleGradientPipelineParallel,
+    ReproduciblePipelineParallel,
+)
 from mpitrain.parallel.reproducible import ReproducibleDataParallel, ReproducibleGradientParallel
 from mpitrain.parallel.synchronous import Synchronous, Tally
 
 __all__ = [
     "DataParallel",
     "GradientParallel",
+    "GradientPipelineParallel",
     "LaneSteps",
     "ModelAveraging",
     "PipelineParallel",
     "ReproducibleDataParallel",
     "ReproducibleGradientParallel",
+    "ReproducibleGradientPipelineParallel",
     "ReproduciblePipelineParallel",
     "Synchronous",
     "Tally",

@@ -11,7 +11,7 @@ bucket whose turn has not come waits in memory of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, get_args
@@ -70,34 +70,48 @@ def buckets_of(layout: Layout, bucket_bytes: int) -> list[Bucket]:
     return sorted(buckets, key=lambda bucket: (groups.index(bucket.segments[0].group), -bucket.start))
 
 
+def buckets_apart(layout: Layout, apart: Collection[str] = ()) -> list[Bucket]:
+    """Cut a layout into one bucket for each of some tensors, and one for each stretch of all others."""
+    runs = [list(run) for _, run in groupby(layout, lambda segment: segment.name if segment.name in apart else None)]
+    cuts = [*(run[0].offset for run in runs), layout.size]
+    found = [Bucket(*cut, tuple(run)) for cut, run in zip(pairwise(cuts), runs, strict=True)]
+    return found or [Bucket(0, 0, ())]
+
+
 def _layer(segment: Segment) -> str:
     return segment.name.rpartition(".")[0]
 
 
 class WholeGradients(GradientBuffer):
-    """The gradients of a model, all there, as one bucket.
+    """The gradients of a model, all there until they are reduced at once.
 
     Parameters
     ----------
     comm, layout, allocate
         As for `StreamedGradients`.
+    buckets : sequence of Bucket
+        What is divided evenly, each by itself.
 
     Attributes
     ----------
-    buckets, shards, sums
+    shards, sums
         As of `StreamedGradients`; the sums may lie in the gradients' memory.
     """
 
-    def __init__(self, comm: Communicator, layout: Layout, allocate: Allocator) -> None:
+    def __init__(self, comm: Communicator, layout: Layout, allocate: Allocator, buckets: Sequence[Bucket]) -> None:
         super().__init__(layout, allocate)
-        self.buckets = [Bucket(0, layout.size, layout.segments)]
-        self._plan = comm.reduce_scatter_plan(self.flat)
-        self.shards = [layout.shard(self._plan.begin, self._plan.end)]
-        self.sums = [self._plan.shard]
+        self.buckets = buckets
+        self._plans = [comm.reduce_scatter_plan(self.flat[each.start : each.stop]) for each in self.buckets]
+        self.shards = [
+            layout.shard(bucket.start + plan.begin, bucket.start + plan.end)
+            for bucket, plan in zip(self.buckets, self._plans, strict=True)
+        ]
+        self.sums = [plan.shard for plan in self._plans]
 
     def reduce(self) -> None:
-        """Sum over all ranks what was added up in a step.  Collective: one reduce_scatter."""
-        self._plan()
+        """Sum over all ranks what was added up in a step.  Collective: one reduce_scatter a bucket."""
+        for plan in self._plans:
+            plan()
 
 
 class _Planned:

@@ -106,7 +106,7 @@ class DataParallel(Synchronous):
         return in_place.everywhere(self.comm, layout, self.optimizer, self.plan)
 
     def _initialise(self) -> None:
-        self.model.initialise(self.params, self.plan.key.child("init"))
+        self._draw(self.params)
         self._verify(self.comm, [self.params])
 
     @property

@@ -13,21 +13,192 @@ from typing import ClassVar
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, Layout, Shard, is_cupy, plain
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, Layout, Shard, is_cupy
 from mpitrain.comm import Communicator
 from mpitrain.comm.shard_plans import AllgatherPlan
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, Read
-from mpitrain.method.steps import Part, all_finite, clip, divide, update
+from mpitrain.method.steps import Part, Reach, all_finite, clip, divide, update
 from mpitrain.optim import Terms
 from mpitrain.parallel import in_place
-from mpitrain.parallel.buckets import Bucket, StreamedGradients, WholeGradients
+from mpitrain.parallel.buckets import Bucket, StreamedGradients, WholeGradients, buckets_apart
 from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
 
 
-class GradientParallel(Synchronous):
+class GradientSteps(Synchronous):
+    """What gradient-parallel methods share: who keeps what, and the step.
+
+    Attributes
+    ----------
+    stage : {1, 2, 3}
+        What is divided, see `GradientParallel`.
+    """
+
+    kind: ClassVar[Kind] = "sharded"
+    reads_in_place: ClassVar[bool] = True
+    """Whether a step may sum the gradients of a node where they lie, see `mpitrain.parallel.in_place`."""
+
+    params: FlatBuffer | ShardedParameters
+    grads: CommonGradients | WholeGradients | StreamedGradients
+
+    stage: int = 1
+
+    @property
+    def _owners(self) -> Communicator:
+        """The ranks that hold the same tensors, and divide what is kept of them."""
+        return self.comm
+
+    def _allocate(self, layout: Layout) -> None:
+        if self._terms and self.stage > 1:
+            raise InputError(
+                f"stage {self.stage} reduces gradients while ranks have only terms of some",
+                operation="GradientParallel", got=", ".join(self._terms[:3]),
+                remedy="use stage 1, or divide no activations along the sequence",
+            )  # fmt: skip
+        self.grads = self._place_gradients(layout)
+        owned = self._allocate_parameters(layout)
+        shards, sums = self.grads.shards, self.grads.sums
+        self.parts = tuple(self._part(*each) for each in zip(shards, owned, sums, strict=True))
+
+    def _place_gradients(self, layout: Layout) -> CommonGradients | WholeGradients | StreamedGradients:
+        if self.stage > 1:
+            return StreamedGradients(self._owners, layout, self.bucket_bytes, self._private, self._allocator)
+        common = None
+        if self.reads_in_place and not (self._private or self.precision):
+            common = in_place.by_owners(self._owners, layout, self.optimizer, self.plan)
+        if common:
+            return common
+        return WholeGradients(self._owners, layout, self._private or self._owners.empty, self._stretches(layout))
+
+    def _stretches(self, layout: Layout) -> list[Bucket]:
+        """Return what is divided by itself in stage 1: everything together."""
+        return buckets_apart(layout)
+
+    def _allocate_parameters(self, layout: Layout) -> list[Array]:
+        """Set ``params``, and what hands them out; return where this rank's shards are."""
+        buckets, shards = self.grads.buckets, self.grads.shards
+        dtype = self.precision.dtype if self.precision else layout.dtype
+        if self.stage == 3 and self.model.reads_by_layer:
+            memory = self._private, self._allocator
+            self.params = ShardedParameters(self._owners, self.model, buckets, shards, *memory, dtype)
+            return self.params.owned
+        self.params = FlatBuffer(layout.astype(dtype), self._private or self._owners.shared)
+        self._gathers = [self._gather(*each) for each in zip(buckets, shards, strict=True)]
+        self._places = [self.params.flat[shard.start : shard.stop] for shard in shards]
+        return [self._allocator(shard.size, layout.dtype) for shard in shards] if self.precision else self._places
+
+    def _part(self, shard: Shard, own: Array, sums: Array) -> Part:
+        return Part(shard, own, sums, self.optimizer.init(shard, self._allocator))
+
+    def _gather(self, bucket: Bucket, shard: Shard) -> AllgatherPlan:
+        place = self.params.flat[bucket.start : bucket.stop]
+        return self._owners.allgather_plan(place, shard.start - bucket.start, shard.stop - bucket.start)
+
+    def _initialise(self) -> None:
+        layout = self.params.layout.astype(self.model.layout.dtype)
+        stretches: list[tuple[Layout, int, Sequence[Part]]] = [(layout, 0, self.parts)]
+        if isinstance(self.params, ShardedParameters):
+            stretches = [
+                (layout.select(segment.name for segment in bucket.segments), bucket.start, (part,))
+                for bucket, part in zip(self.grads.buckets, self.parts, strict=True)
+            ]
+        self._verify(self._owners, (self._begin(*each) for each in stretches))
+        self._publish()
+
+    def _begin(self, layout: Layout, start: int, parts: Sequence[Part]) -> FlatBuffer:
+        """Fill parts of a stretch of the model, which begins at ``start`` and is laid out as ``layout`` says."""
+        initial = FlatBuffer(layout, self._allocator)  # what is shared would hide that ranks differ
+        self._draw(initial)
+        for part in parts:
+            part.params[...] = initial.flat[part.shard.start - start : part.shard.stop - start]
+        return initial
+
+    def _publish(self) -> None:
+        """Give all ranks the parameters that their owners have written, or see to it that they are gathered anew."""
+        if isinstance(self.params, ShardedParameters):
+            self.params.release()
+            return
+        if self.precision:
+            self._round()
+        for gather in self._gathers:
+            gather()
+
+    def _round(self) -> None:
+        """Write this rank's shards to where they are gathered, in 16 bits."""
+        with self._overflowing():
+            for place, part in zip(self._places, self.parts, strict=True):
+                place[...] = part.params
+
+    def whole(self) -> FlatBuffer:
+        """See `Method.whole`; a copy in stage 3, and where passes are in 16 bits."""
+        if self.precision:
+            return self._gathered()
+        return self.params.whole() if isinstance(self.params, ShardedParameters) else self.params
+
+    def _gathered(self) -> FlatBuffer:
+        """Return all parameters as they are updated, in float32.  Collective: each bucket is gathered."""
+        found = FlatBuffer(self.model.layout, self._private or self._owners.shared)
+        for bucket, part in zip(self.grads.buckets, self.parts, strict=True):
+            place, start = found.flat[bucket.start : bucket.stop], part.shard.start - bucket.start
+            place[start : start + part.shard.size] = part.params
+            self._owners.allgather_plan(place, start, start + part.shard.size)()
+        return found
+
+    def _train_step(self, microbatches: list[Batch]) -> Tally:
+        phase = self.comm.phase
+        with phase("gradients"):
+            own = self._gradients(microbatches, self.grads, self._reduce)
+            if isinstance(self.params, ShardedParameters):
+                self.params.end_passes()
+        if isinstance(self.grads, CommonGradients):
+            total = self._step_in_place(self.grads, own, microbatches, parameters_are_read=True)
+            with phase("gather"):
+                self._publish()
+            return total
+        with phase("reduce"):
+            self._reduce_gradients()
+        with phase("check"):
+            total = self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
+            taken = self._is_taken(not total.bad, microbatches)
+        self.step += 1
+        if not taken:
+            return total.untrained()
+        with phase("update"):
+            self._update(total.count)
+        with phase("gather"):
+            self._publish()
+        return total
+
+    def _reduce_gradients(self) -> None:
+        """Sum over all ranks the gradients of this rank's shards."""
+        self._sum_terms()
+        self.grads.reduce()
+
+    def _update(self, count: float) -> None:
+        """Divide, clip and update; in one pass where nothing is clipped."""
+        if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
+            read = isinstance(self.params, FlatBuffer) and not self.precision and self._owners.transport == "shared"
+            for part in self.parts:
+                self._update_mean(part, Terms((part.grads,), self._scale * count, parameters_are_read=read))
+            return
+        divide(self.parts, self._scale * count)
+        clip(self.parts, self.plan, self._over_model())
+        update(self.optimizer, self.parts, self.plan, self.updates, self._reach(self._owners))
+
+    def _over_model(self) -> Reach:
+        """Return over which ranks a sum over the whole model goes."""
+        return self._reach(self._owners)
+
+    def load_parameters(self, read: Read) -> None:
+        """See `Method.load_parameters`."""
+        self._owners.barrier()  # a rank may still predict with what is there now
+        super().load_parameters(read)
+        self._publish()
+
+
+class GradientParallel(GradientSteps):
     """Synchronous SGD with optimizer state, gradients and parameters divided among the ranks.
 
     Parameters
@@ -73,11 +244,6 @@ class GradientParallel(Synchronous):
     models", SC 2020, sections 5.1 to 5.3; here a shard may begin and end within a tensor.
     """
 
-    kind: ClassVar[Kind] = "sharded"
-
-    params: FlatBuffer | ShardedParameters
-    grads: CommonGradients | WholeGradients | StreamedGradients
-
     def __init__(
         self,
         comm: Communicator,
@@ -89,145 +255,10 @@ class GradientParallel(Synchronous):
         across: Communicator | None = None,
         precision: Precision | None = None,
     ) -> None:
-        super().__init__(comm, microbatches, bucket_bytes, allocator or plain, across, precision)
+        super().__init__(comm, microbatches, bucket_bytes, allocator, across, precision)
         if stage not in (1, 2, 3):
             raise InputError(
                 "there is no such stage", operation="GradientParallel", got=stage, expected="1, 2 or 3",
                 remedy="1 divides the optimizer state, 2 the gradients too, 3 the parameters too",
             )  # fmt: skip
         self.stage = stage
-        self._private = allocator
-
-    def _allocate(self, layout: Layout) -> None:
-        if self._terms and self.stage > 1:
-            raise InputError(
-                f"stage {self.stage} reduces gradients while ranks have only terms of some",
-                operation="GradientParallel", got=", ".join(self._terms[:3]),
-                remedy="use stage 1, or divide no activations along the sequence",
-            )  # fmt: skip
-        self.grads = self._place_gradients(layout)
-        owned = self._allocate_parameters(layout)
-        shards, sums = self.grads.shards, self.grads.sums
-        self.parts = tuple(self._part(*each) for each in zip(shards, owned, sums, strict=True))
-
-    def _place_gradients(self, layout: Layout) -> CommonGradients | WholeGradients | StreamedGradients:
-        if self.stage > 1:
-            return StreamedGradients(self.comm, layout, self.bucket_bytes, self._private, self._allocator)
-        common = None
-        if not (self._private or self.precision):
-            common = in_place.by_owners(self.comm, layout, self.optimizer, self.plan)
-        return common or WholeGradients(self.comm, layout, self._private or self.comm.empty)
-
-    def _allocate_parameters(self, layout: Layout) -> list[Array]:
-        """Set ``params``, and what hands them out; return where this rank's shards are."""
-        buckets, shards = self.grads.buckets, self.grads.shards
-        dtype = self.precision.dtype if self.precision else layout.dtype
-        if self.stage == 3 and self.model.reads_by_layer:
-            memory = self._private, self._allocator
-            self.params = ShardedParameters(self.comm, self.model, buckets, shards, *memory, dtype)
-            return self.params.owned
-        self.params = FlatBuffer(layout.astype(dtype), self._private or self.comm.shared)
-        self._gathers = [self._gather(*each) for each in zip(buckets, shards, strict=True)]
-        self._places = [self.params.flat[shard.start : shard.stop] for shard in shards]
-        return [self._allocator(shard.size, layout.dtype) for shard in shards] if self.precision else self._places
-
-    def _part(self, shard: Shard, own: Array, sums: Array) -> Part:
-        return Part(shard, own, sums, self.optimizer.init(shard, self._allocator))
-
-    def _gather(self, bucket: Bucket, shard: Shard) -> AllgatherPlan:
-        place = self.params.flat[bucket.start : bucket.stop]
-        return self.comm.allgather_plan(place, shard.start - bucket.start, shard.stop - bucket.start)
-
-    def _initialise(self) -> None:
-        layout = self.model.layout
-        stretches: list[tuple[Layout, int, Sequence[Part]]] = [(layout, 0, self.parts)]
-        if isinstance(self.params, ShardedParameters):
-            stretches = [
-                (layout.select(segment.name for segment in bucket.segments), bucket.start, (part,))
-                for bucket, part in zip(self.grads.buckets, self.parts, strict=True)
-            ]
-        self._verify(self.comm, (self._begin(*each) for each in stretches))
-        self._publish()
-
-    def _begin(self, layout: Layout, start: int, parts: Sequence[Part]) -> FlatBuffer:
-        """Fill parts of a stretch of the model, which begins at ``start`` and is laid out as ``layout`` says."""
-        initial = FlatBuffer(layout, self._allocator)  # what is shared would hide that ranks differ
-        self.model.initialise(initial, self.plan.key.child("init"))
-        for part in parts:
-            part.params[...] = initial.flat[part.shard.start - start : part.shard.stop - start]
-        return initial
-
-    def _publish(self) -> None:
-        """Give all ranks the parameters that their owners have written, or see to it that they are gathered anew."""
-        if isinstance(self.params, ShardedParameters):
-            self.params.release()
-            return
-        if self.precision:
-            self._round()
-        for gather in self._gathers:
-            gather()
-
-    def _round(self) -> None:
-        """Write this rank's shards to where they are gathered, in 16 bits."""
-        with self._overflowing():
-            for place, part in zip(self._places, self.parts, strict=True):
-                place[...] = part.params
-
-    def whole(self) -> FlatBuffer:
-        """See `Method.whole`; a copy in stage 3, and where passes are in 16 bits."""
-        if self.precision:
-            return self._gathered()
-        return self.params.whole() if isinstance(self.params, ShardedParameters) else self.params
-
-    def _gathered(self) -> FlatBuffer:
-        """Return all parameters as they are updated, in float32.  Collective: each bucket is gathered."""
-        found = FlatBuffer(self.model.layout, self._private or self.comm.shared)
-        for bucket, part in zip(self.grads.buckets, self.parts, strict=True):
-            place, start = found.flat[bucket.start : bucket.stop], part.shard.start - bucket.start
-            place[start : start + part.shard.size] = part.params
-            self.comm.allgather_plan(place, start, start + part.shard.size)()
-        return found
-
-    def _train_step(self, microbatches: list[Batch]) -> Tally:
-        phase = self.comm.phase
-        with phase("gradients"):
-            own = self._gradients(microbatches, self.grads, self._reduce)
-            if isinstance(self.params, ShardedParameters):
-                self.params.end_passes()
-        if isinstance(self.grads, CommonGradients):
-            total = self._step_in_place(self.grads, own, microbatches, parameters_are_read=True)
-            with phase("gather"):
-                self._publish()
-            return total
-        with phase("reduce"):
-            self._sum_terms()
-            self.grads.reduce()
-        with phase("check"):
-            total = self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
-            taken = self._is_taken(not total.bad, microbatches)
-        self.step += 1
-        if not taken:
-            return total.untrained()
-        with phase("update"):
-            self._update(total.count)
-        with phase("gather"):
-            self._publish()
-        return total
-
-    def _update(self, count: float) -> None:
-        """Divide, clip and update; in one pass where nothing is clipped."""
-        if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
-            read = isinstance(self.params, FlatBuffer) and not self.precision and self.comm.transport == "shared"
-            for part in self.parts:
-                self._update_mean(part, Terms((part.grads,), self._scale * count, parameters_are_read=read))
-            return
-        divide(self.parts, self._scale * count)
-        reach = self._reach(self.comm)
-        clip(self.parts, self.plan, reach)
-        update(self.optimizer, self.parts, self.plan, self.updates, reach)
-
-    def load_parameters(self, read: Read) -> None:
-        """See `Method.load_parameters`."""
-        self.comm.barrier()  # a rank may still predict with what is there now
-        super().load_parameters(read)
-        self._publish()

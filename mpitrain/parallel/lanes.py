@@ -69,8 +69,18 @@ class LaneSteps(Synchronous):
         """Sum the gradients of all ranks' lanes, shape (layout.size,) each, into those of this rank's parts."""
 
     @abstractmethod
+    def _sum_use(self, use: str, lanes: Sequence[Array]) -> Array:
+        """Sum the gradients of a further use, shape (n,) each, over all ranks' lanes; return what is for `_piece`."""
+
+    @abstractmethod
+    def _piece(self, name: str) -> Array:
+        """Return this rank's summed gradient of its part of a tensor, as a flat view."""
+
     def _add_uses(self, lanes: Mapping[str, Sequence[Array]]) -> None:
-        """Sum what the lanes have of further uses, flat arrays by name, and add it to the gradients of the parts."""
+        """Add what the lanes have of further uses to the gradients of the parts."""
+        for use, values in lanes.items():
+            total = self._piece(use)
+            total += self._sum_use(use, values)
 
     def _reduce_lanes(self) -> None:
         """Sum the gradients of all lanes into those of this rank's parts.  Collective."""

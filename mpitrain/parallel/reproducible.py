@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -12,10 +11,11 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, FlatBuffer, Layout, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.lanes import lane_reduce_scatter, lane_sum
+from mpitrain.method.steps import Part
 from mpitrain.method.tiles import tile_shards
 from mpitrain.parallel.buckets import Bucket
 from mpitrain.parallel.data import DataParallel
-from mpitrain.parallel.gradient import GradientParallel
+from mpitrain.parallel.gradient import GradientParallel, GradientSteps
 from mpitrain.parallel.lanes import LaneSteps
 
 
@@ -54,13 +54,59 @@ class ReproducibleDataParallel(LaneSteps, DataParallel):
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:
         lane_sum(self.comm, lanes, self.lanes, layout=self.params.layout, out=self.grads.flat)
 
-    def _add_uses(self, lanes: Mapping[str, Sequence[Array]]) -> None:
-        for use, values in lanes.items():
-            total = self.grads.views[use].reshape(-1)
-            total += lane_sum(self.comm, values, self.lanes)
+    def _sum_use(self, use: str, lanes: Sequence[Array]) -> Array:
+        return lane_sum(self.comm, lanes, self.lanes)
+
+    def _piece(self, name: str) -> Array:
+        return self.grads.views[name].reshape(-1)
 
 
-class ReproducibleGradientParallel(LaneSteps, GradientParallel):
+class ShardedLaneSteps(LaneSteps, GradientSteps):
+    """What reproducible methods share that divide optimizer state: shards that begin where tiles do, and their sums."""
+
+    params: FlatBuffer
+
+    def _allocate(self, layout: Layout) -> None:
+        self.params = FlatBuffer(layout, self._private or self._owners.shared)
+        self._cuts_of = [(each, _tile_cuts(layout, each, self._owners.size)) for each in self._stretches(layout)]
+        self.parts, self._gathers = (), []
+        for bucket, cuts in self._cuts_of:
+            own = layout.shard(*cuts[self._owners.rank : self._owners.rank + 2])
+            here = self.params.flat[own.start : own.stop]
+            self.parts += (self._part(own, here, self._allocator(own.size, layout.dtype)),)
+            self._gathers.append(self._gather(bucket, own))
+
+    def _sum_lanes(self, lanes: Sequence[Array]) -> None:
+        for (bucket, cuts), part in zip(self._cuts_of, self.parts, strict=True):
+            layout = self.params.layout.select(segment.name for segment in bucket.segments)
+            terms, counts = [lane[bucket.start : bucket.stop] for lane in lanes], np.diff(cuts).tolist()
+            lane_reduce_scatter(self._owners, terms, self.lanes, counts, layout=layout, out=part.grads)
+
+    def _sum_use(self, use: str, lanes: Sequence[Array]) -> Array:
+        return lane_reduce_scatter(self._owners, lanes, self.lanes, np.diff(self._place(use)[1]).tolist())
+
+    def _piece(self, name: str) -> Array:
+        part, cuts = self._place(name)
+        start, stop = (int(cut) - part.shard.start for cut in cuts[self._owners.rank : self._owners.rank + 2])
+        return part.grads[start:stop] if start < stop else part.grads[:0]
+
+    def _place(self, name: str) -> tuple[Part, Array]:
+        """Return the part of this rank's in whose stretch a tensor lies, and where the tensor is cut by the ranks."""
+        segment = self.params.layout[name]
+        number = next(n for n, (bucket, _) in enumerate(self._cuts_of) if segment in bucket.segments)
+        return self.parts[number], np.clip(self._cuts_of[number][1], segment.offset, segment.stop)
+
+    def _hand_out(self) -> None:
+        self._publish()
+
+
+def _tile_cuts(layout: Layout, bucket: Bucket, ranks: int) -> list[int]:
+    """Return where the shards of a stretch of a layout begin, and where the last one ends."""
+    shards = tile_shards(layout.select(segment.name for segment in bucket.segments), ranks)
+    return [bucket.start + shard.start for shard in shards] + [bucket.stop]
+
+
+class ReproducibleGradientParallel(ShardedLaneSteps, GradientParallel):
     """Gradient-parallel SGD with the bits of `ReproducibleDataParallel`, whatever the number of ranks.
 
     Parameters
@@ -77,37 +123,8 @@ class ReproducibleGradientParallel(LaneSteps, GradientParallel):
     parameters.
     """
 
-    params: FlatBuffer
-
     def __init__(
         self, comm: Communicator, *, lanes: int, microbatches: int = 1, allocator: Allocator | None = None
     ) -> None:  # fmt: skip
         super().__init__(comm, microbatches=microbatches, allocator=allocator)
         self._deal(lanes)
-
-    def _allocate(self, layout: Layout) -> None:
-        self.params = FlatBuffer(layout, self._private or self.comm.shared)
-        shards = tile_shards(layout, self.comm.size)
-        own, self._counts = shards[self.comm.rank], [shard.size for shard in shards]
-        here = self.params.flat[own.start : own.stop]
-        self.parts = (self._part(own, here, self._allocator(own.size, layout.dtype)),)
-        self._gathers = [self._gather(Bucket(0, layout.size, layout.segments), own)]
-
-    def _sum_lanes(self, lanes: Sequence[Array]) -> None:
-        (part,) = self.parts
-        lane_reduce_scatter(
-            self.comm, lanes, self.lanes, self._counts, layout=self.params.layout, out=part.grads
-        )  # fmt: skip
-
-    def _add_uses(self, lanes: Mapping[str, Sequence[Array]]) -> None:
-        (part,) = self.parts
-        for use, values in lanes.items():
-            segment = self.params.layout[use]
-            cuts = np.clip([0, *accumulate(self._counts)], segment.offset, segment.stop)
-            start = int(cuts[self.comm.rank]) - part.shard.start
-            total = lane_reduce_scatter(self.comm, values, self.lanes, np.diff(cuts).tolist())
-            own = part.grads[start : start + total.size]
-            own += total
-
-    def _hand_out(self) -> None:
-        self._publish()

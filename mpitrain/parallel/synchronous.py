@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from math import prod
@@ -18,7 +18,7 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, plain
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
@@ -60,8 +60,8 @@ class Synchronous(Method):
         The ranks that share each batch.
     microbatches, bucket_bytes : int
         At least 1.
-    allocator : Allocator
-        Where memory of this rank's comes from.
+    allocator : Allocator, optional
+        Where memory of this rank's comes from; None: ordinary memory, and where a method has ranks share some, that.
     across : Communicator, optional
         The ranks that divide the model and see the same samples, the ``"tensor"`` axis of a mesh of which ``comm`` is
         another axis; None: each rank of ``comm`` has all of the model.
@@ -93,7 +93,7 @@ class Synchronous(Method):
         comm: Communicator,
         microbatches: int,
         bucket_bytes: int,
-        allocator: Allocator,
+        allocator: Allocator | None,
         across: Communicator | None = None,
         precision: Precision | None = None,
     ) -> None:
@@ -105,7 +105,7 @@ class Synchronous(Method):
         self.comm, self.across, self.precision = comm, across, precision
         self.microbatches = microbatches
         self.bucket_bytes = bucket_bytes
-        self._allocator = allocator
+        self._private, self._allocator = allocator, allocator or plain
         self._stop = False
 
     def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:
@@ -117,16 +117,24 @@ class Synchronous(Method):
         self._terms = [segment.name for segment in model.layout if segment.axes - {"data"}]
         if self.precision:
             self._mixed = self.precision.check(model, self._allocator(0, model.layout.dtype))
-        self._allocate(model.layout)
+        self._allocate(self._held(model.layout))
         self._initialise()
+
+    def _held(self, layout: Layout) -> Layout:
+        """Return the layout of those of the model's tensors that this rank holds: of all of them."""
+        return layout
 
     @abstractmethod
     def _allocate(self, layout: Layout) -> None:
-        """Set ``params``, ``grads`` and ``parts``."""
+        """Set ``params``, ``grads`` and ``parts``, of the tensors that this rank holds."""
 
     @abstractmethod
     def _initialise(self) -> None:
         """Fill ``params`` with the model's initial values, verified between ranks."""
+
+    def _draw(self, params: FlatBuffer) -> None:
+        """Fill a buffer of this rank's tensors with the model's initial values."""
+        self.model.initialise(params, self.plan.key.child("init"))
 
     def _verify(self, replicas: Communicator | None, stretches: Iterable[FlatBuffer]) -> None:
         """Check that ranks hold the same values of the same tensors.  Collective.
@@ -149,13 +157,18 @@ class Synchronous(Method):
         if self.across:
             verify_replicas(self.across, "\n".join(sorted(common)))
 
-    def _reach(self, *groups: Communicator) -> Reach:
-        """Return over which ranks a sum over the model goes, of which ``groups`` divide this rank's part."""
-        if self.across is None:
-            return Reach(groups)
-        counted = self.across.rank > 0  # by the first rank
-        shared = (number for number, segment in enumerate(self.model.layout) if counted and segment.is_whole)
-        return Reach((*groups, self.across), frozenset(shared))
+    def _reach(self, *groups: Communicator, elsewhere: Collection[str] = ()) -> Reach:
+        """Return over which ranks a sum over the model goes, of which ``groups`` divide this rank's part.
+
+        Tensors ``elsewhere`` are counted by another rank, and so are those that all ranks along ``across`` hold.
+        """
+        counted = self.across is not None and self.across.rank > 0  # by the first rank
+        numbers = (
+            number
+            for number, segment in enumerate(self.params.layout)
+            if segment.name in elsewhere or (counted and segment.is_whole)
+        )
+        return Reach((*groups, self.across) if self.across else groups, frozenset(numbers))
 
     @abstractmethod
     def _train_step(self, microbatches: list[Batch]) -> Tally:

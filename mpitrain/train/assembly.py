@@ -31,10 +31,12 @@ from mpitrain.nn import Layer, Loss, Model, Network
 from mpitrain.parallel import (
     DataParallel,
     GradientParallel,
+    GradientPipelineParallel,
     ModelAveraging,
     PipelineParallel,
     ReproducibleDataParallel,
     ReproducibleGradientParallel,
+    ReproducibleGradientPipelineParallel,
     ReproduciblePipelineParallel,
     Synchronous,
 )
@@ -385,10 +387,14 @@ def _pipeline(job: Job, mesh: ProcessMesh, whole: Model, facts: Facts) -> Synchr
         "chunks": section.chunks,
         "microbatches": section.microbatches,
         "costs": counted(whole, facts.sample_shape) if isinstance(whole, Network) else None,
-        "allocator": device if job.device == "gpu" else plain,
+        "allocator": device if job.device == "gpu" else None,
     }
+    divides = section.kind == "gradient"
     if job.lanes is not None:
-        return ReproduciblePipelineParallel(mesh, lanes=job.lanes, **options)
+        made = ReproducibleGradientPipelineParallel if divides else ReproduciblePipelineParallel
+        return made(mesh, lanes=job.lanes, **options)
+    if divides:
+        return GradientPipelineParallel(mesh, **options)
     return PipelineParallel(mesh, bucket_bytes=section.bucket_bytes, **options)
 
 

@@ -2,6 +2,7 @@
 
 from mpitrain.parallel.pipeline.costs import UnitTimes, counted, measured
 from mpitrain.parallel.pipeline.cuts import partition
+from mpitrain.parallel.pipeline.gradient import GradientPipelineParallel, ReproducibleGradientPipelineParallel
 from mpitrain.parallel.pipeline.method import PipelineParallel
 from mpitrain.parallel.pipeline.reproducible import ReproduciblePipelineParallel
 from mpitrain.parallel.pipeline.schedule import Family, Operation, Schedule, Sizes
@@ -13,8 +14,10 @@ __all__ = [
     "FAMILIES",
     "Costs",
     "Family",
+    "GradientPipelineParallel",
     "Operation",
     "PipelineParallel",
+    "ReproducibleGradientPipelineParallel",
     "ReproduciblePipelineParallel",
     "Schedule",
     "Sizes",

@@ -5,7 +5,7 @@ What is computed, and in which order a rank does so, is the schedule's; the meth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
@@ -25,7 +25,6 @@ from mpitrain.arrays import (
     Layout,
     Segment,
     namespace,
-    plain,
 )
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
@@ -80,8 +79,8 @@ class PipelineParallel(Synchronous):
         of its parameters.
     bucket_bytes : int
         Largest piece in which gradients are reduced over ``data``.
-    allocator : Allocator
-        Where parameters, gradients and optimizer state live.
+    allocator : Allocator, optional
+        Where parameters, gradients and optimizer state live; None: in ordinary memory.
 
     Notes
     -----
@@ -105,7 +104,7 @@ class PipelineParallel(Synchronous):
         microbatches: int = 1,
         costs: Sequence[float] | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-        allocator: Allocator = plain,
+        allocator: Allocator | None = None,
     ) -> None:
         comm, self.pipe, self.data, across = axes(where)
         super().__init__(comm, microbatches, bucket_bytes, allocator, across)
@@ -136,24 +135,24 @@ class PipelineParallel(Synchronous):
             )  # fmt: skip
         self._network, self._layers = model, model.layer
         super().setup(model, optimizer, plan)
+        links = Links(self.pipe, self.sizes, model.pool, namespace(self.params.flat), model.layout.dtype)
+        self.executor = Executor(self.pipe, self.sizes, Stages(model, self._own, self.params), links)
 
-    def _allocate(self, layout: Layout) -> None:
+    def _held(self, layout: Layout) -> Layout:
+        """Cut the model into stages; return the layout of this rank's."""
         layers = [part(self._layers, *cut) for cut in pairwise(self._cuts())]
         names = [frozenset(each.name for each in layer.parameters()) for layer in layers]
         used = [frozenset().union(*(names[s] for s in self.sizes.stages_of(rank))) for rank in range(self.sizes.ranks)]
         if self._ties:
             self._ties.free()
         self._ties = Ties(self.pipe, used, layout.ties)
-        self.params = FlatBuffer(layout.select(used[self.pipe.rank]), self._allocator)
-        self.grads = GradientBuffer(self.params.layout, self._allocator)
-        whole, copies = self.params.layout.whole(), self._ties.copies
-        state = self.optimizer.init(whole, self._allocator)
-        self.parts = (Part(whole, self.params.flat, self.grads.flat, state),)
-        numbers = (number for number, segment in enumerate(self.params.layout) if segment.name in copies)
-        self._over_stages = self._over_model(self.pipe, elsewhere=numbers)
-        own = {stage: layers[stage] for stage in self.sizes.stages_of(self.pipe.rank)}
-        links = Links(self.pipe, self.sizes, self._network.pool, namespace(self.params.flat), layout.dtype)
-        self.executor = Executor(self.pipe, self.sizes, Stages(self._network, own, self.params), links)
+        self._own = {stage: layers[stage] for stage in self.sizes.stages_of(self.pipe.rank)}
+        return layout.select(used[self.pipe.rank])
+
+    def _allocate(self, layout: Layout) -> None:
+        self.params, self.grads = FlatBuffer(layout, self._allocator), GradientBuffer(layout, self._allocator)
+        state = self.optimizer.init(layout.whole(), self._allocator)
+        self.parts = (Part(layout.whole(), self.params.flat, self.grads.flat, state),)
 
     def _cuts(self) -> tuple[int, ...]:
         """Return which units each stage begins and ends with."""
@@ -167,18 +166,13 @@ class PipelineParallel(Synchronous):
         return partition(costs, self.sizes.stages)
 
     def _initialise(self) -> None:
-        self.model.initialise(self.params, self.plan.key.child("init"))
-        assert self._ties
-        self._ties.publish(self.params)
+        self._draw(self.params)
         self._verify(self.data, [self.params])
 
-    def _over_model(self, *groups: Communicator, elsewhere: Iterable[int] = ()) -> Reach:
-        """Return over which ranks a sum over this rank's stages goes, or over all; see `Synchronous._reach`."""
-        if self.across is None:
-            return Reach(groups, frozenset(elsewhere))
-        counted = self.across.rank > 0  # by the first rank
-        shared = (number for number, segment in enumerate(self.params.layout) if counted and segment.is_whole)
-        return Reach((*groups, self.across), frozenset({*shared, *elsewhere}))
+    def _draw(self, params: FlatBuffer) -> None:
+        super()._draw(params)
+        assert self._ties
+        self._ties.publish(params)
 
     @property
     def shares(self) -> tuple[tuple[int, int], ...]:
@@ -202,8 +196,8 @@ class PipelineParallel(Synchronous):
         self.step += 1
         with phase("update"):
             divide(self.parts, total.count)
-            clip(self.parts, self.plan, self._over_stages)
-            update(self.optimizer, self.parts, self.plan, self.updates, self._over_model())
+            clip(self.parts, self.plan, self._over_stages())
+            update(self.optimizer, self.parts, self.plan, self.updates, self._reach())
         return total
 
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
@@ -245,12 +239,20 @@ class PipelineParallel(Synchronous):
         return Microbatch(batch, call)
 
     def _reduce_gradients(self) -> None:
-        """Sum the gradients of tied tensors over the stages, and all over the pipelines."""
+        """Sum all gradients over the pipelines, and then those of tied tensors over the stages.
+
+        In this order: a sum over pipelines may be rounded by where a tensor lies, one over stages is the same on both.
+        """
         assert self._ties
         self._sum_terms()
-        self._ties.sum(self.grads.buffer)
         if self.data:
             reduce_gradients(self.data, self.grads.buffer, self.params.layout.buckets(self.bucket_bytes))
+        self._ties.sum(self.grads.views)
+
+    def _over_stages(self) -> Reach:
+        """Return over which ranks a sum over all stages goes, in which a tied tensor counts once."""
+        assert self._ties
+        return self._reach(self.pipe, elsewhere=self._ties.copies)
 
     def _reduce(self, array: Array) -> Array:
         assert self.data
@@ -310,9 +312,14 @@ class PipelineParallel(Synchronous):
     def state(self) -> State:
         """See `Method.state`: a tied tensor is its first holder's, and of equal pipelines the first one speaks."""
         found = super().state()
+        elsewhere = self._saved_elsewhere
+        return State(tuple(p for p in found.pieces if p.name.partition("/")[2] not in elsewhere), found.scalars)
+
+    @property
+    def _saved_elsewhere(self) -> Collection[str]:
+        """The tensors of which another rank gives what this one has too."""
         assert self._ties
-        copies = self._ties.copies if self.data is None or self.data.rank == 0 else frozenset(self._ties.owners)
-        return State(tuple(p for p in found.pieces if p.name.partition("/")[2] not in copies), found.scalars)
+        return self._ties.copies if self.data is None or self.data.rank == 0 else self._ties.owners
 
     def weights_sha256(self) -> str:
         """See `Method.weights_sha256`: tensor by tensor through the first rank."""
@@ -357,3 +364,10 @@ def axes(where: Communicator | ProcessMesh) -> Axes:
         raise InputError("the mesh does not fit", operation="PipelineParallel", got=got, expected=expected)
     data, tensor = (mesh[name] if mesh.shape.get(name, 1) > 1 else None for name in ("data", "tensor"))
     return mesh[tuple(name for name in mesh if name != "tensor")] if tensor else mesh.comm, mesh["pipe"], data, tensor
+
+
+def with_data(where: Communicator | ProcessMesh) -> ProcessMesh:
+    """Return the mesh of pipelines, with an axis of data even if there is one pipeline."""
+    if isinstance(where, Communicator):
+        return ProcessMesh(where, data=1, pipe=-1)
+    return where if "data" in where.shape else ProcessMesh(where.comm, data=1, **where.shape)

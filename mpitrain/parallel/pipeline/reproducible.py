@@ -12,14 +12,14 @@ from typing import Any
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, plain
+from mpitrain.arrays import Allocator, Batch
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.lanes import lane_sum
 from mpitrain.data.shares import share
 from mpitrain.method.steps import add_sums
 from mpitrain.method.tiles import Tiles
 from mpitrain.parallel.lanes import LaneSteps, deal
-from mpitrain.parallel.pipeline.method import PipelineParallel
+from mpitrain.parallel.pipeline.method import PipelineParallel, with_data
 from mpitrain.parallel.synchronous import Tally
 
 
@@ -54,9 +54,14 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         chunks: int = 1,
         microbatches: int = 1,
         costs: Sequence[float] | None = None,
-        allocator: Allocator = plain,
+        allocator: Allocator | None = None,
     ) -> None:
-        mesh = _with_data(where)
+        if isinstance(where, ProcessMesh) and where.shape.get("tensor", 1) > 1:
+            raise InputError(
+                "matrices of other shapes have other bits", operation=type(self).__name__,
+                got=f"tensor={where.shape['tensor']}", expected="the axes pipe and data",
+            )  # fmt: skip
+        mesh = with_data(where)
         self._peers, self.lanes = mesh["data"], lanes
         self._dealt = deal(lanes, self._peers, type(self).__name__, "pipeline")
         flow = microbatches * len(self._dealt)
@@ -91,14 +96,19 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:
         lane_sum(self._peers, lanes, self.lanes, layout=self.params.layout, out=self.grads.flat)
 
+    def _sum_use(self, use: str, lanes: Sequence[Array]) -> Array:
+        return lane_sum(self._peers, lanes, self.lanes)
+
+    def _piece(self, name: str) -> Array:
+        return self.grads.views[name].reshape(-1)
+
     def _add_uses(self, lanes: Mapping[str, Sequence[Array]]) -> None:
         assert self._ties
-        views = self.grads.views
-        further = {use: lane_sum(self._peers, values, self.lanes) for use, values in lanes.items()}
+        further = {use: self._sum_use(use, values) for use, values in lanes.items()}
         for name, uses in self._ties.uses.items():
-            here = [further[use].reshape(views[name].shape) if use in further else views[name] for use, _ in uses]
-            terms = [self._ties.everyones(name, each, rank) for each, (_, rank) in zip(here, uses, strict=True)]
-            views[name][...] = reduce(add, terms)
+            own = self._piece(name)
+            terms = [self._ties.everyones(name, further.get(use, own), rank) for use, rank in uses]
+            own[...] = reduce(add, terms)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `LaneSteps.evaluate`: each rank hands in batches of `evaluation_shares` in turn, or any others."""
@@ -120,15 +130,3 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         if names is None:
             return None
         return {name: self._over_lanes([each[name] if each else None for each in sums], self._peers) for name in names}
-
-
-def _with_data(where: Communicator | ProcessMesh) -> ProcessMesh:
-    """Return the mesh of pipelines, with an axis of data even if there is one pipeline."""
-    if isinstance(where, Communicator):
-        return ProcessMesh(where, data=1, pipe=-1)
-    if where.shape.get("tensor", 1) > 1:
-        raise InputError(
-            "matrices of other shapes have other bits", operation="ReproduciblePipelineParallel",
-            got=f"tensor={where.shape['tensor']}", expected="the axes pipe and data",
-        )  # fmt: skip
-    return where if "data" in where.shape else ProcessMesh(where.comm, data=1, **where.shape)

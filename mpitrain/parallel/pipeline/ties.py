@@ -23,8 +23,10 @@ class Ties:
 
     Attributes
     ----------
+    shared : frozenset of str
+        This rank's.
     copies : frozenset of str
-        Those of this rank's that belong to a rank before it.
+        Of these, the ones that belong to a rank before it.
     owners : dict of str to int
         Of each tensor the first rank that holds it.
     uses : dict of str to list of (str, int)
@@ -41,17 +43,24 @@ class Ties:
         self._groups = {
             name: comm.split(0 if comm.rank in ranks else None, axis="tied") for name, ranks in shared.items()
         }
+        self.shared = frozenset(name for name, ranks in shared.items() if comm.rank in ranks)
         self.copies = frozenset(name for name, ranks in shared.items() if comm.rank in ranks[1:])
         self.owners = {name: ranks[0] for name, ranks in self._holders.items()}
         users = {use: rank for rank, names in enumerate(used) for use in names}
         tied = [name for name in dict.fromkeys(ties.values()) if comm.rank in self._holders[name]]
         self.uses = {name: [(use, users[use]) for use in (name, *ties) if ties.get(use, use) == name] for name in tied}
 
-    def sum(self, grads: FlatBuffer) -> None:
-        """Sum the gradients of the copies, in place: every holder gets the gradient of the one tensor."""
+    def sum(self, grads: Mapping[str, Array]) -> None:
+        """Sum the gradients of the copies, in place: every holder gets that of the one tensor, or of a part of it.
+
+        Parameters
+        ----------
+        grads : mapping of str to array
+            Of each shared tensor, this rank's gradient of the part that all of ``comm`` are at.
+        """
         for name, group in self._groups.items():
             if group is not None:
-                group.allreduce(grads.views[name], out=grads.views[name])
+                group.allreduce(grads[name], out=grads[name])
 
     def everyones(self, name: str, values: Array, rank: int) -> Array:
         """Return what one holder of a tensor has, on all of them; the others hand in an array like it."""

@@ -97,9 +97,10 @@ def _stages(job: Job) -> Iterator[Problem]:
         yield Problem("method.schedule", "is the order of a pipeline", method.schedule, expected)
     if not job.in_stages:
         return
-    if method.kind == "gradient":
-        what, remedy = "does not go with mesh.pipe > 1", "ranks of a pipeline divide the optimizer state by stage"
-        yield Problem("method.kind", what, method.kind, '"data_parallel" or "pipeline"', remedy)
+    if method.stage > 1:
+        what = "does not go with mesh.pipe > 1, where gradients are complete only after the last microbatch"
+        remedy = "1 divides the optimizer state of each stage; or leave out mesh.pipe"
+        yield Problem("method.stage", what, method.stage, "1", remedy)
     if method.codec and method.kind != "pipeline":
         yield Problem("method.codec.kind", "does not go with mesh.pipe > 1", method.codec.kind, "no codec")
     if method.average_every and method.kind != "pipeline":
