@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from mpitrain.parallel import (
     LaneSteps,
     ReproducibleDataParallel,
     ReproducibleGradientParallel,
+    ReproducibleGradientPipelineParallel,
     ReproduciblePipelineParallel,
 )
 
@@ -116,11 +118,16 @@ def test_weights_losses_and_metrics_have_the_bits_of_one_rank(on_ranks, model, s
     on_ranks(check_bits, CASES[schedule], model, optimizer, microbatches)
 
 
-def check_mesh(comm: Communicator, lanes: int) -> None:
+Made = type[ReproduciblePipelineParallel]
+
+every_pipeline = pytest.mark.parametrize("made", [ReproduciblePipelineParallel, ReproducibleGradientPipelineParallel])
+
+
+def check_mesh(comm: Communicator, made: Made, lanes: int, models: Sequence[str]) -> None:
     """Pipelines with as many lanes each, or not."""
     mesh = ProcessMesh(comm, data=2, pipe=2)
-    for model in ("cnn", "gpt"):
-        found = outcome(ReproduciblePipelineParallel(mesh, lanes=lanes), model, "lamb")
+    for model in models:
+        found = outcome(made(mesh, lanes=lanes), model, "lamb")
         (expected,) = LocalWorld(1).run(
             lambda one, model=model: outcome(ReproducibleDataParallel(one, lanes=lanes), model, "lamb")
         )
@@ -129,15 +136,28 @@ def check_mesh(comm: Communicator, lanes: int) -> None:
     mesh.free()
 
 
+@every_pipeline
 @pytest.mark.parametrize("lanes", [3, pytest.param(4, marks=pytest.mark.slow)])
-def test_so_have_those_of_several_pipelines(lanes):
-    LocalWorld(4, timeout_s=20).run(check_mesh, lanes)
+def test_so_have_those_of_several_pipelines(made, lanes):
+    LocalWorld(4, timeout_s=20).run(check_mesh, made, lanes, ["cnn", "gpt", "three uses"])
 
 
 @pytest.mark.mpi
-def test_so_have_those_of_several_pipelines_over_mpi(world):
+@every_pipeline
+def test_so_have_those_of_several_pipelines_over_mpi(world, made):
     if world.size == 4:
-        check_mesh(world, 3)
+        check_mesh(world, made, 3, ["cnn", "gpt"])
+
+
+@pytest.mark.parametrize(("data", "pipe"), [(1, 3), (3, 2)])
+def test_so_have_those_that_divide_optimizer_state_on_other_meshes(data: int, pipe: int):
+    """One pipeline, which keeps all of it, and three, of which some of a tensor's tiles go to none."""
+
+    def train(comm: Communicator) -> Any:
+        mesh = ProcessMesh(comm, data=data, pipe=pipe)
+        return outcome(ReproducibleGradientPipelineParallel(mesh, lanes=LANES, schedule="zb-h1"), "gpt", "adam")
+
+    assert LocalWorld(data * pipe, timeout_s=20).run(train) == [serial("gpt", "adam", 1)] * (data * pipe)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

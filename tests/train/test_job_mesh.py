@@ -11,7 +11,7 @@ import pytest
 
 from mpitrain._errors import JobError
 from mpitrain.comm import Communicator, LocalWorld
-from mpitrain.parallel import DataParallel, GradientParallel, PipelineParallel
+from mpitrain.parallel import DataParallel, GradientParallel, GradientPipelineParallel, PipelineParallel
 from mpitrain.parallel.tensor import TensorNetwork
 from mpitrain.train.assembly import assemble
 from mpitrain.train.comparison import compare
@@ -123,9 +123,11 @@ def test_another_number_of_ranks_than_the_mesh_needs_is_said(file: Path, setting
         (["mesh.tensor=2", 'model.loss="my.py:loss"'], "model.loss: is not for scores that ranks divide, as mesh"),
         (["mesh.pipe=0"], "mesh.pipe: is too small; got 0; expected integer ≥ 1"),
         (
-            ["mesh.pipe=2", 'method.kind="gradient"'],
-            'method.kind: does not go with mesh.pipe > 1; got "gradient"; expected "data_parallel" or "pipeline"; rank',
+            ["mesh.pipe=2", 'method.kind="gradient"', "method.stage=2"],
+            "method.stage: does not go with mesh.pipe > 1, where gradients are complete only after the last microbatch"
+            "; got 2; expected 1; 1 divides the optimizer state of each stage; or leave out mesh.pipe",
         ),
+        (["mesh.pipe=2", 'method.kind="gradient"', "method.stage=3"], "method.stage: does not go with mesh.pipe > 1"),
         (["mesh.pipe=2", 'method.codec="fp16"'], "method.codec.kind: does not go with mesh.pipe > 1; got "),
         (["mesh.pipe=2", "method.average_every=2"], "method.average_every: does not go with mesh.pipe > 1; got 2"),
         (
@@ -163,7 +165,7 @@ def test_a_run_may_go_on_on_another_mesh(tmp_path: Path, file: Path, settings: l
 def axes(comm: Communicator, job: Job) -> tuple[dict[str, int], str]:
     parts = assemble(job, comm)
     method: Any = parts.method
-    assert isinstance(method, PipelineParallel)
+    assert isinstance(method, GradientPipelineParallel if job.method.kind == "gradient" else PipelineParallel)
     groups = {"data": method.data, "pipe": method.pipe, "tensor": method.across}
     return {name: group.size for name, group in groups.items() if group}, parts.title
 
@@ -176,6 +178,7 @@ def axes(comm: Communicator, job: Job) -> tuple[dict[str, int], str]:
         (['method.kind="pipeline"'], 3, {"pipe": 3}, "data 1 × pipe 3"),
         (['method.kind="pipeline"', "mesh.data=2"], 4, {"data": 2, "pipe": 2}, "data 2 × pipe 2"),
         (['method.kind="pipeline"', "mesh.pipe=2", "mesh.data=2"], 4, {"data": 2, "pipe": 2}, "data 2 × pipe 2"),
+        (["mesh.pipe=2", "mesh.data=2", 'method.kind="gradient"'], 4, {"data": 2, "pipe": 2}, "data 2 × pipe 2"),
         (["mesh.pipe=2", "mesh.tensor=2"], 4, {"pipe": 2, "tensor": 2}, "data 1 × pipe 2 × tensor 2"),
         (["mesh.pipe=2", 'method.schedule="zb-h1"', "method.microbatches=2"], 2, {"pipe": 2}, "data 1 × pipe 2"),
         (['method.kind="pipeline"'], 1, {"pipe": 1}, "data 1 × pipe 1"),
@@ -207,10 +210,15 @@ def test_one_stage_is_no_pipeline(file: Path):
     LocalWorld(2).run(check)
 
 
+DIVIDED = ('method.kind="gradient"',)
+CLIPPED_LAMB = ("optimizer.clip_norm=0.1", 'optimizer.kind="lamb"')
+
 PIPES: list[tuple[int, list[str]]] = [
     (4, ["mesh.data=2", "mesh.pipe=2"]),
     (6, ["mesh.pipe=3", "mesh.tensor=2", "optimizer.clip_norm=0.1", 'optimizer.kind="lamb"']),
     (8, ["mesh.data=2", "mesh.pipe=2", "mesh.tensor=2", "mesh.sequence_parallel=true", 'method.schedule="zb-h1"']),
+    (4, ["mesh.data=2", "mesh.pipe=2", *DIVIDED, "optimizer.clip_norm=0.1"]),
+    (8, ["mesh.data=2", "mesh.pipe=2", *DIVIDED, "mesh.tensor=2", "mesh.sequence_parallel=true", *CLIPPED_LAMB]),
 ]
 
 
@@ -227,18 +235,19 @@ def test_every_tensor_of_a_model_in_stages_is_that_of_one_rank(file: Path, size:
     assert compare(found, expected, 1e-10).first is None
 
 
-def test_a_run_in_stages_goes_on_on_another_mesh(tmp_path: Path, file: Path):
+@pytest.mark.parametrize("kind", [(), DIVIDED], ids=["replicated", "divided"])
+def test_a_run_in_stages_goes_on_on_another_mesh(tmp_path: Path, file: Path, kind: tuple[str, ...]):
     def trained(comm: Communicator, *settings: str, **options: Any) -> dict[str, Any]:
         return train_job(job(file, *settings), comm, report=False, **options)
 
     whole = LocalWorld(1).run(lambda comm: trained(comm, run_dir=tmp_path / "whole"))[0]
     run, first = tmp_path / "run", ("mesh.pipe=2", "mesh.tensor=2", "mesh.data=2", "train.steps=1")
-    LocalWorld(8).run(lambda comm: trained(comm, *first, run_dir=run))
+    LocalWorld(8).run(lambda comm: trained(comm, *first, *kind, run_dir=run))
     LocalWorld(3).run(lambda comm: trained(comm, "mesh.pipe=3", "train.steps=2", resume=run))
     LocalWorld(2).run(lambda comm: trained(comm, 'method.kind="gradient"', "train.steps=3", resume=run))
-    results = LocalWorld(4).run(lambda comm: trained(comm, "mesh.pipe=2", "mesh.tensor=2", resume=run))
-    assert results == [results[0]] * 4
-    assert (results[0]["steps"], results[0]["ranks"]) == (4, 4)
+    results = LocalWorld(8).run(lambda comm: trained(comm, "mesh.pipe=2", "mesh.tensor=2", *kind, resume=run))
+    assert results == [results[0]] * 8
+    assert (results[0]["steps"], results[0]["ranks"]) == (4, 8)
     assert results[0]["metrics"] == pytest.approx(whole["metrics"], rel=1e-9)
     one, other = Predictor(tmp_path / "whole"), Predictor(run)
     np.testing.assert_allclose(other.params.flat, one.params.flat, rtol=1e-9, atol=1e-12)

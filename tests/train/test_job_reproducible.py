@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gradient 2": {"method__kind": "gradient", "method__stage": 2},
     "pipeline": {"method__kind": "pipeline", "method__schedule": "zb-h1"},
     "data and pipeline": {"mesh__data": 2, "mesh__pipe": 2},
+    "gradient and pipeline": {"mesh__data": 2, "mesh__pipe": 2, "method__kind": "gradient"},
 }
 
 
@@ -56,7 +57,14 @@ def numbers(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("ranks", "method"),
-    [(2, "gradient 1"), (3, "data"), (4, "gradient 2"), (3, "pipeline"), (4, "data and pipeline")],
+    [
+        (2, "gradient 1"),
+        (3, "data"),
+        (4, "gradient 2"),
+        (3, "pipeline"),
+        (4, "data and pipeline"),
+        (4, "gradient and pipeline"),
+    ],
 )
 def test_weights_losses_and_metrics_have_the_bits_of_one_rank(folder, ranks, method):
     serial = run(1, job(folder), run_dir=folder / "serial")
@@ -70,7 +78,7 @@ def test_weights_losses_and_metrics_have_the_bits_of_one_rank(folder, ranks, met
 
 @pytest.mark.parametrize(
     ("first", "then", "method"),
-    [("data", 1, "gradient 1"), ("data", 4, "gradient 1"), ("data", 4, "data and pipeline"), ("pipeline", 2, "data")],
+    [("data", 1, "gradient 1"), ("data", 4, "gradient 1"), ("data", 4, "gradient and pipeline"), ("pipeline", 2, "data")],
 )
 def test_goes_on_with_the_same_bits_on_another_number_of_ranks(folder, first, then, method):
     whole = run(2, job(folder), run_dir=folder / "whole")
