@@ -78,7 +78,12 @@ def test_weights_losses_and_metrics_have_the_bits_of_one_rank(folder, ranks, met
 
 @pytest.mark.parametrize(
     ("first", "then", "method"),
-    [("data", 1, "gradient 1"), ("data", 4, "gradient 1"), ("data", 4, "gradient and pipeline"), ("pipeline", 2, "data")],
+    [
+        ("data", 1, "gradient 1"),
+        ("data", 4, "gradient 1"),
+        ("data", 4, "gradient and pipeline"),
+        ("pipeline", 2, "data"),
+    ],
 )
 def test_goes_on_with_the_same_bits_on_another_number_of_ranks(folder, first, then, method):
     whole = run(2, job(folder), run_dir=folder / "whole")
