@@ -33,14 +33,16 @@ class MethodSection(Section):
         "data_parallel",
         description="`data_parallel`: each rank holds the model and computes a share of each batch. `gradient`: the "
         "same steps, with optimizer state, from stage 2 on gradients, and in stage 3 parameters, divided among the "
-        "ranks. `pipeline`: each rank holds some of the layers, through which microbatches flow; so it is with "
-        "`data_parallel` where `mesh.pipe` is more than 1.",
+        "ranks. `pipeline`: each rank holds some of the layers, through which microbatches flow; so it is where "
+        "`mesh.pipe` is more than 1, with `data_parallel`, and with `gradient`, which divides each stage's optimizer "
+        "state over `mesh.data`.",
     )
     stage: int = Field(
         1,
         ge=1,
         le=3,
-        description='Of `kind = "gradient"`: 1 divides the optimizer state, 2 the gradients too, 3 the parameters too.',
+        description='Of `kind = "gradient"`: 1 divides the optimizer state, 2 the gradients too, 3 the parameters too; '
+        "1 in a pipeline.",
     )
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1"] = Field(
         "1f1b", description="Of a pipeline: the order in which a rank computes its microbatches."
