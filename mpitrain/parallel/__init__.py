@@ -2,7 +2,7 @@
 
 from mpitrain.parallel.averaging import ModelAveraging
 from mpitrain.parallel.data import DataParallel
-from mpitrain.parallel.gradient import GradientParallel
+from mpitrain.parallel.gradient import GradientParallel, GradientSteps
 from mpitrain.parallel.lanes import LaneSteps
 from mpitrain.parallel.pipeline import (
     GradientPipelineParallel,
@@ -10,13 +10,14 @@ from mpitrain.parallel.pipeline import (
     ReproducibleGradientPipelineParallel,
     ReproduciblePipelineParallel,
 )
-from mpitrain.parallel.reproducible import ReproducibleDataParallel, ReproducibleGradientParallel
+from mpitrain.parallel.reproducible import ReproducibleDataParallel, ReproducibleGradientParallel, ShardedLaneSteps
 from mpitrain.parallel.synchronous import Synchronous, Tally
 
 __all__ = [
     "DataParallel",
     "GradientParallel",
     "GradientPipelineParallel",
+    "GradientSteps",
     "LaneSteps",
     "ModelAveraging",
     "PipelineParallel",
@@ -24,6 +25,7 @@ __all__ = [
     "ReproducibleGradientParallel",
     "ReproducibleGradientPipelineParallel",
     "ReproduciblePipelineParallel",
+    "ShardedLaneSteps",
     "Synchronous",
     "Tally",
 ]
