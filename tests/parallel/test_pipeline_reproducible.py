@@ -15,7 +15,7 @@ from mpitrain._errors import InputError, NonFiniteError
 from mpitrain.arrays import Batch, Layout
 from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
 from mpitrain.data import evaluation_batches
-from mpitrain.method import tiles
+from mpitrain.method import Precision, tiles
 from mpitrain.nn.containers import Sequential
 from mpitrain.optim import SGD, make_optimizer
 from mpitrain.parallel import (
@@ -114,6 +114,29 @@ def check_bits(comm: Communicator, case: Case, model: str, optimizer: str, micro
 )
 def test_weights_losses_and_metrics_have_the_bits_of_one_rank(on_ranks, model, schedule, microbatches, optimizer):
     on_ranks(check_bits, CASES[schedule], model, optimizer, microbatches)
+
+
+def check_half(comm: Communicator, model: str, compute: str) -> None:
+    """Tied tensors and LAMB's norms too; of float16, the first steps overflow in some lane."""
+    scale = {"initial_scale": 2.0**15, "growth_interval": 1} if compute == "float16" else {}
+    precision = Precision(compute=compute, emulate=True, **scale)
+
+    def found(comm: Communicator, make: Any) -> Any:
+        method = make(comm, lanes=LANES, precision=precision)
+        return (*outcome(method, model, "lamb"), method.skipped, method.loss_scale)
+
+    expected = LocalWorld(1).run(found, ReproducibleDataParallel)[0]
+    assert (0 < expected[-2] < STEPS) if compute == "float16" else expected[-1] is None
+    for make in (ReproducibleDataParallel, ReproducibleGradientParallel, ReproduciblePipelineParallel):
+        assert found(comm, make) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "compute"),
+    [("cnn", "float16"), ("gpt", "bfloat16"), pytest.param("gpt", "float16", marks=pytest.mark.slow)],
+)
+def test_so_have_those_of_passes_in_16_bits(on_ranks, model, compute):
+    on_ranks(check_half, model, compute)
 
 
 def check_mesh(comm: Communicator, lanes: int) -> None:
