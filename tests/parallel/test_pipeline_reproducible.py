@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from parallel_cases import IMAGES, TEXT, KeptKeys, RowsFeed, cnn, gpt, mlp, plan, same_on_all
-from pipeline_cases import CASES, Case, fits
+from pipeline_cases import CASES, Case, fits, united
+from test_parallel_mixed import BOUNDS, SKIPPING, distance, initial, simulated
 
 from mpitrain import nn
 from mpitrain._errors import InputError, NonFiniteError
@@ -137,6 +138,21 @@ def check_half(comm: Communicator, model: str, compute: str) -> None:
 )
 def test_so_have_those_of_passes_in_16_bits(on_ranks, model, compute):
     on_ranks(check_half, model, compute)
+
+
+def check_simulation(comm: Communicator, make: Any) -> None:
+    """Lanes whose losses are scaled, and steps that are skipped, lead where one rank's whole batches do."""
+    expected, skipped = simulated(Precision(**SKIPPING), 20, 0.25)
+    method = make(comm, lanes=LANES, precision=Precision(**SKIPPING))
+    method.setup(mlp(np.float32), SGD(), plan(20, schedule=lambda step: 0.25))
+    assert method.advance(RowsFeed(dtype=np.float32), 20).skipped == skipped > 0
+    found = united(comm, (method.params if make is ReproduciblePipelineParallel else method.whole()).views)
+    assert distance(expected, found) < BOUNDS["float16"] * distance(expected, initial())
+
+
+@pytest.mark.parametrize("make", [ReproducibleDataParallel, ReproducibleGradientParallel, ReproduciblePipelineParallel])
+def test_training_in_16_bits_is_a_serial_simulation_but_for_rounding(on_ranks, make):
+    on_ranks(check_simulation, make)
 
 
 def check_mesh(comm: Communicator, lanes: int) -> None:
