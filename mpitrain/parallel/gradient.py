@@ -42,6 +42,7 @@ class GradientSteps(Synchronous):
 
     params: FlatBuffer | ShardedParameters
     grads: CommonGradients | WholeGradients | StreamedGradients
+    _buckets: Sequence[Bucket]
 
     stage: int = 1
 
@@ -58,8 +59,9 @@ class GradientSteps(Synchronous):
                 remedy="use stage 1, or divide no activations along the sequence",
             )  # fmt: skip
         self.grads = self._place_gradients(layout)
-        owned = self._allocate_parameters(layout)
+        self._buckets = self.grads.buckets
         shards, sums = self.grads.shards, self.grads.sums
+        owned = self._allocate_parameters(layout, shards)
         self.parts = tuple(self._part(*each) for each in zip(shards, owned, sums, strict=True))
 
     def _place_gradients(self, layout: Layout) -> CommonGradients | WholeGradients | StreamedGradients:
@@ -76,16 +78,15 @@ class GradientSteps(Synchronous):
         """Return what is divided by itself in stage 1: everything together."""
         return buckets_apart(layout)
 
-    def _allocate_parameters(self, layout: Layout) -> list[Array]:
+    def _allocate_parameters(self, layout: Layout, shards: Sequence[Shard]) -> list[Array]:
         """Set ``params``, and what hands them out; return where this rank's shards are."""
-        buckets, shards = self.grads.buckets, self.grads.shards
         dtype = self.precision.dtype if self.precision else layout.dtype
         if self.stage == 3 and self.model.reads_by_layer:
             memory = self._private, self._allocator
-            self.params = ShardedParameters(self._owners, self.model, buckets, shards, *memory, dtype)
+            self.params = ShardedParameters(self._owners, self.model, self._buckets, shards, *memory, dtype)
             return self.params.owned
         self.params = FlatBuffer(layout.astype(dtype), self._private or self._owners.shared)
-        self._gathers = [self._gather(*each) for each in zip(buckets, shards, strict=True)]
+        self._gathers = [self._gather(*each) for each in zip(self._buckets, shards, strict=True)]
         self._places = [self.params.flat[shard.start : shard.stop] for shard in shards]
         return [self._allocator(shard.size, layout.dtype) for shard in shards] if self.precision else self._places
 
@@ -102,7 +103,7 @@ class GradientSteps(Synchronous):
         if isinstance(self.params, ShardedParameters):
             stretches = [
                 (layout.select(segment.name for segment in bucket.segments), bucket.start, (part,))
-                for bucket, part in zip(self.grads.buckets, self.parts, strict=True)
+                for bucket, part in zip(self._buckets, self.parts, strict=True)
             ]
         self._verify(self._owners, (self._begin(*each) for each in stretches))
         self._publish()
@@ -140,7 +141,7 @@ class GradientSteps(Synchronous):
     def _gathered(self) -> FlatBuffer:
         """Return all parameters as they are updated, in float32.  Collective: each bucket is gathered."""
         found = FlatBuffer(self.model.layout, self._private or self._owners.shared)
-        for bucket, part in zip(self.grads.buckets, self.parts, strict=True):
+        for bucket, part in zip(self._buckets, self.parts, strict=True):
             place, start = found.flat[bucket.start : bucket.stop], part.shard.start - bucket.start
             place[start : start + part.shard.size] = part.params
             self._owners.allgather_plan(place, start, start + part.shard.size)()

@@ -11,6 +11,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, FlatBuffer, Layout, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.lanes import lane_reduce_scatter, lane_sum
+from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Part
 from mpitrain.method.tiles import tile_shards
 from mpitrain.parallel.buckets import Bucket
@@ -32,6 +33,8 @@ class ReproducibleDataParallel(LaneSteps, DataParallel):
         Into how many parts a lane is cut, see `DataParallel`.
     allocator : Allocator
         Where parameters, gradients and optimizer state live.
+    precision : Precision, optional
+        In which 16-bit type the passes are computed, see there.
 
     Notes
     -----
@@ -46,9 +49,15 @@ class ReproducibleDataParallel(LaneSteps, DataParallel):
     reads_in_place: ClassVar[bool] = False
 
     def __init__(
-        self, comm: Communicator, *, lanes: int, microbatches: int = 1, allocator: Allocator = plain
-    ) -> None:  # fmt: skip
-        super().__init__(comm, microbatches=microbatches, allocator=allocator)
+        self,
+        comm: Communicator,
+        *,
+        lanes: int,
+        microbatches: int = 1,
+        allocator: Allocator = plain,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__(comm, microbatches=microbatches, allocator=allocator, precision=precision)
         self._deal(lanes)
 
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:
@@ -67,18 +76,16 @@ class ShardedLaneSteps(LaneSteps, GradientSteps):
     params: FlatBuffer
 
     def _allocate(self, layout: Layout) -> None:
-        self.params = FlatBuffer(layout, self._private or self._owners.shared)
-        self._cuts_of = [(each, _tile_cuts(layout, each, self._owners.size)) for each in self._stretches(layout)]
-        self.parts, self._gathers = (), []
-        for bucket, cuts in self._cuts_of:
-            own = layout.shard(*cuts[self._owners.rank : self._owners.rank + 2])
-            here = self.params.flat[own.start : own.stop]
-            self.parts += (self._part(own, here, self._allocator(own.size, layout.dtype)),)
-            self._gathers.append(self._gather(bucket, own))
+        self._buckets, rank = self._stretches(layout), self._owners.rank
+        self._shard_cuts = [_tile_cuts(layout, each, self._owners.size) for each in self._buckets]
+        shards = [layout.shard(cuts[rank], cuts[rank + 1]) for cuts in self._shard_cuts]
+        sums = [self._allocator(shard.size, layout.dtype) for shard in shards]
+        owned = self._allocate_parameters(layout, shards)
+        self.parts = tuple(self._part(*each) for each in zip(shards, owned, sums, strict=True))
 
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:
-        for (bucket, cuts), part in zip(self._cuts_of, self.parts, strict=True):
-            layout = self.params.layout.select(segment.name for segment in bucket.segments)
+        for bucket, cuts, part in zip(self._buckets, self._shard_cuts, self.parts, strict=True):
+            layout = self._summed.select(segment.name for segment in bucket.segments)
             terms, counts = [lane[bucket.start : bucket.stop] for lane in lanes], np.diff(cuts).tolist()
             lane_reduce_scatter(self._owners, terms, self.lanes, counts, layout=layout, out=part.grads)
 
@@ -93,8 +100,8 @@ class ShardedLaneSteps(LaneSteps, GradientSteps):
     def _place(self, name: str) -> tuple[Part, Array]:
         """Return the part of this rank's in whose stretch a tensor lies, and where the tensor is cut by the ranks."""
         segment = self.params.layout[name]
-        number = next(n for n, (bucket, _) in enumerate(self._cuts_of) if segment in bucket.segments)
-        return self.parts[number], np.clip(self._cuts_of[number][1], segment.offset, segment.stop)
+        number = next(n for n, bucket in enumerate(self._buckets) if segment in bucket.segments)
+        return self.parts[number], np.clip(self._shard_cuts[number], segment.offset, segment.stop)
 
     def _hand_out(self) -> None:
         self._publish()
@@ -113,7 +120,7 @@ class ReproducibleGradientParallel(ShardedLaneSteps, GradientParallel):
     ----------
     comm, lanes, microbatches
         As for `ReproducibleDataParallel`.
-    allocator : Allocator, optional
+    allocator, precision
         As for `GradientParallel`.
 
     Notes
@@ -124,7 +131,13 @@ class ReproducibleGradientParallel(ShardedLaneSteps, GradientParallel):
     """
 
     def __init__(
-        self, comm: Communicator, *, lanes: int, microbatches: int = 1, allocator: Allocator | None = None
-    ) -> None:  # fmt: skip
-        super().__init__(comm, microbatches=microbatches, allocator=allocator)
+        self,
+        comm: Communicator,
+        *,
+        lanes: int,
+        microbatches: int = 1,
+        allocator: Allocator | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__(comm, microbatches=microbatches, allocator=allocator, precision=precision)
         self._deal(lanes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -29,10 +30,17 @@ from mpitrain.arrays import FlatBuffer, Shard
 from mpitrain.comm import Communicator, Count, LocalWorld, ProcessMesh
 from mpitrain.comm.tuning import Key, Row, Table
 from mpitrain.data import Dataset
+from mpitrain.method import Precision
 from mpitrain.method.state import box_size
 from mpitrain.nn import Network
 from mpitrain.optim import SGD, Optimizer, make_optimizer
-from mpitrain.parallel import DataParallel, GradientParallel, GradientPipelineParallel, PipelineParallel
+from mpitrain.parallel import (
+    DataParallel,
+    GradientParallel,
+    GradientPipelineParallel,
+    PipelineParallel,
+    ReproducibleGradientPipelineParallel,
+)
 from mpitrain.train.bench.memory import held_bytes, predicted
 
 TALLY_BYTES = 5 * 8
@@ -414,3 +422,9 @@ def test_a_stage_may_have_nothing_to_train():
 def test_a_mesh_without_stages_is_refused():
     with pytest.raises(InputError, match="the mesh does not fit; got data; expected pipe, and data or tensor"):
         LocalWorld(2).run(lambda comm: GradientPipelineParallel(ProcessMesh(comm, data=2)))
+
+
+@pytest.mark.parametrize("made", [GradientPipelineParallel, partial(ReproducibleGradientPipelineParallel, lanes=2)])
+def test_passes_in_16_bits_are_refused(made):
+    with pytest.raises(InputError, match="do not compute in 16 bits; got bfloat16; use no precision, or let each rank"):
+        LocalWorld(2).run(lambda comm: made(comm, precision=Precision("bfloat16", emulate=True)))

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
+from mpitrain._errors import InputError
 from mpitrain.arrays import Allocator, FlatBuffer, Layout
 from mpitrain.comm import Communicator, ProcessMesh
+from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Reach
 from mpitrain.method.tiles import Tiles
 from mpitrain.parallel.buckets import Bucket, WholeGradients, buckets_apart
@@ -31,6 +33,8 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
         As for `PipelineParallel`.
     allocator : Allocator, optional
         Where all memory of this rank's lives; None: where the ranks of a stage share it, as far as they are on a node.
+    precision : None
+        Refused.
 
     Notes
     -----
@@ -63,7 +67,13 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
         microbatches: int = 1,
         costs: Sequence[float] | None = None,
         allocator: Allocator | None = None,
+        precision: Precision | None = None,
     ) -> None:
+        if precision:
+            raise InputError(
+                "stages that divide optimizer state do not compute in 16 bits", operation=type(self).__name__,
+                got=precision.compute, remedy="use no precision, or let each rank keep the state of its stages",
+            )  # fmt: skip
         mesh = with_data(where)
         super().__init__(
             mesh, schedule=schedule, chunks=chunks, microbatches=microbatches, costs=costs, allocator=allocator
@@ -101,7 +111,7 @@ class ReproducibleGradientPipelineParallel(ShardedLaneSteps, ReproduciblePipelin
     ----------
     where, lanes, microbatches, schedule, chunks, costs
         As for `ReproduciblePipelineParallel`.
-    allocator : Allocator, optional
+    allocator, precision
         As for `GradientPipelineParallel`.
 
     Notes
