@@ -427,4 +427,4 @@ def test_a_mesh_without_stages_is_refused():
 @pytest.mark.parametrize("made", [GradientPipelineParallel, partial(ReproducibleGradientPipelineParallel, lanes=2)])
 def test_passes_in_16_bits_are_refused(made):
     with pytest.raises(InputError, match="do not compute in 16 bits; got bfloat16; use no precision, or let each rank"):
-        LocalWorld(2).run(lambda comm: made(comm, precision=Precision("bfloat16", emulate=True)))
+        LocalWorld(2).run(lambda comm: made(comm, precision=Precision(compute="bfloat16", emulate=True)))
