@@ -14,7 +14,6 @@ from mpitrain.comm.lanes import lane_reduce_scatter, lane_sum
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Part
 from mpitrain.method.tiles import tile_shards
-from mpitrain.parallel.buckets import Bucket
 from mpitrain.parallel.data import DataParallel
 from mpitrain.parallel.gradient import GradientParallel, GradientSteps
 from mpitrain.parallel.lanes import LaneSteps
@@ -77,16 +76,17 @@ class ShardedLaneSteps(LaneSteps, GradientSteps):
 
     def _allocate(self, layout: Layout) -> None:
         self._buckets, rank = self._stretches(layout), self._owners.rank
-        self._shard_cuts = [_tile_cuts(layout, each, self._owners.size) for each in self._buckets]
+        self._layouts = [layout.select(segment.name for segment in bucket.segments) for bucket in self._buckets]
+        pairs = zip(self._layouts, self._buckets, strict=True)
+        self._shard_cuts = [_tile_cuts(each, bucket.start, self._owners.size) for each, bucket in pairs]
         shards = [layout.shard(cuts[rank], cuts[rank + 1]) for cuts in self._shard_cuts]
         sums = [self._allocator(shard.size, layout.dtype) for shard in shards]
         owned = self._allocate_parameters(layout, shards)
         self.parts = tuple(self._part(*each) for each in zip(shards, owned, sums, strict=True))
 
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:
-        for bucket, cuts, part in zip(self._buckets, self._shard_cuts, self.parts, strict=True):
-            layout = self._summed.select(segment.name for segment in bucket.segments)
-            terms, counts = [lane[bucket.start : bucket.stop] for lane in lanes], np.diff(cuts).tolist()
+        for layout, cuts, part in zip(self._layouts, self._shard_cuts, self.parts, strict=True):
+            terms, counts = [lane[cuts[0] : cuts[-1]] for lane in lanes], np.diff(cuts).tolist()
             lane_reduce_scatter(self._owners, terms, self.lanes, counts, layout=layout, out=part.grads)
 
     def _sum_use(self, use: str, lanes: Sequence[Array]) -> Array:
@@ -107,10 +107,9 @@ class ShardedLaneSteps(LaneSteps, GradientSteps):
         self._publish()
 
 
-def _tile_cuts(layout: Layout, bucket: Bucket, ranks: int) -> list[int]:
-    """Return where the shards of a stretch of a layout begin, and where the last one ends."""
-    shards = tile_shards(layout.select(segment.name for segment in bucket.segments), ranks)
-    return [bucket.start + shard.start for shard in shards] + [bucket.stop]
+def _tile_cuts(layout: Layout, start: int, ranks: int) -> list[int]:
+    """Return where the shards of a stretch, laid out so from ``start`` on, begin, and where the last one ends."""
+    return [start + shard.start for shard in tile_shards(layout, ranks)] + [start + layout.size]
 
 
 class ReproducibleGradientParallel(ShardedLaneSteps, GradientParallel):
