@@ -76,7 +76,8 @@ class MpiCommunicator(Communicator):
     def __init__(
         self, comm: MPI.Intracomm, ledger: Ledger, channel: Channel, name: str = "", timeout_s: float | None = None
     ) -> None:  # fmt: skip
-        super().__init__(comm.Get_rank(), comm.Get_size(), ledger, Watch(ledger.axis, channel, timeout_s))
+        watch = Watch(ledger.axis, channel, timeout_s, name, partial(_members, comm, channel.group))
+        super().__init__(comm.Get_rank(), comm.Get_size(), ledger, watch)
         self._channel, self._name, self._splits, self._checkers = channel, name, 0, 0
         self._windows: list[MPI.Win] = []
         self._comm = comm
@@ -243,9 +244,7 @@ class MpiCommunicator(Communicator):
         return child
 
     def _new_checker(self) -> Checker:
-        group = self._comm.Get_group()
-        members = group.Translate_ranks(None, self._channel.group)
-        group.Free()
+        members = _members(self._comm, self._channel.group)
         self._checkers += 1  # a note of one that was switched off must not be taken for one of the next
         return Checker(self._channel, f"{self._name}@{self._checkers}", members, self.rank, self._watch)
 
@@ -326,6 +325,14 @@ def _translated(what: Call | str) -> Iterator[None]:
 def _translation(what: Call | str, error: MPI.Exception) -> CommunicationError:
     kind = MismatchError if error.Get_error_class() == MPI.ERR_TRUNCATE else CommunicationError
     return kind("MPI failed", operation=str(what), got=error.Get_error_string())
+
+
+def _members(comm: MPI.Intracomm, family: MPI.Group) -> list[int]:
+    """Return the ranks of a communicator as those of the family that it belongs to."""
+    group = comm.Get_group()
+    members = group.Translate_ranks(None, family)
+    group.Free()
+    return list(members)
 
 
 @cache
