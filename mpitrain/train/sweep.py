@@ -170,7 +170,7 @@ def _plan(
     for values in product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
         texts = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
-        job = Job.load(path, [*overrides, *texts])
+        job = Job.load(path, overrides, texts)
         point = Point(settings, job.to_toml(), directory / _name(settings))
         if changed := differences(job, point.directory):
             raise JobError(

@@ -145,6 +145,22 @@ def test_a_grid_that_cannot_be_understood_is_refused(grids):
         parse_grid(grids)
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "line"),
+    [
+        ("optimizer.lrr", [0.1], '--grid: optimizer.lrr: unknown key with kind = "adam"; .*did you mean "lr"'),
+        ("optimizer.lr", [0.1, -1], "--grid: optimizer.lr: is too small; got -1"),
+        ("seed.x", [1], '--grid seed.x=1: "seed" is not a table'),
+        ("train.batch_size", [4], "--set: seed: is too small; got -1"),
+    ],
+)
+def test_what_is_wrong_with_a_point_names_the_grid(tmp_path, key, values, line):
+    job = write_job(tmp_path, JOB.replace("[data]", "seed = 1\n[data]", 1))
+    overrides = ["seed=-1"] if "--set" in line else []
+    with pytest.raises(JobError, match=f"^{line}"):
+        sweep_job(job, overrides, {key: values}, alone(), tmp_path / "sweep")
+
+
 def test_a_mistake_in_any_point_ends_the_sweep_before_it_begins(tmp_path):
     with pytest.raises(JobError, match=r"--set: optimizer\.lr"):
         sweep_job(write_job(tmp_path), [], {"optimizer.lr": [0.1, -1]}, alone(), tmp_path / "sweep")
