@@ -114,7 +114,7 @@ def test_ctrl_c_ends_the_points_under_way_and_the_next_start_goes_on(tmp_path):
         running.wait_for(lambda: len(list(runs.glob("*/metrics.jsonl"))) == 2)
         running.process.send_signal(signal.SIGINT)
         done = running.end()
-    assert done.code == 0, done.err
+    assert (done.code, done.result["stopped"]) == (130, "SIGINT"), done.err
     points = done.result["points"]
     assert [point["status"] for point in points] == ["stopped"] * 3
     steps = {point["settings"]["seed"]: point["steps"] for point in points}
@@ -162,7 +162,7 @@ def test_what_is_wrong_with_a_point_names_the_grid(tmp_path, key, values, line):
 
 
 def test_a_mistake_in_any_point_ends_the_sweep_before_it_begins(tmp_path):
-    with pytest.raises(JobError, match=r"--set: optimizer\.lr"):
+    with pytest.raises(JobError, match=r"--grid: optimizer\.lr"):
         sweep_job(write_job(tmp_path), [], {"optimizer.lr": [0.1, -1]}, alone(), tmp_path / "sweep")
     for grid in ({}, {"seed": []}):
         with pytest.raises(JobError, match="sweep: has no points"):
