@@ -20,6 +20,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Batch, FlatBuffer, GradientBuffer
 from mpitrain.comm import Communicator
 from mpitrain.data.shares import share
+from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Plan
 from mpitrain.method.steps import Part, add_sums, check_finite, clip, divide, update
 from mpitrain.method.tiles import Tiles
@@ -142,9 +143,8 @@ class LaneSteps(Synchronous):
         for number, batch in enumerate(batches):
             lane = number % len(lanes)
             lanes[lane] = add_sums(lanes[lane], self.model.sums(self.params, batch))
-        if lanes[0] is None:
-            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        sums = {name: self._over_lanes([each[name] if each else None for each in lanes]) for name in lanes[0]}
+        lanes[0] = first = something(filled(self.comm, lanes[0]))
+        sums = {name: self._over_lanes([each[name] if each else None for each in lanes]) for name in first}
         return self.model.metrics(sums)
 
 

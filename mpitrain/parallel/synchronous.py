@@ -21,6 +21,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
+from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, Piece, Read, State, box_size, fill, pieces_of
@@ -324,9 +325,7 @@ class Synchronous(Method):
         sums, params = None, self.whole()
         for batch in batches:
             sums = add_sums(sums, self.model.sums(params, batch))
-        if sums is None:
-            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        total = self.comm.allreduce(sums)
+        total = self.comm.allreduce(something(filled(self.comm, sums)))
         return self.model.metrics(self.across.broadcast(total) if self.across else total)
 
     def predict(self, inputs: Array) -> Array:

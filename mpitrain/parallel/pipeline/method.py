@@ -29,6 +29,7 @@ from mpitrain.arrays import (
 )
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
+from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Plan
 from mpitrain.method.state import Kind, State
 from mpitrain.method.steps import (
@@ -269,9 +270,7 @@ class PipelineParallel(Synchronous):
             for found in self._sums(round_):
                 own = add_sums(own, found)
         sums: dict[str, Array] | None = self.pipe.broadcast_object(own, self._last_rank)
-        if sums is None:
-            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        total = self.data.allreduce(sums) if self.data else sums
+        total = self.data.allreduce(something(filled(self.data, sums))) if self.data else something(sums)
         return self.model.metrics(self.across.broadcast(total) if self.across else total)
 
     def _rounds(self, items: Iterable[_T]) -> Iterator[list[_T]]:

@@ -16,6 +16,7 @@ from mpitrain.arrays import Allocator, Batch, plain
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.lanes import lane_sum
 from mpitrain.data.shares import share
+from mpitrain.method.evaluation import filled, something
 from mpitrain.method.steps import add_sums
 from mpitrain.method.tiles import Tiles
 from mpitrain.parallel.lanes import LaneSteps, deal
@@ -109,17 +110,16 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
             for (lane, _), each in zip(round_, found, strict=False):  # none on other ranks than the last
                 number = self._dealt.index(lane)
                 sums[number] = add_sums(sums[number], each)
-        total = self.pipe.broadcast_object(self._totals(sums), self._last_rank)
-        if total is None:
-            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        return self.model.metrics(total)
+        total = self._totals(sums) if self.pipe.rank == self._last_rank else None  # who alone has sums
+        return self.model.metrics(something(self.pipe.broadcast_object(total, self._last_rank)))
 
     def _totals(self, sums: Sequence[dict[str, Array] | None]) -> dict[str, Array] | None:
         """Return the sums over all lanes, given those of each; None where there are none."""
-        names = next((each for each in sums if each is not None), None)
-        if names is None:
+        first = filled(self._peers, next((each for each in sums if each is not None), None))
+        if first is None:
             return None
-        return {name: self._over_lanes([each[name] if each else None for each in sums], self._peers) for name in names}
+        known = sums if any(sums) else [first, *sums[1:]]
+        return {name: self._over_lanes([each[name] if each else None for each in known], self._peers) for name in first}
 
 
 def _with_data(where: Communicator | ProcessMesh) -> ProcessMesh:
