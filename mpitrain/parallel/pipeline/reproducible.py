@@ -15,6 +15,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, plain
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.lanes import lane_sum
+from mpitrain.comm.local import alone
 from mpitrain.data.shares import share
 from mpitrain.method.evaluation import filled, something
 from mpitrain.method.steps import add_sums
@@ -57,12 +58,11 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         costs: Sequence[float] | None = None,
         allocator: Allocator = plain,
     ) -> None:
-        mesh = _with_data(where)
-        self._peers, self.lanes = mesh["data"], lanes
+        self._peers, self.lanes = _peers(where), lanes
         self._dealt = deal(lanes, self._peers, type(self).__name__, "pipeline")
         flow = microbatches * len(self._dealt)
         super().__init__(
-            mesh, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, allocator=allocator
+            where, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, allocator=allocator
         )  # fmt: skip
         self.microbatches = microbatches  # of a lane, as which a batch is dealt out
 
@@ -122,13 +122,13 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         return {name: self._over_lanes([each[name] if each else None for each in known], self._peers) for name in first}
 
 
-def _with_data(where: Communicator | ProcessMesh) -> ProcessMesh:
-    """Return the mesh of pipelines, with an axis of data even if there is one pipeline."""
-    if isinstance(where, Communicator):
-        return ProcessMesh(where, data=1, pipe=-1)
+def _peers(where: Communicator | ProcessMesh) -> Communicator:
+    """Return the ranks that have the same stages of all pipelines; where there is one pipeline, this rank."""
+    if not isinstance(where, ProcessMesh):
+        return alone()
     if where.shape.get("tensor", 1) > 1:
         raise InputError(
             "matrices of other shapes have other bits", operation="ReproduciblePipelineParallel",
             got=f"tensor={where.shape['tensor']}", expected="the axes pipe and data",
         )  # fmt: skip
-    return where if "data" in where.shape else ProcessMesh(where.comm, data=1, **where.shape)
+    return where["data"] if where.shape.get("data", 1) > 1 else alone()
