@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from mpitrain import _env
 from mpitrain._errors import CommunicationError, MismatchError
+from mpitrain._options import check_kind
 from mpitrain._typing import Array, DType
 from mpitrain.arrays.dtypes import accumulator
 from mpitrain.comm import pieces
@@ -87,6 +88,7 @@ class MpiCommunicator(Communicator):
     @classmethod
     def duplicate(cls, comm: MPI.Intracomm) -> MpiCommunicator:
         """Return a communicator over a private duplicate of ``comm``.  Collective."""
+        check_kind("from_mpi", "comm", comm, MPI.Intracomm, "a communicator of mpi4py's, e.g. MPI.COMM_WORLD")
         with _translated("from_mpi"):
             made = cls(comm.Dup(), Ledger(), Channel(comm.Dup()))
             made._device_way = device_choice.agree(made._comm, made.rank, made.library)

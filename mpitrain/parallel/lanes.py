@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import InputError
+from mpitrain._options import check_whole
 from mpitrain._typing import Array
 from mpitrain.arrays import Batch, FlatBuffer, GradientBuffer
 from mpitrain.comm import Communicator
@@ -26,7 +27,7 @@ from mpitrain.method.steps import Part, add_sums, check_finite, clip, divide, up
 from mpitrain.method.tiles import Tiles
 from mpitrain.nn.model import Model
 from mpitrain.optim import Optimizer, finite
-from mpitrain.parallel.synchronous import Synchronous, Tally
+from mpitrain.parallel.synchronous import Synchronous, Tally, checked
 
 
 class LaneSteps(Synchronous):
@@ -140,7 +141,7 @@ class LaneSteps(Synchronous):
             give the same metrics but for rounding.
         """
         lanes: list[dict[str, Array] | None] = [None] * len(self._dealt)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(checked(batches)):
             lane = number % len(lanes)
             lanes[lane] = add_sums(lanes[lane], self.model.sums(self.params, batch))
         lanes[0] = first = something(filled(self.comm, lanes[0]))
@@ -150,6 +151,7 @@ class LaneSteps(Synchronous):
 
 def deal(lanes: int, comm: Communicator, operation: str, what: str = "rank") -> range:
     """Return the lanes of this rank, of those that share them out: a contiguous, near-equal run."""
+    check_whole(operation, "lanes", lanes, 1)
     if lanes < comm.size:
         raise InputError(
             f"more {what}s than lanes", operation=operation, got=f"{comm.size} {what}s, {lanes} lanes",

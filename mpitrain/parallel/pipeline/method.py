@@ -14,6 +14,7 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
+from mpitrain._options import NON_NEGATIVE, check, check_kind
 from mpitrain._typing import Array
 from mpitrain.arrays import (
     Allocator,
@@ -54,7 +55,7 @@ from mpitrain.parallel.pipeline.schedules import FAMILIES
 from mpitrain.parallel.pipeline.stages import Microbatch, Stages
 from mpitrain.parallel.pipeline.ties import Ties
 from mpitrain.parallel.pipeline.validator import validate
-from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally, check_parts, checked
 from mpitrain.parallel.whole import whole_tensor
 
 _T = TypeVar("_T")
@@ -129,6 +130,7 @@ class PipelineParallel(Synchronous):
         InputError
             The model is not a `Network` of a `Sequential`, or has fewer units than there are stages.
         """
+        check_parts(model, optimizer, plan)
         if not isinstance(model, Network) or not isinstance(model.layer, Sequential):
             got = type(model.layer).__name__ if isinstance(model, Network) else type(model).__name__
             raise InputError(
@@ -165,6 +167,8 @@ class PipelineParallel(Synchronous):
         if len(costs) != len(row):
             what = "there is not one cost a layer"
             raise InputError(what, operation="PipelineParallel", got=len(costs), expected=len(row))
+        for cost in costs:
+            check("PipelineParallel", "one of costs", cost, NON_NEGATIVE)
         return partition(costs, self.sizes.stages)
 
     def _initialise(self) -> None:
@@ -266,7 +270,7 @@ class PipelineParallel(Synchronous):
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`: each rank hands in its own batches, all of which pass through the pipeline."""
         own: dict[str, Array] | None = None
-        for round_ in self._rounds(batches):
+        for round_ in self._rounds(checked(batches)):
             for found in self._sums(round_):
                 own = add_sums(own, found)
         sums: dict[str, Array] | None = self.pipe.broadcast_object(own, self._last_rank)
@@ -350,6 +354,7 @@ def axes(where: Communicator | ProcessMesh) -> Axes:
     """Return the communicators of all pipelines, along one, over equal ones, and across a stage; None: of one rank."""
     if isinstance(where, Communicator):
         return where, where, None, None
+    check_kind("PipelineParallel", "where", where, ProcessMesh, "a Communicator or a ProcessMesh")
     mesh = where
     if not {"pipe"} <= set(mesh) <= {"data", "pipe", "tensor"}:
         got, expected = ", ".join(mesh), "pipe, and data or tensor"

@@ -22,7 +22,7 @@ from mpitrain.method.steps import add_sums
 from mpitrain.method.tiles import Tiles
 from mpitrain.parallel.lanes import LaneSteps, deal
 from mpitrain.parallel.pipeline.method import PipelineParallel
-from mpitrain.parallel.synchronous import Tally
+from mpitrain.parallel.synchronous import Tally, checked
 
 
 class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
@@ -105,7 +105,7 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         """See `LaneSteps.evaluate`: each rank hands in batches of `evaluation_shares` in turn, or any others."""
         own = self._handed_in or self._dealt[:1]
         sums: list[dict[str, Array] | None] = [None] * len(self._dealt)
-        for round_ in self._rounds((own[number % len(own)], batch) for number, batch in enumerate(batches)):
+        for round_ in self._rounds((own[number % len(own)], batch) for number, batch in enumerate(checked(batches))):
             found = self._sums([batch for _, batch in round_])
             for (lane, _), each in zip(round_, found, strict=False):  # none on other ranks than the last
                 number = self._dealt.index(lane)
