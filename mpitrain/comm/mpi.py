@@ -325,8 +325,13 @@ def _translated(what: Call | str) -> Iterator[None]:
 
 
 def _translation(what: Call | str, error: MPI.Exception) -> CommunicationError:
-    kind = MismatchError if error.Get_error_class() == MPI.ERR_TRUNCATE else CommunicationError
-    return kind("MPI failed", operation=str(what), got=error.Get_error_string())
+    said = error.Get_error_string()
+    if error.Get_error_class() == MPI.ERR_TRUNCATE:
+        return MismatchError(
+            "another rank sent more than this one awaits", operation=str(what), got=said,
+            remedy="hand in as many elements on all ranks, or give counts; MPITRAIN_DEBUG=1 names the calls",
+        )  # fmt: skip
+    return CommunicationError("MPI failed", operation=str(what), got=said)
 
 
 def _members(comm: MPI.Intracomm, family: MPI.Group) -> list[int]:
