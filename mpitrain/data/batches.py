@@ -55,6 +55,12 @@ class Batches:
         check_whole("Batches", "batch_size", self.batch_size, 1)
         check_whole("Batches", "seed", self.seed, 0)
 
+    def __str__(self) -> str:
+        """Say what they are, in words that are the same where the batches are, but for weights and options."""
+        rest = f", {self.sampling}" + f", owners {self.owners}" * bool(self.owners) + ", drop_last" * self.drop_last
+        rows = f"{len(self.dataset)} rows of {self.dataset.name}"
+        return f"batches of {self.batch_size} of {rows}, seed {self.seed}{rest}"
+
     def share(self, rank: int, size: int, microbatches: int = 1) -> Loader:
         """Return one of ``size`` shares, each global batch cut into microbatches first.
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mpitrain._errors import InputError
+from mpitrain._errors import InputError, MismatchError
 from mpitrain._options import check_kind, check_whole
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
+from mpitrain.data import Batches
 from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.precision import Precision
@@ -223,8 +224,21 @@ class Synchronous(Method):
             raise InputError("comes after setup", operation="advance", remedy="call setup(model, optimizer, plan)")
         if self._feed is not feed:
             check_kind("advance", "feed", feed, Feed, "a Feed, e.g. Batches(dataset, batch_size=64, seed=0)")
+            self._check_same(feed)
             self._feed, self._cut = feed, [feed.share(*share, self.microbatches) for share in self.shares]
         return self._cut
+
+    def _check_same(self, feed: Feed) -> None:
+        """Refuse batches that are others than on rank 0: each rank would take its share of another whole."""
+        said = str(feed) if isinstance(feed, Batches) else type(feed).__name__
+        with self.comm.ledger.unchanged():
+            found = self.comm.allgather_object(said)
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise MismatchError(
+                    "ranks were given different batches", operation="advance", got=f"{other} on rank {rank}",
+                    expected=f"{found[0]} as on rank 0",
+                )  # fmt: skip
 
     def _at_commit(self) -> bool:
         """Tell whether parameters and optimizer state are now the same on all ranks."""
