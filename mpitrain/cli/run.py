@@ -82,9 +82,12 @@ def take_part(exit_code: Path | None, work: Callable[[Communicator], int]) -> No
     work : callable
         Returns the exit code, the same on all ranks.
     """
+    import numpy as np
+
     from mpitrain.comm import abort_on_uncaught, leave_together, world
 
     signal.signal(signal.SIGUSR1, signal.default_int_handler)  # until training begins, there is nothing to save
+    np.seterr(all="ignore")  # what is not finite ends the run, and that error names step, ranks and tensors
     comm = world()
     abort_on_uncaught(comm)
     try:
