@@ -21,7 +21,7 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mpitrain needs Python 3.11 or newer, got " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.with-%: pyproject.toml hatch_build.py $(wildcard mpitrain/comm/transports/*.c mpitrain/optim/*.c) | $(BIN)/python
+$(VENV)/.with-%: pyproject.toml hatch_build.py $(wildcard mpitrain/*/*.[ch] mpitrain/comm/*/*.c) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(MPI_EXTRA)$*]'
 	touch $@
 

@@ -7,6 +7,7 @@ for a wrong value, an unknown name or a missing one to end in one clear line.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
@@ -14,6 +15,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
+
+_LONGEST = 60
 
 
 class Allowed(Protocol):
@@ -102,6 +105,35 @@ def check(what: str, name: str, value: object, allowed: Allowed) -> None:
     """Raise an InputError unless ``value`` is allowed."""
     if not allowed.admits(value):
         raise InputError(f"{what}: {name} is not allowed", got=repr(value), expected=allowed)
+
+
+def check_kind(operation: str, what: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """Raise an InputError unless ``value`` is of a kind; ``expected`` says how to get such a thing.
+
+    Parameters
+    ----------
+    operation : str
+        What was called.
+    what : str
+        Name of the argument.
+    """
+    if not isinstance(value, kind):
+        got = f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__}: {_brief(value)}"
+        raise InputError(f"{what} is of another kind", operation=operation, got=got, expected=expected)
+
+
+def check_whole(operation: str, what: str, value: object, least: int) -> None:
+    """Raise an InputError unless ``value`` is an integer of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{what} is not an integer", operation=operation, got=_brief(value))
+    if value < least:
+        raise InputError(f"{what} is too small", operation=operation, got=value, expected=f"at least {least}")
+
+
+def _brief(value: object) -> str:
+    """Return how a value shows itself, on one line and not too long."""
+    text = " ".join(reprlib.repr(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import InputError
+from mpitrain._options import check_whole
 from mpitrain._typing import Array, Shape
 from mpitrain.arrays import kernel
 from mpitrain.arrays.layout import Box
@@ -64,7 +65,7 @@ class Key:
     Parameters
     ----------
     seed : int
-        The job's seed.
+        The job's seed, at least 0.
     purpose : str
         What the values are for, e.g. ``"init/0.weight"``; different purposes give independent streams.
     step : int
@@ -84,6 +85,7 @@ class Key:
         return replace(self, step=step)
 
     def __post_init__(self) -> None:
+        check_whole("Key", "seed", self.seed, 0)
         if not 0 <= self.step <= _MASK:
             raise InputError("key: the step is out of range", got=self.step, expected="0 to 2³² − 1")
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _SHOW_CURSOR = "\x1b[?25h"
 
+INTERRUPTED = 130
+"""What shells say of a program that Ctrl-C has ended."""
+
 
 @click.command("run", short_help="Train: run a job file on one rank, on N, or under mpirun and srun.")
 @click.argument("job")
@@ -52,7 +55,7 @@ def command(ranks: int | None, quiet: bool, exit_code: Path | None, **options: A
     if quiet:
         options["progress"] = "none"
     if ranks is None or ranks == 1:
-        take_part(exit_code, lambda comm: _train(comm, **options))
+        take_part(exit_code, lambda comm: _train(comm, name_signal=sender(exit_code), **options))
     else:
         check_job_file(options["job"], ranks)
         Job.load(options["job"], options["overrides"])  # a mistake in it ends here, in one line
@@ -79,9 +82,12 @@ def take_part(exit_code: Path | None, work: Callable[[Communicator], int]) -> No
     work : callable
         Returns the exit code, the same on all ranks.
     """
+    import numpy as np
+
     from mpitrain.comm import abort_on_uncaught, leave_together, world
 
     signal.signal(signal.SIGUSR1, signal.default_int_handler)  # until training begins, there is nothing to save
+    np.seterr(all="ignore")  # what is not finite ends the run, and that error names step, ranks and tensors
     comm = world()
     abort_on_uncaught(comm)
     try:
@@ -97,17 +103,40 @@ def take_part(exit_code: Path | None, work: Callable[[Communicator], int]) -> No
 
 def _train(
     comm: Communicator, job: str, overrides: tuple[str, ...], run_dir: Path | None, resume: Path | None, as_json: bool,
-    progress: str, width: int | None, trace: bool,
+    progress: str, width: int | None, trace: bool, name_signal: Callable[[signal.Signals], str],
 ) -> int:  # fmt: skip
     from mpitrain.train import Observer, load_job, train_job
 
     check_job_file(job, comm.size)
     loaded = load_job(job, overrides, comm)
     watcher = observer(progress, width) if comm.rank == 0 else Observer()
-    result = train_job(loaded, comm, run_dir=run_dir, resume=resume, observer=watcher, traced=trace)
+    result = train_job(
+        loaded, comm, run_dir=run_dir, resume=resume, observer=watcher, traced=trace, name_signal=name_signal
+    )
     if comm.rank == 0:
         _print_result(result, as_json, trace)
-    return 0
+    return INTERRUPTED if result["stopped"].endswith(signal.SIGINT.name) else 0
+
+
+def sender(exit_code: Path | None) -> Callable[[signal.Signals], str]:
+    """Return what names the signal that was sent to the job: `launch` passes Ctrl-C on as another one.
+
+    Parameters
+    ----------
+    exit_code : Path, optional
+        As for `take_part`.
+    """
+
+    def name(number: signal.Signals) -> str:
+        passed_on = number == signal.SIGUSR1 and exit_code is not None and _interrupted(exit_code).exists()
+        return signal.SIGINT.name if passed_on else number.name
+
+    return name
+
+
+def _interrupted(exit_code: Path) -> Path:
+    """Return the file that is there once the parent was told to stop by Ctrl-C."""
+    return exit_code.with_name("interrupted")
 
 
 def check_job_file(job: str, ranks: int) -> None:
@@ -166,11 +195,13 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         command_line, env = launch_command(ranks, argv)
         # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to stop at the next step.
         with subprocess.Popen(command_line, env=env, start_new_session=True) as child:
-            _forward_signals(child)
+            _forward_signals(child, _interrupted(told))
             code = _wait(child)
         if sys.stderr.isatty():
             sys.stderr.write(_SHOW_CURSOR)  # a rank that was killed had no time to
-        return int(told.read_text()) if code == 0 and told.exists() else _exit_code(code)
+        if code == 0:
+            return int(told.read_text()) if told.exists() else 0
+        return INTERRUPTED if _interrupted(told).exists() else _exit_code(code)
 
 
 def _arguments(options: dict[str, Any]) -> list[str]:
@@ -190,12 +221,13 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
             return child.wait(1.0)
 
 
-def _forward_signals(child: subprocess.Popen[bytes]) -> None:
+def _forward_signals(child: subprocess.Popen[bytes], interrupted: Path) -> None:
     """Turn the first Ctrl-C into SIGUSR1, which every launcher passes on; let the second end the job."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, lambda *_: child.terminate())
         click.echo("stopping at the next step; Ctrl-C again to end at once", err=True)
+        interrupted.touch()
         child.send_signal(signal.SIGUSR1)
 
     signal.signal(signal.SIGINT, interrupt)
@@ -206,5 +238,5 @@ def _forward_signals(child: subprocess.Popen[bytes]) -> None:
 
 
 def _exit_code(code: int) -> int:
-    """Map what a launcher returns to 0, 2 for a user's error, 1 else."""
-    return code if code in (0, 1, 2) else 1
+    """Map what a launcher returns other than 0 to 2 for a user's error, 1 else."""
+    return 2 if code == 2 else 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ import click
 
 from mpitrain import _env
 from mpitrain.cli.display import show
-from mpitrain.cli.run import check_job_file, check_no_launcher, launch, take_part
+from mpitrain.cli.run import INTERRUPTED, check_job_file, check_no_launcher, launch, sender, take_part
 
 if TYPE_CHECKING:
     from mpitrain.comm import Communicator
@@ -46,7 +48,7 @@ def command(ranks: int | None, exit_code: Path | None, **options: Any) -> None:
     check_job_file(options["job"], ranks or 1)
     parse_grid(options["grids"])
     if ranks is None or ranks == 1:
-        take_part(exit_code, lambda comm: _sweep(comm, **options))
+        take_part(exit_code, lambda comm: _sweep(comm, name_signal=sender(exit_code), **options))
     else:
         Job.load(options["job"], options["overrides"])  # a mistake in it ends here, in one line
         sys.exit(launch(ranks, ["sweep", *_arguments(options)]))
@@ -62,18 +64,20 @@ def _arguments(options: dict[str, Any]) -> list[str]:
 
 def _sweep(
     comm: Communicator, job: str, grids: tuple[str, ...], overrides: tuple[str, ...], sweep_dir: Path | None,
-    quiet: bool, as_json: bool, width: int | None,
+    quiet: bool, as_json: bool, width: int | None, name_signal: Callable[[signal.Signals], str],
 ) -> int:  # fmt: skip
     from mpitrain.train import load_job
     from mpitrain.train.sweep import parse_grid, sweep_job
 
     directory = sweep_dir or Path("sweeps") / load_job(job, overrides, comm).name
-    found = sweep_job(job, overrides, parse_grid(grids), comm, directory, None if quiet else _tell)
+    found = sweep_job(job, overrides, parse_grid(grids), comm, directory, None if quiet else _tell, name_signal)
     if comm.rank == 0:
         if as_json:
             click.echo(json.dumps(found))
         else:
             _print_table(found, width)
+    if found["stopped"] == signal.SIGINT.name and any(point["status"] == "stopped" for point in found["points"]):
+        return INTERRUPTED
     return int(any(point["status"] == "failed" for point in found["points"]))
 
 
@@ -113,6 +117,8 @@ def _print_table(found: dict[str, Any], width: int | None) -> None:
         Console().print(table)
     else:  # launchers give their ranks terminals that nobody sees
         Console(width=width or _PLAIN_WIDTH, force_terminal=bool(width)).print(table)
+    if found["stopped"]:
+        click.echo(f"stopped   by {found['stopped']}")
     for point in points:
         if point["error"]:
             click.echo(f"failed    {_settings(point)}: {_brief(point['error'])}")

@@ -2,6 +2,9 @@
 
 Three kinds travel: what a rank calls (debug mode), questions what a rank is doing with their answers, and that a rank
 has left.  Sending never waits for the other side, and nothing here waits without a deadline.
+
+A rank that has come to its end tells rank 0, whom others ask, and stays until all have come to theirs, as in
+``MPI_Finalize`` it would anyhow; meanwhile it answers.
 """
 
 from __future__ import annotations
@@ -16,14 +19,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 from mpi4py import MPI
 
-from mpitrain.comm.watchdog import print_stacks, watchdog
+from mpitrain.comm.watchdog import DEFAULT_TIMEOUT_S, print_stacks, watchdog
 
 _POLL_S = 0.002
-_channels: WeakSet[Channel]
+_FIRST_NAP_S = 0.0001
+_LONGEST_NAP_S = 0.05
+_channels: set[Channel]
 
 
 class Channel:
@@ -46,6 +50,8 @@ class Channel:
         Ranks that have ended, and how.
     alarmed : float
         When another rank last began to end the job, on the monotonic clock.
+    waits : dict of int to list of str
+        Names of the communicators in which ranks were in a call when they last answered.
 
     Notes
     -----
@@ -59,7 +65,9 @@ class Channel:
         self.group = comm.Get_group()
         self.checks = False
         self.left: dict[int, str] = {}
-        self.alarmed = float("-inf")
+        self.alarmed = self._asked = float("-inf")
+        self.waits: dict[int, list[str]] = {}
+        self._leaving = False
         self._homes: list[tuple[str, int]] = comm.allgather(_home())
         self._lock = threading.RLock()
         self.open = True
@@ -114,10 +122,26 @@ class Channel:
                 time.sleep(_POLL_S)
         return {rank: self.left.get(rank) or self._answers.get(rank) or self._silence(rank) for rank in ranks}
 
-    def leave(self) -> None:
-        """Tell the others that this rank ends, and stop using MPI."""
-        if self.checks:
-            self._say([rank for rank in range(self.size) if rank != self.rank], {"left": _ending()})
+    def departed(self, every_s: float) -> dict[int, str]:
+        """Return the ranks that are known to have ended, and how; at most every so many seconds, ask rank 0."""
+        now = time.monotonic()
+        if self._any_thread and now - self._asked > every_s:
+            self._asked = now
+            self._say([0], {"who": "left"})
+        return self.left
+
+    def status(self) -> str:
+        """Return what this rank is doing."""
+        return _ending() if self._leaving else watchdog.status()
+
+    def start_leaving(self) -> MPI.Request:
+        """Tell that this rank ends; return what is complete when all ranks do.  Collective."""
+        self._leaving = True
+        self._say([rank for rank in range(self.size) if rank != self.rank] if self.checks else [0], {"left": _ending()})
+        return self._comm.Ibarrier()
+
+    def close(self) -> None:
+        """Stop using MPI."""
         with self._lock:
             self.open = False
 
@@ -126,6 +150,7 @@ class Channel:
         with self._lock:
             self.open = False
             self._comm.Free()
+        _channels.discard(self)
 
     def abort(self) -> None:
         """End all ranks of the job."""
@@ -143,14 +168,18 @@ class Channel:
             case {"key": key, "note": note}:
                 self._notes[source, key] = note
             case {"ask": alarm}:
-                self._say([source], {"answer": watchdog.status()})
+                self._say([source], {"answer": self.status(), "waits": watchdog.waits()})
                 if alarm:
                     self.alarmed = time.monotonic()
                     print_stacks(self)
-            case {"answer": text}:
-                self._answers[source] = text
+            case {"answer": text, "waits": names}:
+                self._answers[source], self.waits[source] = text, names
             case {"left": how}:
                 self.left[source] = how
+            case {"who": _}:
+                self._say([source], {"gone": list(self.left.items())})
+            case {"gone": ranks}:
+                self.left.update(ranks)
 
     def _silence(self, rank: int) -> str:
         """Return why a rank does not answer, as far as its process can be seen from here."""
@@ -165,7 +194,7 @@ class Channel:
         return states.get(state, f"does not answer, as after the end of its program (process {pid} is alive)")
 
 
-_channels = WeakSet()
+_channels = set()  # none is forgotten by some ranks only: all of them leave it together
 
 
 def _home() -> tuple[str, int]:
@@ -181,8 +210,20 @@ def _ending() -> str:
 
 def _leave_all() -> None:
     watchdog.stop()
-    for channel in list(_channels):
-        channel.leave()
+    channels = [channel for channel in _channels if channel.open and channel.size > 1]
+    _answer_until([channel.start_leaving() for channel in channels], channels)
+    for channel in _channels:
+        channel.close()
+
+
+def _answer_until(all_leave: list[MPI.Request], channels: list[Channel]) -> None:
+    """Answer other ranks until they end too, or for so long that MPI had better wait for them."""
+    deadline, nap_s = time.monotonic() + DEFAULT_TIMEOUT_S, _FIRST_NAP_S
+    while not MPI.Request.Testall(all_leave) and time.monotonic() < deadline:
+        for channel in channels:
+            channel.listen()
+        time.sleep(nap_s)
+        nap_s = min(2 * nap_s, _LONGEST_NAP_S)
 
 
 def _before_finalize(*_: object) -> None:

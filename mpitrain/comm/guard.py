@@ -12,7 +12,8 @@ from types import TracebackType
 import numpy as np
 
 from mpitrain import _env
-from mpitrain._errors import AbortError, CommunicationError, LaunchError, MpitrainError, PeerError
+from mpitrain._errors import AbortError, CommunicationError, LaunchError, MismatchError, MpitrainError, PeerError
+from mpitrain.comm.callsite import call_site
 from mpitrain.comm.communicator import Communicator
 
 _INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -36,18 +37,32 @@ def report(error: BaseException, comm: Communicator) -> str:
 def describe(error: BaseException) -> str:
     """Return an error as a person should see it.
 
-    One line for one of ours, as it says what to do; the traceback for any other, and for a failed call, as that says
-    where to look.
+    One line for one of ours, as it says what to do; the traceback for any other, and where the MPI library failed, as
+    that says where to look.
     """
-    if isinstance(error, PeerError) or (isinstance(error, MpitrainError) and not isinstance(error, CommunicationError)):
-        return f"error: {error}"
-    return "".join(traceback.format_exception(error)).rstrip()
+    return f"error: {error}" if _says_what_to_do(error) else "".join(traceback.format_exception(error)).rstrip()
+
+
+def _says_what_to_do(error: BaseException) -> bool:
+    failed_below = isinstance(error, CommunicationError) and error.__cause__ is not None
+    return isinstance(error, MpitrainError) and (isinstance(error, MismatchError) or not failed_below)
+
+
+def _site(error: BaseException) -> str:
+    """Return where in the user's program an error came from that is shown without its traceback, as words to add."""
+    trace = error.__traceback__
+    if trace is None or not _says_what_to_do(error) or "\n" in str(error):  # a table of ranks has lines of its own
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"; at {call_site(trace.tb_frame)}"
 
 
 def abort_on_uncaught(comm: Communicator) -> None:
     """From now on, let an uncaught exception on this rank end all ranks within seconds.
 
-    It is printed with the rank before every line, in any thread, and the job ends with its `exit_code`.  Without
+    It is printed with the rank before every line, in any thread, and the job ends with its `exit_code`.  One of
+    mpitrain's own is one line that ends with where in the program it came from, any other its traceback.  Without
     this, the other ranks wait for ever.
 
     Parameters
@@ -58,7 +73,7 @@ def abort_on_uncaught(comm: Communicator) -> None:
 
     def leave(error: BaseException) -> None:
         sys.stdout.flush()
-        print(report(error, comm), file=sys.stderr, flush=True)
+        print(report(error, comm) + _site(error), file=sys.stderr, flush=True)
         if comm.size > 1:
             comm.abort(exit_code(error))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from mpitrain._errors import InputError, MismatchError
 from mpitrain._names import did_you_mean
+from mpitrain._options import check_kind
 from mpitrain.comm.communicator import Communicator
 
 
@@ -126,6 +127,7 @@ class ProcessMesh:
     """
 
     def __init__(self, comm: Communicator, /, **axes: int) -> None:
+        check_kind("ProcessMesh", "comm", comm, Communicator, "a Communicator, e.g. mpitrain.world()")
         self._grid = _grid(axes, comm.size)
         self.comm = comm
         self.shape = dict(self._grid.shape)

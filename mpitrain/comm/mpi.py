@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from mpitrain import _env
 from mpitrain._errors import CommunicationError, MismatchError
+from mpitrain._options import check_kind
 from mpitrain._typing import Array, DType
 from mpitrain.arrays.dtypes import accumulator
 from mpitrain.comm import pieces
@@ -76,7 +77,8 @@ class MpiCommunicator(Communicator):
     def __init__(
         self, comm: MPI.Intracomm, ledger: Ledger, channel: Channel, name: str = "", timeout_s: float | None = None
     ) -> None:  # fmt: skip
-        super().__init__(comm.Get_rank(), comm.Get_size(), ledger, Watch(ledger.axis, channel, timeout_s))
+        watch = Watch(ledger.axis, channel, timeout_s, name, partial(_members, comm, channel.group))
+        super().__init__(comm.Get_rank(), comm.Get_size(), ledger, watch)
         self._channel, self._name, self._splits, self._checkers = channel, name, 0, 0
         self._windows: list[MPI.Win] = []
         self._comm = comm
@@ -86,6 +88,7 @@ class MpiCommunicator(Communicator):
     @classmethod
     def duplicate(cls, comm: MPI.Intracomm) -> MpiCommunicator:
         """Return a communicator over a private duplicate of ``comm``.  Collective."""
+        check_kind("from_mpi", "comm", comm, MPI.Intracomm, "a communicator of mpi4py's, e.g. MPI.COMM_WORLD")
         with _translated("from_mpi"):
             made = cls(comm.Dup(), Ledger(), Channel(comm.Dup()))
             made._device_way = device_choice.agree(made._comm, made.rank, made.library)
@@ -243,9 +246,7 @@ class MpiCommunicator(Communicator):
         return child
 
     def _new_checker(self) -> Checker:
-        group = self._comm.Get_group()
-        members = group.Translate_ranks(None, self._channel.group)
-        group.Free()
+        members = _members(self._comm, self._channel.group)
         self._checkers += 1  # a note of one that was switched off must not be taken for one of the next
         return Checker(self._channel, f"{self._name}@{self._checkers}", members, self.rank, self._watch)
 
@@ -324,8 +325,21 @@ def _translated(what: Call | str) -> Iterator[None]:
 
 
 def _translation(what: Call | str, error: MPI.Exception) -> CommunicationError:
-    kind = MismatchError if error.Get_error_class() == MPI.ERR_TRUNCATE else CommunicationError
-    return kind("MPI failed", operation=str(what), got=error.Get_error_string())
+    said = error.Get_error_string()
+    if error.Get_error_class() == MPI.ERR_TRUNCATE:
+        return MismatchError(
+            "another rank sent more than this one awaits", operation=str(what), got=said,
+            remedy="hand in as many elements on all ranks, or give counts; MPITRAIN_DEBUG=1 names the calls",
+        )  # fmt: skip
+    return CommunicationError("MPI failed", operation=str(what), got=said)
+
+
+def _members(comm: MPI.Intracomm, family: MPI.Group) -> list[int]:
+    """Return the ranks of a communicator as those of the family that it belongs to."""
+    group = comm.Get_group()
+    members = group.Translate_ranks(None, family)
+    group.Free()
+    return list(members)
 
 
 @cache

@@ -76,7 +76,10 @@ def dump(*objects: Any, lengths: Array | None = None) -> Array:
     stream = io.BytesIO()
     for i, obj in enumerate(objects):
         begun = stream.tell()
-        pickle.dump(obj, stream, protocol=pickle.HIGHEST_PROTOCOL)
+        try:
+            pickle.dump(obj, stream, protocol=pickle.HIGHEST_PROTOCOL)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:  # as pickle says that it cannot
+            raise InputError("the object cannot be pickled", got=str(error)) from error
         if lengths is not None:
             lengths[i] = stream.tell() - begun
     return np.frombuffer(stream.getbuffer(), np.uint8)

@@ -18,6 +18,7 @@ from weakref import WeakSet
 
 from mpitrain import _env
 from mpitrain._errors import InputError
+from mpitrain.comm import absence
 from mpitrain.comm.callsite import call_site, in_communicator
 from mpitrain.comm.tables import table
 
@@ -58,13 +59,17 @@ class Watch:
         Private lines to the other ranks; a communicator without is not watched.
     chosen_s : float, optional
         The user's timeout; ``MPITRAIN_TIMEOUT_S`` if None, and without that the default.
+    name : str
+        Of the communicator, as its other ranks have it.
+    members : callable, optional
+        Returns its ranks, as the channel numbers them.
 
     Attributes
     ----------
     current : object
         What has been called and has not returned; its ``str`` is shown.
     aside : callable, optional
-        Returns, in words, a call that is under way and stores itself nowhere, and how many such calls have returned.
+        Returns a call that is under way and stores itself nowhere, and how many such calls have returned.
     count : int
         Calls that have returned.
     checking : bool
@@ -73,12 +78,15 @@ class Watch:
         Debug mode is on.
     """
 
-    def __init__(self, axis: str, channel: Channel | None = None, chosen_s: float | None = None) -> None:
-        self.axis, self.channel = axis, channel
+    def __init__(
+        self, axis: str, channel: Channel | None = None, chosen_s: float | None = None, name: str = "",
+        members: Callable[[], list[int]] = list,
+    ) -> None:  # fmt: skip
+        self.axis, self.channel, self.name, self.members = axis, channel, name, members
         given = _env.timeout_s()
         self.chosen_s = checked_timeout("MPITRAIN_TIMEOUT_S", given) if chosen_s is None and given else chosen_s
         self.current: object = None
-        self.aside: Callable[[], tuple[str, int] | None] | None = None
+        self.aside: Callable[[], tuple[object, int] | None] | None = None
         self.count = 0
         self.checking = self.debug = False
         self._seen: tuple[str | int, int] = (0, 0)
@@ -111,7 +119,8 @@ class Watch:
     def waited_s(self, now: float) -> float:
         """Return since when the thread, which asks again and again, has seen the present call."""
         what, count = self.present()
-        seen = what if isinstance(what, str) else id(what), count  # not the call: its arrays are the caller's to drop
+        # not the call: its arrays are the caller's to drop
+        seen = id(what) if what is self.current else str(what), count
         if what is None or self.checking or self._seen != seen:
             self._seen, self._since = seen, now
         return now - self._since
@@ -192,6 +201,10 @@ class Watchdog:
         found = "outside of communicators" + (f", at {call_site(main)}" if main else "")
         return found + (f"; its last call: {self.last}" if self.last else "")
 
+    def waits(self) -> list[str]:
+        """Return the names of the communicators in which this process is in a call."""
+        return [watch.name for watch in self._all() if watch.present()[0] is not None]
+
     def stacks(self) -> str:
         """Return the stacks of all threads of this process but its own."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -222,6 +235,11 @@ class Watchdog:
         late = next((watch for watch in watches if watch.overdue(now)), None)
         if late is not None:
             _end_job(late, now)
+        for watch in watches:
+            found = absence.find(watch, watch.waited_s(now))
+            if found is not None:
+                assert watch.channel is not None
+                _end_with(watch.channel, found)
         if any(watch.debug for watch in watches):
             return _DEBUG_NAP_S
         shortest_s = min((watch.timeout_s for watch in watches if watch.timeout_s), default=_LONGEST_NAP_S * _NAPS)
@@ -245,7 +263,11 @@ def _end_job(watch: Watch, now: float) -> None:
     rows = {channel.rank: (watchdog.status(), "")}
     others = [rank for rank in range(channel.size) if rank != channel.rank]
     rows |= {rank: (said, "") for rank, said in channel.inquire(others, PATIENCE_S, alarm=True).items()}
-    say(channel, f"error: {waited}; the job ends here\n{table(rows)}")
+    _end_with(channel, f"error: {waited}; the job ends here\n{table(rows)}")
+
+
+def _end_with(channel: Channel, text: str) -> None:
+    say(channel, text)
     time.sleep(_NAP_BEFORE_END_S)
     channel.abort()
 

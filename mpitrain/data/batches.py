@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mpitrain._options import check_kind, check_whole
 from mpitrain._typing import Array
 from mpitrain.data.dataset import Dataset
 from mpitrain.data.loader import Loader
@@ -32,6 +33,11 @@ class Batches:
         Options of that partition.
     sampling, sampling_weights, drop_last, dtype
         As for `Loader`.
+
+    Raises
+    ------
+    InputError
+        The data set is none, or a number is no integer, or too small.
     """
 
     dataset: Dataset
@@ -43,6 +49,17 @@ class Batches:
     sampling_weights: Array | None = None
     drop_last: bool = False
     dtype: Any = np.float32
+
+    def __post_init__(self) -> None:
+        check_kind("Batches", "dataset", self.dataset, Dataset, 'a Dataset, e.g. mpitrain.data.load("digits")')
+        check_whole("Batches", "batch_size", self.batch_size, 1)
+        check_whole("Batches", "seed", self.seed, 0)
+
+    def __str__(self) -> str:
+        """Say what they are, in words that are the same where the batches are, but for weights and options."""
+        rest = f", {self.sampling}" + f", owners {self.owners}" * bool(self.owners) + ", drop_last" * self.drop_last
+        rows = f"{len(self.dataset)} rows of {self.dataset.name}"
+        return f"batches of {self.batch_size} of {rows}, seed {self.seed}{rest}"
 
     def share(self, rank: int, size: int, microbatches: int = 1) -> Loader:
         """Return one of ``size`` shares, each global batch cut into microbatches first.

@@ -57,7 +57,7 @@ def _check_types(function: Callable[..., Any], what: str, options: Mapping[str, 
         try:
             TypeAdapter(hints.get(name, Any), config=ConfigDict(strict=True)).validate_python(value)
         except ValidationError as error:
-            reasons = sorted({detail["msg"] for detail in error.errors()})
+            reasons = sorted({detail["msg"].removeprefix("Input should be ") for detail in error.errors()})
             raise InputError(
                 f"{what}: the option {name!r} is unusable", got=repr(value), expected=" or ".join(reasons)
             ) from error

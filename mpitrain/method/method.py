@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from mpitrain._errors import InputError
+from mpitrain._options import POSITIVE, check, check_kind, check_whole
 from mpitrain._typing import Array
 from mpitrain.arrays import Batch, FlatBuffer, Key, ParameterSource
 from mpitrain.method.state import Read, State
@@ -25,6 +27,7 @@ class Share(Protocol):
         ...
 
 
+@runtime_checkable
 class Feed(Protocol):
     """The global batches of a run.
 
@@ -78,9 +81,14 @@ class Plan:
     schedule : callable
         Learning rate of a step.
     steps : int
-        Last step of the run; a method commits there.
+        Last step of the run, at least 0; a method commits there.
     clip_norm, clip_value : float, optional
-        Bounds on the gradient's global norm, and on each of its elements.
+        Bounds on the gradient's global norm, and on each of its elements; above 0.
+
+    Raises
+    ------
+    InputError
+        One of them is not that.
     """
 
     key: Key
@@ -88,6 +96,18 @@ class Plan:
     steps: int
     clip_norm: float | None = None
     clip_value: float | None = None
+
+    def __post_init__(self) -> None:
+        check_kind("Plan", "key", self.key, Key, "a Key, e.g. Key(seed=0)")
+        if not callable(self.schedule):
+            raise InputError(
+                "schedule is no schedule", operation="Plan", got=repr(self.schedule),
+                expected="a function of the step, e.g. Constant(lr=1e-3)",
+            )  # fmt: skip
+        check_whole("Plan", "steps", self.steps, 0)
+        for name in ("clip_norm", "clip_value"):
+            if (bound := getattr(self, name)) is not None:
+                check("Plan", name, bound, POSITIVE)
 
 
 class Method(ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from mpitrain._options import check_kind
 from mpitrain._typing import Array, Tree
 from mpitrain.nn import checks
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
@@ -13,6 +14,10 @@ class _Container(Layer):
     """Named children; each is handed its own part of parameters and gradients, and has a context of its own."""
 
     def __init__(self, *children: tuple[str, Layer]) -> None:
+        for name, layer in children:
+            check_kind(
+                type(self).__name__, f"layer {name}", layer, Layer, "a layer of mpitrain.nn, e.g. Linear(64, 10)"
+            )
         self.children = children
         self.takes_indices = bool(children) and children[0][1].takes_indices
 

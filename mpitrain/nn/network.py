@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import DataError
+from mpitrain._options import check_kind
 from mpitrain._typing import Array, DType
 from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, namespace
 from mpitrain.arrays.dtypes import accumulator, floating, is_half
@@ -42,6 +43,8 @@ class Network(MixedModel):
 
     Raises
     ------
+    InputError
+        The layer is none, or the loss.
     DtypeError
         Any other dtype.
     """
@@ -49,6 +52,8 @@ class Network(MixedModel):
     reads_by_layer = True
 
     def __init__(self, layer: Layer, loss: Loss, dtype: Any = np.float32) -> None:
+        check_kind("Network", "layer", layer, Layer, "a layer of mpitrain.nn, e.g. Sequential(Linear(64, 10))")
+        check_kind("Network", "loss", loss, Loss, "a loss of mpitrain.nn, e.g. CrossEntropy()")
         self.layer = layer
         self.loss = loss
         self.pool = Pool()
@@ -166,6 +171,11 @@ class Network(MixedModel):
     def prepared_inputs(self, inputs: Array, params: ParameterSource) -> Array:
         """Return the inputs contiguous, in the parameters' library, and unless they are indices in their dtype."""
         xp = params.xp
+        if not hasattr(inputs, "dtype"):
+            raise DataError(
+                "network: the inputs are no array", got=type(inputs).__name__, expected="an array of shape (n, …)",
+                remedy="convert them with numpy.asarray",
+            )  # fmt: skip
         if inputs.dtype.kind not in "fiub":
             raise DataError("network: the inputs are not numbers", got=inputs.dtype, expected="floats or integers")
         dtype = inputs.dtype if self.layer.takes_indices else params.layout.dtype

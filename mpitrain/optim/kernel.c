@@ -14,6 +14,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../arrays/past_cache.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -26,7 +28,7 @@
 #endif
 
 enum { OUTGROWS_BYTES = 2 << 20 }; /* with moments and parameters, what is read by then leaves caches by itself */
-enum { ABI = 2, BLOCK_BYTES = 4096, LINE_BYTES = 64, STORE_BYTES = 16 };
+enum { ABI = 2, BLOCK_BYTES = 4096, LINE_BYTES = 64 };
 
 typedef struct {
   double penalty;          /* of an L2 penalty: added to the gradient, times the parameter; 0: none */
@@ -68,25 +70,6 @@ static void flush_others(const sources *from, int64_t begin, int64_t nbytes) {
     if (k != from->own && can_flush()) flush(from->terms[k] + begin, nbytes);
 #else
   (void)from, (void)begin, (void)nbytes;
-#endif
-}
-
-static void store_past_cache(char *target, const char *source, int64_t nbytes) {
-#if defined(__x86_64__)
-  int64_t done = -(uintptr_t)target & (STORE_BYTES - 1);
-  if (done > nbytes) done = nbytes;
-  memcpy(target, source, done);
-  for (; done + STORE_BYTES <= nbytes; done += STORE_BYTES)
-    _mm_stream_si128((__m128i *)(target + done), _mm_loadu_si128((const __m128i *)(source + done)));
-  memcpy(target + done, source + done, nbytes - done);
-#else
-  memcpy(target, source, nbytes);
-#endif
-}
-
-static void drain(void) {
-#if defined(__x86_64__)
-  _mm_sfence(); /* such stores are not ordered by what ranks tell each other next */
 #endif
 }
 
@@ -143,11 +126,11 @@ static int is_power_of_two(double x) {
         updated[i] = before - first / (ROOT(second) + eps) * rate;                                              \
       }                                                                                                         \
       if (past)                                                                                                 \
-        store_past_cache((char *)here, (const char *)updated, length * (int64_t)sizeof(T));                     \
+        copy_past_cache((char *)here, (const char *)updated, length * (int64_t)sizeof(T));                      \
       else                                                                                                      \
         memcpy(here, updated, length * sizeof(T));                                                              \
     }                                                                                                           \
-    if (past) drain();                                                                                          \
+    if (past) drain_past_cache();                                                                               \
   }
 
 ADAM(mpitrain_adam_f32, float, sqrtf)

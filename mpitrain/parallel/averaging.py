@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpitrain._errors import InputError
+from mpitrain._options import check_whole
 from mpitrain.arrays import Batch
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Plan
@@ -51,10 +52,7 @@ class ModelAveraging(DataParallel):
                 "ranks that divide a model take every step together", operation="ModelAveraging", got="across",
                 remedy="use DataParallel or GradientParallel",
             )  # fmt: skip
-        if average_every < 1:
-            raise InputError(
-                "average_every is too small", operation="ModelAveraging", got=average_every, expected="at least 1"
-            )
+        check_whole("ModelAveraging", "average_every", average_every, 1)
         self.average_every = average_every
 
     def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from mpitrain._errors import InputError
+from mpitrain._options import check_kind
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Layout, is_cupy, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.codecs import Codec, CompressedSum, make_codec
@@ -73,6 +74,7 @@ class DataParallel(Synchronous):
     ) -> None:
         super().__init__(comm, microbatches, bucket_bytes, allocator, across, precision)
         self.codec = make_codec(codec) if isinstance(codec, str) else codec
+        check_kind(type(self).__name__, "codec", self.codec, (Codec, type(None)), "a codec, or the name of one")
         if self.codec and across:
             raise InputError(
                 "a codec keeps what it leaves out for whole tensors, which are divided", operation=type(self).__name__,

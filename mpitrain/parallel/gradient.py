@@ -259,7 +259,7 @@ class GradientParallel(GradientSteps):
         super().__init__(comm, microbatches, bucket_bytes, allocator, across, precision)
         if stage not in (1, 2, 3):
             raise InputError(
-                "there is no such stage", operation="GradientParallel", got=stage, expected="1, 2 or 3",
+                "there is no such stage", operation="GradientParallel", got=repr(stage), expected="1, 2 or 3",
                 remedy="1 divides the optimizer state, 2 the gradients too, 3 the parameters too",
             )  # fmt: skip
         self.stage = stage

@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import InputError
+from mpitrain._options import check_whole
 from mpitrain._typing import Array
 from mpitrain.arrays import Batch, FlatBuffer, GradientBuffer
 from mpitrain.comm import Communicator
 from mpitrain.data.shares import share
+from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Plan
 from mpitrain.method.steps import Part, add_sums, check_finite, clip, divide, update
 from mpitrain.method.tiles import Tiles
 from mpitrain.nn.model import Model
 from mpitrain.optim import Optimizer, finite
-from mpitrain.parallel.synchronous import Synchronous, Tally
+from mpitrain.parallel.synchronous import Synchronous, Tally, checked
 
 
 class LaneSteps(Synchronous):
@@ -161,17 +163,17 @@ class LaneSteps(Synchronous):
         """
         lanes: list[dict[str, Array] | None] = [None] * len(self._dealt)
         params = self.whole()
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(checked(batches)):
             lane = number % len(lanes)
             lanes[lane] = add_sums(lanes[lane], self.model.sums(params, batch))
-        if lanes[0] is None:
-            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        sums = {name: self._over_lanes([each[name] if each else None for each in lanes]) for name in lanes[0]}
+        lanes[0] = first = something(filled(self.comm, lanes[0]))
+        sums = {name: self._over_lanes([each[name] if each else None for each in lanes]) for name in first}
         return self.model.metrics(sums)
 
 
 def deal(lanes: int, comm: Communicator, operation: str, what: str = "rank") -> range:
     """Return the lanes of this rank, of those that share them out: a contiguous, near-equal run."""
+    check_whole(operation, "lanes", lanes, 1)
     if lanes < comm.size:
         raise InputError(
             f"more {what}s than lanes", operation=operation, got=f"{comm.size} {what}s, {lanes} lanes",

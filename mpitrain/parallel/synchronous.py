@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import reprlib
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from math import prod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mpitrain._errors import InputError
+from mpitrain._errors import InputError, MismatchError
+from mpitrain._options import check_kind, check_whole
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, plain
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
+from mpitrain.data import Batches
+from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, Piece, Read, State, box_size, fill, pieces_of
@@ -31,6 +34,7 @@ from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.whole import whole_tensor
 
 DEFAULT_BUCKET_BYTES = 4 << 20
+COMMUNICATOR = "a Communicator, e.g. mpitrain.world(); Communicator.from_mpi(comm) makes one of mpi4py's"
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class Tally:
     def untrained(self) -> Tally:
         """Return that of a step that was skipped: nothing was learnt from its samples."""
         return Tally(stops=self.stops)
+
+
+class _NotSetUpError(InputError, AttributeError):
+    """What `setup` makes is asked for before it."""
 
 
 class Synchronous(Method):
@@ -97,11 +105,12 @@ class Synchronous(Method):
         across: Communicator | None = None,
         precision: Precision | None = None,
     ) -> None:
-        for name, value in (("microbatches", microbatches), ("bucket_bytes", bucket_bytes)):
-            if value < 1:
-                raise InputError(
-                    f"{name} is too small", operation=type(self).__name__, got=value, expected="at least 1"
-                )
+        name = type(self).__name__
+        check_kind(name, "comm", comm, Communicator, COMMUNICATOR)
+        check_kind(name, "across", across, (Communicator, type(None)), COMMUNICATOR)
+        check_kind(name, "precision", precision, (Precision, type(None)), 'a Precision, e.g. Precision("bfloat16")')
+        check_whole(name, "microbatches", microbatches, 1)
+        check_whole(name, "bucket_bytes", bucket_bytes, 1)
         self.comm, self.across, self.precision = comm, across, precision
         self.microbatches = microbatches
         self.bucket_bytes = bucket_bytes
@@ -110,6 +119,7 @@ class Synchronous(Method):
 
     def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:
         """See `Method.setup`."""
+        check_parts(model, optimizer, plan)
         self.model, self.optimizer, self.plan = model, optimizer, plan
         self.step = self.skipped = 0
         self._scaler, self._scale = (self.precision.scaler() if self.precision else None), 1.0
@@ -174,12 +184,22 @@ class Synchronous(Method):
     def _train_step(self, microbatches: list[Batch]) -> Tally:
         """Take one step; return its sums over all ranks."""
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Say that an attribute is missing because `setup` makes it; called for missing ones alone."""
+            if name.startswith("__") or "plan" in vars(self):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise _NotSetUpError(f"has no {name} before setup", operation=type(self).__name__,
+                                 remedy="call setup(model, optimizer, plan)")  # fmt: skip
+
     def request_stop(self) -> None:
         """See `Method.request_stop`."""
         self._stop = True
 
     def advance(self, feed: Feed, until: int) -> Progress:
         """See `Method.advance`."""
+        check_whole("advance", "until", until, 0)
         mine = self._own_shares(feed)
         total = Tally()
         while self.step < self.plan.steps and not (self._at_commit() and (self.step >= until or total.stops)):
@@ -216,8 +236,22 @@ class Synchronous(Method):
         if not hasattr(self, "plan"):
             raise InputError("comes after setup", operation="advance", remedy="call setup(model, optimizer, plan)")
         if self._feed is not feed:
+            check_kind("advance", "feed", feed, Feed, "a Feed, e.g. Batches(dataset, batch_size=64, seed=0)")
+            self._check_same(feed)
             self._feed, self._cut = feed, [feed.share(*share, self.microbatches) for share in self.shares]
         return self._cut
+
+    def _check_same(self, feed: Feed) -> None:
+        """Refuse batches that are others than on rank 0: each rank would take its share of another whole."""
+        said = str(feed) if isinstance(feed, Batches) else type(feed).__name__
+        with self.comm.ledger.unchanged():
+            found = self.comm.allgather_object(said)
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise MismatchError(
+                    "ranks were given different batches", operation="advance", got=f"{other} on rank {rank}",
+                    expected=f"{found[0]} as on rank 0",
+                )  # fmt: skip
 
     def _at_commit(self) -> bool:
         """Tell whether parameters and optimizer state are now the same on all ranks."""
@@ -335,11 +369,9 @@ class Synchronous(Method):
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`."""
         sums, params = None, self.whole()
-        for batch in batches:
+        for batch in checked(batches):
             sums = add_sums(sums, self.model.sums(params, batch))
-        if sums is None:
-            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        total = self.comm.allreduce(sums)
+        total = self.comm.allreduce(something(filled(self.comm, sums)))
         return self.model.metrics(self.across.broadcast(total) if self.across else total)
 
     def predict(self, inputs: Array) -> Array:
@@ -384,6 +416,23 @@ class Synchronous(Method):
         """See `Method.load_parameters`."""
         for part in self.parts:
             fill("params", part.params, part.shard, read)
+
+
+def checked(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches, once it is seen that they are some."""
+    expected = "batches, as evaluation_batches(dataset, 64, comm.rank, comm.size) gives"
+    check_kind("evaluate", "batches", batches, Iterable, expected)
+    for batch in batches:
+        check_kind("evaluate", "one of batches", batch, Batch, expected)
+        yield batch
+
+
+def check_parts(model: object, optimizer: object, plan: object) -> None:
+    """Raise an InputError unless a method can be set up with these."""
+    models = "a Model, e.g. Network(layer, loss), mpitrain.adapters.TorchModel(module, loss) or JaxModel(…)"
+    check_kind("setup", "model", model, Model, models)
+    check_kind("setup", "optimizer", optimizer, Optimizer, "an Optimizer of mpitrain.optim, e.g. Adam()")
+    check_kind("setup", "plan", plan, Plan, "a Plan(Key(seed=0), Constant(lr=1e-3), steps=100)")
 
 
 def _two_numbers(found: Any) -> tuple[float, float]:

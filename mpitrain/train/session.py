@@ -23,7 +23,7 @@ from mpitrain.train.job import Job
 from mpitrain.train.observer import Observer
 from mpitrain.train.report import write_report
 from mpitrain.train.rundir import RunDirectory
-from mpitrain.train.trainer import Trainer
+from mpitrain.train.trainer import NameSignal, Trainer, own_name
 
 _MAY_CHANGE = (
     "name",
@@ -73,6 +73,7 @@ def train_job(
     traced: bool = False,
     blas_threads: int | None = None,
     report: bool = True,
+    name_signal: NameSignal = own_name,
 ) -> dict[str, Any]:
     """Train a job, keep the run, and return its result.
 
@@ -98,6 +99,8 @@ def train_job(
         the ranks of ``comm`` were alone there.
     report : bool
         Write ``report.html``, which takes a second or two; ``mpitrain report`` can do so later.
+    name_signal : callable
+        Names a signal that stops the run, for the result.
 
     Returns
     -------
@@ -123,7 +126,7 @@ def train_job(
         _warm_start(parts, Path(job.train.warm_start), comm)
     # a new directory is made when all else is well, so that nothing is left of a run that never began
     directory = directory or RunDirectory.create(comm, job.name, path=run_dir)
-    trainer = Trainer(job, comm, parts, directory, observer, on_phase)
+    trainer = Trainer(job, comm, parts, directory, observer, on_phase, name_signal)
     if saved is not None:
         trainer.restore(saved)
     with _recording(comm, trainer, directory) if traced else nullcontext():

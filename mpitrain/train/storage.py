@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mpitrain._errors import StorageError
+
+_REMEDIES = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, or choose a directory that every rank can write to"
+)
 
 
 @contextmanager
@@ -29,7 +34,7 @@ def disk(action: str, path: Path) -> Iterator[None]:
         raise StorageError(
             f"{path}: {error.strerror or error}",
             operation=action,
-            remedy="free some space, or choose a directory that every rank can write to",
+            remedy=_REMEDIES.get(error.errno or 0, "choose a directory that every rank can write to"),
         ) from error
 
 

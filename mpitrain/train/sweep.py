@@ -31,7 +31,7 @@ from mpitrain.train.job.train import lower_is_better
 from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.session import differences, train_job
 from mpitrain.train.storage import disk, write_atomic
-from mpitrain.train.trainer import STOP_SIGNALS
+from mpitrain.train.trainer import STOP_SIGNALS, NameSignal, own_name
 
 _LONGEST_NAME = 120
 
@@ -106,6 +106,7 @@ def sweep_job(
     comm: Communicator,
     directory: Path,
     on_point: Callable[[dict[str, Any]], object] | None = None,
+    name_signal: NameSignal = own_name,
 ) -> dict[str, Any]:
     """Run a job at each point of a grid, each on one rank, and keep what came out.
 
@@ -123,14 +124,17 @@ def sweep_job(
         Of the sweep.  Points that are done there are not run again, those that are not go on.
     on_point : callable, optional
         Told the record of each point on rank 0 when it ends.
+    name_signal : callable
+        Names a signal that stops the sweep, for the summary.
 
     Returns
     -------
     dict
-        What ``sweep.json`` holds: ``job, ranks, metric, sweep_dir, points``, the points from the best to the worst by
-        the job's metric (``train.checkpoint.best``, of the validation part if there is one), and of each ``settings,
-        status`` (done, failed or stopped), ``value`` of the metric, ``metrics, steps, seconds, run_dir, error``, and
-        the ``rank`` that ran it, or null if it was done before.  The same on all ranks.
+        What ``sweep.json`` holds: ``job, ranks, metric, sweep_dir, stopped``, the signal that ended it before its time
+        or null, and ``points``, from the best to the worst by the job's metric (``train.checkpoint.best``, of the
+        validation part if there is one).  Of each: ``settings, status`` (done, failed or stopped), ``value`` of the
+        metric, ``metrics, steps, seconds, run_dir, error``, and the ``rank`` that ran it, or null if it was done
+        before.  The same on all ranks.
 
     Raises
     ------
@@ -150,11 +154,13 @@ def sweep_job(
         if comm.rank == 0:
             points = _plan(path, overrides, grid, directory.resolve())
             due = [point for point in points if not point.done]
-    outcomes = _run(due, comm, on_point)
+    stop = Stop(name_signal)
+    outcomes = _run(due, comm, on_point, stop)
+    stopped = next(filter(None, comm.allgather_object(stop.by)), None)
     summary: dict[str, Any] = {}
     with agree(comm):
         if comm.rank == 0:
-            summary = _summary(points, outcomes, comm.size, directory.resolve())
+            summary = _summary(points, outcomes, comm.size, directory.resolve(), stopped)
             write_atomic(directory / "sweep.json", json.dumps(summary, indent=2).encode() + b"\n")
     found: dict[str, Any] = comm.broadcast_object(summary)
     return found
@@ -170,7 +176,7 @@ def _plan(
     for values in product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
         texts = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
-        job = Job.load(path, [*overrides, *texts])
+        job = Job.load(path, overrides, texts)
         point = Point(settings, job.to_toml(), directory / _name(settings))
         if changed := differences(job, point.directory):
             raise JobError(
@@ -191,7 +197,7 @@ def _name(settings: Mapping[str, Any]) -> str:
 
 
 def _run(
-    points: list[Point], comm: Communicator, on_point: Callable[[dict[str, Any]], object] | None
+    points: list[Point], comm: Communicator, on_point: Callable[[dict[str, Any]], object] | None, stop: Stop
 ) -> dict[Path, Outcome]:  # fmt: skip
     """Run points on all ranks and return what became of each."""
     threads = blas_threads()
@@ -200,25 +206,23 @@ def _run(
         if on_point is not None:
             on_point(_record(outcome.item, outcome))
 
-    with _stop_on_signals() as stop:
+    with _stop_on_signals(stop):
         found = map_tasks(lambda point: _train(point, threads, stop), points, comm, on_outcome=tell)
     return {outcome.item.directory: outcome for outcome in found}
 
 
 def _train(point: Point, threads: int, stop: Stop) -> None:
     """Train a point to its end, from where it was left."""
-    if stop.asked:
+    if stop.by is not None:
         return
     run = RunDirectory(point.directory)
     begun = run.job.is_file()
     if not begun:
         _clean_up(run.path)
-    result = train_job(
+    train_job(
         point.job, alone(), run_dir=None if begun else run.path, resume=run.path if begun else None,
-        blas_threads=threads, report=False,
+        blas_threads=threads, report=False, name_signal=stop.hear,
     )  # fmt: skip
-    if result["stopped"] in {f"stopped by {number.name}" for number in STOP_SIGNALS}:
-        stop.asked = True
 
 
 def _clean_up(directory: Path) -> None:
@@ -231,29 +235,34 @@ def _clean_up(directory: Path) -> None:
 
 @dataclass
 class Stop:
-    """Whether this rank was asked to begin no other point."""
+    """Whether this rank was asked to begin no other point, and by which signal."""
 
-    asked: bool = False
+    name: NameSignal
+    by: str | None = None
+
+    def hear(self, number: signal.Signals) -> str:
+        """Take note of a signal, and return its name."""
+        self.by = self.name(number)
+        return self.by
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[Stop]:
+def _stop_on_signals(stop: Stop) -> Iterator[None]:
     """Let the signals that stop a run stop the sweep between two runs; a second one does what it did before."""
-    stop = Stop()
     if threading.current_thread() is not threading.main_thread():  # which alone may, and no other is interrupted
-        yield stop
+        yield
         return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def ask(number: int, frame: object) -> None:
-        stop.asked = True
+        stop.hear(signal.Signals(number))
         if number != signal.SIGUSR1:  # of which launchers may send two
             signal.signal(number, before[signal.Signals(number)])
 
     for number in STOP_SIGNALS:
         signal.signal(number, ask)
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -283,9 +292,12 @@ def _metric(point: Point) -> str:
     return f"{'valid' if job.data.valid else 'test'}_{job.train.checkpoint.best}"
 
 
-def _summary(points: list[Point], outcomes: Mapping[Path, Outcome], ranks: int, directory: Path) -> dict[str, Any]:
+def _summary(
+    points: list[Point], outcomes: Mapping[Path, Outcome], ranks: int, directory: Path, stopped: str | None
+) -> dict[str, Any]:
     metric = _metric(points[0])
     sign = 1 if lower_is_better(metric) else -1
     records = [_record(point, outcomes.get(point.directory)) for point in points]
     records.sort(key=lambda record: inf if record["value"] is None else sign * record["value"])
-    return {"job": points[0].job.name, "ranks": ranks, "metric": metric, "sweep_dir": str(directory), "points": records}
+    told = {"job": points[0].job.name, "ranks": ranks, "metric": metric, "sweep_dir": str(directory)}
+    return {**told, "stopped": stopped, "points": records}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -29,6 +29,14 @@ from mpitrain.train.rundir import RunDirectory
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C, what launchers send to the ranks when they get it, and what Slurm is told to send ahead of a time limit."""
+
+NameSignal = Callable[[signal.Signals], str]
+"""Returns what a signal is called in the reason of a stop: who started the ranks may have sent it for another."""
+
+
+def own_name(number: signal.Signals) -> str:
+    """Return a signal's own name."""
+    return number.name
 
 
 @dataclass
@@ -59,6 +67,8 @@ class Trainer:
         Told what happens; the ranks' own.
     on_phase : callable, optional
         Told each phase of writing a checkpoint; for tests that crash there.
+    name_signal : callable
+        Names what asks for a stop.
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class Trainer:
         run_dir: RunDirectory,
         observer: Observer | None = None,
         on_phase: OnPhase | None = None,
+        name_signal: NameSignal = own_name,
     ) -> None:
         self.job, self.comm, self.parts, self.run_dir = job, comm, assembly, run_dir
         self.observer = observer or Observer()
@@ -76,7 +87,7 @@ class Trainer:
         self.standing = Standing()
         self._last: dict[str, dict[str, Any]] = {}  # newest metrics by kind
         self._recorded: dict[str, int] = {}  # newest step in the metrics file by kind; on rank 0
-        self._on_phase = on_phase
+        self._on_phase, self._name_signal = on_phase, name_signal
         self._asked: str | None = None  # why this rank was asked to stop
 
     def restore(self, saved: Checkpoint) -> None:
@@ -219,7 +230,7 @@ class Trainer:
 
         def ask(number: int, frame: FrameType | None) -> None:
             found = signal.Signals(number)
-            self.ask_to_stop(f"stopped by {found.name}")
+            self.ask_to_stop(f"stopped by {self._name_signal(found)}")
             if found != signal.SIGUSR1:
                 signal.signal(found, before[found])
 

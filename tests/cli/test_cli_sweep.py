@@ -114,7 +114,7 @@ def test_ctrl_c_ends_the_points_under_way_and_the_next_start_goes_on(tmp_path):
         running.wait_for(lambda: len(list(runs.glob("*/metrics.jsonl"))) == 2)
         running.process.send_signal(signal.SIGINT)
         done = running.end()
-    assert done.code == 0, done.err
+    assert (done.code, done.result["stopped"]) == (130, "SIGINT"), done.err
     points = done.result["points"]
     assert [point["status"] for point in points] == ["stopped"] * 3
     steps = {point["settings"]["seed"]: point["steps"] for point in points}
@@ -145,8 +145,24 @@ def test_a_grid_that_cannot_be_understood_is_refused(grids):
         parse_grid(grids)
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "line"),
+    [
+        ("optimizer.lrr", [0.1], '--grid: optimizer.lrr: unknown key with kind = "adam"; .*did you mean "lr"'),
+        ("optimizer.lr", [0.1, -1], "--grid: optimizer.lr: is too small; got -1"),
+        ("seed.x", [1], '--grid seed.x=1: "seed" is not a table'),
+        ("train.batch_size", [4], "--set: seed: is too small; got -1"),
+    ],
+)
+def test_what_is_wrong_with_a_point_names_the_grid(tmp_path, key, values, line):
+    job = write_job(tmp_path, JOB.replace("[data]", "seed = 1\n[data]", 1))
+    overrides = ["seed=-1"] if "--set" in line else []
+    with pytest.raises(JobError, match=f"^{line}"):
+        sweep_job(job, overrides, {key: values}, alone(), tmp_path / "sweep")
+
+
 def test_a_mistake_in_any_point_ends_the_sweep_before_it_begins(tmp_path):
-    with pytest.raises(JobError, match=r"--set: optimizer\.lr"):
+    with pytest.raises(JobError, match=r"--grid: optimizer\.lr"):
         sweep_job(write_job(tmp_path), [], {"optimizer.lr": [0.1, -1]}, alone(), tmp_path / "sweep")
     for grid in ({}, {"seed": []}):
         with pytest.raises(JobError, match="sweep: has no points"):

@@ -94,6 +94,48 @@ def test_a_users_error_is_one_line_and_exit_code_2(launch: Launch) -> None:
         assert "Traceback" not in output
 
 
+MISMATCH = """
+import numpy as np
+from mpitrain.comm import world
+comm = world()
+comm.allreduce(np.ones(3 + comm.rank))
+"""
+
+GIVES_MORE = """
+import numpy as np
+from mpitrain.comm import world
+comm = world()
+comm.allgather(np.ones(3 + comm.rank))
+"""
+
+UNPICKLED = """
+from mpitrain.comm import world
+comm = world()
+comm.allgather_object(lambda: 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (
+            MISMATCH,
+            "allreduce: ranks reduce different arrays; got rank 0 of the node: 3 elements; rank 1",
+        ),
+        pytest.param(GIVES_MORE, "sent more than this one awaits", marks=pytest.mark.slow),
+        pytest.param(UNPICKLED, "the object cannot be pickled; got", marks=pytest.mark.slow),
+    ],
+)
+def test_what_ranks_do_wrong_is_one_line_with_the_line_of_the_program(launch: Launch, script: str, words: str) -> None:
+    code, output = launch(2, script)
+    told = [line for line in output.splitlines() if words in line]
+    site = f"script.py:{script.count(chr(10))}"
+    assert code in (1, 2), output
+    assert told, output
+    assert all(" error: " in line and line.endswith(site) for line in told), output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize("variable", [None, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_a_world_of_one_where_several_were_launched_is_refused(variable: str | None) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI", "SLURM_"))}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conformance import same
 
+from mpitrain._errors import InputError
 from mpitrain.comm import Communicator
 from mpitrain.comm.transports import choice
 
@@ -88,3 +89,10 @@ def test_methods_that_do_not_block_take_no_algorithm(world: Communicator, option
     for call in [*calls, world.iallgather]:
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
             call(np.zeros(world.size), **{option: "ring"})
+
+
+@pytest.mark.mpi
+def test_only_communicators_of_mpi4py_are_taken(world: Communicator) -> None:
+    for wrong in ("world", world):
+        with pytest.raises(InputError, match=r"from_mpi: comm is of another kind; got .*; expected a communicator of"):
+            Communicator.from_mpi(wrong)  # type: ignore[arg-type]

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from parallel_cases import IMAGES, ROWS, cnn, mlp, random_values, same_on_all, set_up
+from parallel_cases import IMAGES, ROWS, cnn, mlp, plan, random_values, same_on_all, set_up
 from parallel_reference import mlp_gradients
 
 from mpitrain import nn
 from mpitrain._errors import InputError
 from mpitrain.arrays import Batch
-from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
 from mpitrain.data import Dataset, evaluation_batches
 from mpitrain.nn import Network
+from mpitrain.optim import SGD
+from mpitrain.parallel import (
+    DataParallel,
+    PipelineParallel,
+    ReproducibleDataParallel,
+    ReproduciblePipelineParallel,
+)
 
 TABLE = Dataset(random_values(ROWS, 4), 5.0 + random_values(ROWS, 2, seed=1), "regression", "table")
 
@@ -81,6 +89,41 @@ def check_predictions(comm: Communicator) -> None:
 
 def test_predictions_are_the_same_on_all_ranks(on_ranks):
     on_ranks(check_predictions)
+
+
+def check_batches_of_one_rank(comm: Communicator, build: Callable[[Communicator], Any]) -> None:
+    """The last rank alone has batches; then none has any."""
+    method, whole = build(comm), Batch(IMAGES.inputs, IMAGES.targets, np.arange(ROWS))
+    expected = LocalWorld(1).run(lambda one: set_up(one, mlp(), 1).evaluate([whole]))[0]
+    found = method.evaluate([whole] if comm.rank == comm.size - 1 else [])
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+    assert found["confusion"].tolist() == expected["confusion"].tolist()
+    with pytest.raises(InputError, match="evaluate: there is nothing to evaluate; got no batches on any rank"):
+        method.evaluate([])
+
+
+def two_pipelines(comm: Communicator) -> ProcessMesh:
+    return ProcessMesh(comm, data=2, pipe=2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "make"),
+    [
+        (3, DataParallel),
+        (3, lambda comm: ReproducibleDataParallel(comm, lanes=5)),
+        (2, PipelineParallel),
+        (4, lambda comm: PipelineParallel(two_pipelines(comm))),
+        (2, lambda comm: ReproduciblePipelineParallel(comm, lanes=5)),
+        (4, lambda comm: ReproduciblePipelineParallel(two_pipelines(comm), lanes=5)),
+    ],
+)
+def test_ranks_may_have_nothing_to_evaluate_unless_all_have(ranks, make):
+    def build(comm: Communicator) -> Any:
+        method = make(comm)
+        method.setup(mlp(), SGD(), plan(1))
+        return method
+
+    LocalWorld(ranks).run(check_batches_of_one_rank, build)
 
 
 def test_nothing_to_evaluate_is_an_error():

@@ -205,10 +205,13 @@ def check_evaluation(comm: Communicator) -> None:
     method.setup(mlp(), make_optimizer("sgd"), plan(1))
     batches = list(evaluation_batches(FEED.dataset, 3, comm.rank, comm.size, np.float64))
     sums = 8 * (1 + 1 + 1 + 9)  # loss, count, correct and the confusion matrix
-    assert spent(comm, lambda: method.evaluate(batches)) == {"allreduce": Count(1, 1, sums)}
+    found = spent(comm, lambda: method.evaluate(batches))
+    shapes = found.pop("allgather_object")
+    assert (shapes.calls, shapes.logical_bytes < 256 * comm.size) == (2, True)  # its length, and itself
+    assert found == {"allreduce": Count(1, 1, sums)}
     assert spent(comm, lambda: method.predict(FEED.dataset.inputs)) == {}
     assert spent(comm, method.state) == {}
 
 
-def test_evaluation_is_one_reduction_and_predicting_none(on_ranks):
+def test_evaluation_is_one_reduction_after_shapes_and_predicting_nothing(on_ranks):
     on_ranks(check_evaluation)

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parallel_cases import METHODS, Make, RowsFeed, cnn, every_method, mlp, plan, same_on_all, set_up
+from parallel_cases import IMAGES, METHODS, Make, RowsFeed, cnn, every_method, mlp, plan, same_on_all, set_up
 
 from mpitrain import nn
 from mpitrain._errors import InputError, MismatchError
 from mpitrain.arrays import FlatBuffer, Key
 from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.data import Batches
 from mpitrain.method import Method
 from mpitrain.nn import Network
 from mpitrain.optim import SGD
@@ -39,6 +40,22 @@ def test_initial_parameters_are_those_of_one_rank(on_ranks, make, dtype):
 def test_advance_before_setup_says_so(make):
     with pytest.raises(InputError, match="advance: comes after setup; call setup"):
         LocalWorld(1).run(lambda comm: make(comm).advance(RowsFeed(1), until=1))
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"batch_size": 5}, "batches of 5 of 10 rows of images, seed 0, shuffle on rank 1"),
+        ({"seed": 1}, "batches of 4 of 10 rows of images, seed 1, shuffle on rank 1"),
+    ],
+)
+def test_ranks_that_are_given_other_batches_are_told(other, told):
+    def train(comm: Communicator) -> None:
+        given = {"batch_size": 4, "seed": 0, "dtype": np.float64} | (other if comm.rank == 1 else {})
+        set_up(comm, mlp(), 4).advance(Batches(IMAGES, **given), until=1)
+
+    with pytest.raises(MismatchError, match=f"advance: ranks were given different batches; got {told}; expected"):
+        LocalWorld(3).run(train)
 
 
 class OneBitOff(Network):

@@ -225,6 +225,15 @@ def test_other_batches_are_evaluated_too(on_ranks):
     on_ranks(check_any_batches)
 
 
+def test_one_pipeline_makes_no_communicator_that_would_have_to_be_freed(monkeypatch):
+    monkeypatch.setattr(Communicator, "split", lambda *_, **__: pytest.fail("a communicator was made"))
+
+    def make(comm: Communicator) -> None:
+        ReproduciblePipelineParallel(comm, lanes=LANES).setup(mlp(), SGD(), plan(1))
+
+    LocalWorld(2).run(make)
+
+
 NUMBERS = [(1e16, 1.0), (3.0, 5.0), (-1e16, 1.0), (1.0, 3.0)]
 """Of each lane those of two batches: float addition gives another sum in nearly every other order."""
 

@@ -155,8 +155,8 @@ def make(ranks: Ranks, loops: Loops | None, library_below_bytes: float, ledger: 
     return found
 
 
-def calling(entry: Entry, ranks: int) -> tuple[str, int] | None:
-    """Return what the library is asked for, in words, and how many such calls have returned."""
+def calling(entry: Entry, ranks: int) -> tuple[Doing, int] | None:
+    """Return what the library is asked for, and how many such calls have returned."""
     found = entry.calling()
     if found is None:
         return None
@@ -164,7 +164,7 @@ def calling(entry: Entry, ranks: int) -> tuple[str, int] | None:
     root, op = (detail, None) if operation == "broadcast" else (None, detail)
     sizes = {"allgather": into.size // ranks, "reduce_scatter": into.size * ranks}
     send = np.empty(sizes[operation], into.dtype) if operation in sizes else None  # its size is shown, never touched
-    return str(Doing(operation, into, "sum" if op == "mean" else op, root, send)), returned
+    return Doing(operation, into, "sum" if op == "mean" else op, root, send), returned
 
 
 def knows(dtype: DType, op: str) -> bool:

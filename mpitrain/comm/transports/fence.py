@@ -142,4 +142,7 @@ def kind_of(dtype: DType, op: str) -> int:
 def _mismatch(posts: list[list[int]]) -> MismatchError:
     seen = "; ".join(f"rank {rank} of the node: {post[3]} elements" for rank, post in enumerate(posts))
     kinds = ", but another dtype or op" if len({post[0] for post in posts}) > 1 else ""
-    return MismatchError("ranks reduce different arrays", operation="allreduce", got=seen + kinds)
+    return MismatchError(
+        "ranks reduce different arrays", operation="allreduce", got=seen + kinds,
+        remedy="MPITRAIN_DEBUG=1 names their calls and lines",
+    )  # fmt: skip

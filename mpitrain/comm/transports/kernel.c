@@ -21,6 +21,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "../../arrays/past_cache.h"
+
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #define RELAX() _mm_pause()
@@ -36,7 +38,7 @@
 #define FOR_THIS_CPU
 #endif
 
-enum { ABI = 4, BLOCK_BYTES = 8192, LINE_BYTES = 128, STORE_BYTES = 16, PLACES = 3, BRIEF_YIELDS = 32 };
+enum { ABI = 4, BLOCK_BYTES = 8192, LINE_BYTES = 128, PLACES = 3, BRIEF_YIELDS = 32 };
 static const int64_t POLITE_NS = 1000000; /* how long to yield before the caller is told to come again */
 
 enum posted { KIND = 0, BLOCK = 1, OFFSET = 2, ELEMENTS = 3, POSTED = 4 }; /* the numbers of a post */
@@ -207,31 +209,9 @@ static fold *const FOLDS[][6] = {
 };
 enum { F32 = 8, OPS = 6 };
 
-/* Copy without bringing the target into the cache, where the machine can. */
-static void copy_past(char *target, const char *source, int64_t nbytes) {
-#if defined(__x86_64__)
-  int64_t done = -(uintptr_t)target & (STORE_BYTES - 1);
-  if (done > nbytes) done = nbytes;
-  memcpy(target, source, done);
-  for (; done + STORE_BYTES <= nbytes; done += STORE_BYTES)
-    _mm_stream_si128((__m128i *)(target + done), _mm_loadu_si128((const __m128i *)(source + done)));
-  memcpy(target + done, source + done, nbytes - done);
-#else
-  memcpy(target, source, nbytes);
-#endif
-}
-
-static void drain(int64_t past_cache) {
-#if defined(__x86_64__)
-  if (past_cache) _mm_sfence(); /* such stores are not ordered by a release */
-#else
-  (void)past_cache;
-#endif
-}
-
 static void copy(char *target, const char *source, int64_t nbytes, int64_t past_cache) {
   if (past_cache)
-    copy_past(target, source, nbytes);
+    copy_past_cache(target, source, nbytes);
   else
     memcpy(target, source, nbytes);
 }
@@ -251,7 +231,7 @@ static void write_for_others(team *t, char *to, const char *from, int64_t nbytes
     t->slow = (now_ns() - begin) * SLOW_BYTES_PER_NS > tried ? t->slow + 1 : 0;
     t->to_memory = t->slow >= SLOW_IN_A_ROW;
   }
-  copy_past(to + tried, from + tried, nbytes - tried);
+  copy_past_cache(to + tried, from + tried, nbytes - tried);
 }
 
 /* Whether results are written past the cache: they are large, or it is slow to write through it. */
@@ -275,7 +255,7 @@ static void combine(const combination *c) {
     if (c->op->divisor) (c->op->kind / OPS == F32 ? divide_f32 : divide_f64)(out, n, c->op->divisor);
     for (int64_t i = 0; i <= last - straight; i++) copy(c->results[i] + begin, out, length, c->past_cache >> i & 1);
   }
-  drain(c->past_cache);
+  if (c->past_cache) drain_past_cache();
 }
 
 /* ---- What Python calls */
@@ -327,7 +307,7 @@ static void hand_in(stream *s) {
   char *to = place(s, chunk, s->ranks->rank, COPIED);
   write_for_others(s->ranks, to, from, own.begin);
   write_for_others(s->ranks, to + own.end, from + own.end, nbytes - own.end);
-  drain(s->ranks->to_memory);
+  if (s->ranks->to_memory) drain_past_cache();
   publish(s->ranks, COPIED, s->ranks->chunks + s->handed_in);
 }
 
@@ -408,7 +388,7 @@ int mpitrain_stream(stream *s) {
       take(s);
     }
   }
-  drain(1);
+  drain_past_cache();
   t->chunks += chunks;
   s->met = s->handed_in = s->reduced = s->taken = 0;
   return 0;

@@ -11,12 +11,13 @@ from typing import ClassVar
 from mpitrain._errors import InputError
 from mpitrain.arrays import Allocator, FlatBuffer, Layout
 from mpitrain.comm import Communicator, ProcessMesh
+from mpitrain.comm.local import alone
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Reach
 from mpitrain.method.tiles import Tiles
 from mpitrain.parallel.buckets import Bucket, WholeGradients, buckets_apart
 from mpitrain.parallel.gradient import GradientSteps
-from mpitrain.parallel.pipeline.method import PipelineParallel, with_data
+from mpitrain.parallel.pipeline.method import PipelineParallel
 from mpitrain.parallel.pipeline.reproducible import ReproduciblePipelineParallel
 from mpitrain.parallel.reproducible import ShardedLaneSteps
 
@@ -74,11 +75,10 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
                 "stages that divide optimizer state do not compute in 16 bits", operation=type(self).__name__,
                 got=precision.compute, remedy="use no precision, or let each rank keep the state of its stages",
             )  # fmt: skip
-        mesh = with_data(where)
         super().__init__(
-            mesh, schedule=schedule, chunks=chunks, microbatches=microbatches, costs=costs, allocator=allocator
+            where, schedule=schedule, chunks=chunks, microbatches=microbatches, costs=costs, allocator=allocator
         )  # fmt: skip
-        self.data = mesh["data"]
+        self.data = self.data or alone()
 
     @property
     def _owners(self) -> Communicator:

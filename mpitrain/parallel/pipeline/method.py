@@ -14,6 +14,7 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
+from mpitrain._options import NON_NEGATIVE, check, check_kind
 from mpitrain._typing import Array
 from mpitrain.arrays import (
     Allocator,
@@ -28,6 +29,7 @@ from mpitrain.arrays import (
 )
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
+from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Plan
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, State
@@ -53,7 +55,7 @@ from mpitrain.parallel.pipeline.schedules import FAMILIES
 from mpitrain.parallel.pipeline.stages import Microbatch, Stages
 from mpitrain.parallel.pipeline.ties import Ties
 from mpitrain.parallel.pipeline.validator import validate
-from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally, check_parts, checked
 from mpitrain.parallel.whole import whole_tensor
 
 _T = TypeVar("_T")
@@ -131,6 +133,7 @@ class PipelineParallel(Synchronous):
         InputError
             The model is not a `Network` of a `Sequential`, or has fewer units than there are stages.
         """
+        check_parts(model, optimizer, plan)
         if not isinstance(model, Network) or not isinstance(model.layer, Sequential):
             got = type(model.layer).__name__ if isinstance(model, Network) else type(model).__name__
             raise InputError(
@@ -174,6 +177,8 @@ class PipelineParallel(Synchronous):
         if len(costs) != len(row):
             what = "there is not one cost a layer"
             raise InputError(what, operation="PipelineParallel", got=len(costs), expected=len(row))
+        for cost in costs:
+            check("PipelineParallel", "one of costs", cost, NON_NEGATIVE)
         return partition(costs, self.sizes.stages)
 
     def _initialise(self) -> None:
@@ -284,13 +289,11 @@ class PipelineParallel(Synchronous):
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`: each rank hands in its own batches, all of which pass through the pipeline."""
         own: dict[str, Array] | None = None
-        for round_ in self._rounds(batches):
+        for round_ in self._rounds(checked(batches)):
             for found in self._sums(round_):
                 own = add_sums(own, found)
         sums: dict[str, Array] | None = self.pipe.broadcast_object(own, self._last_rank)
-        if sums is None:
-            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        total = self.data.allreduce(sums) if self.data else sums
+        total = self.data.allreduce(something(filled(self.data, sums))) if self.data else something(sums)
         return self.model.metrics(self.across.broadcast(total) if self.across else total)
 
     def _rounds(self, items: Iterable[_T]) -> Iterator[list[_T]]:
@@ -375,16 +378,10 @@ def axes(where: Communicator | ProcessMesh) -> Axes:
     """Return the communicators of all pipelines, along one, over equal ones, and across a stage; None: of one rank."""
     if isinstance(where, Communicator):
         return where, where, None, None
+    check_kind("PipelineParallel", "where", where, ProcessMesh, "a Communicator or a ProcessMesh")
     mesh = where
     if not {"pipe"} <= set(mesh) <= {"data", "pipe", "tensor"}:
         got, expected = ", ".join(mesh), "pipe, and data or tensor"
         raise InputError("the mesh does not fit", operation="PipelineParallel", got=got, expected=expected)
     data, tensor = (mesh[name] if mesh.shape.get(name, 1) > 1 else None for name in ("data", "tensor"))
     return mesh[tuple(name for name in mesh if name != "tensor")] if tensor else mesh.comm, mesh["pipe"], data, tensor
-
-
-def with_data(where: Communicator | ProcessMesh) -> ProcessMesh:
-    """Return the mesh of pipelines, with an axis of data even if there is one pipeline."""
-    if isinstance(where, Communicator):
-        return ProcessMesh(where, data=1, pipe=-1)
-    return where if "data" in where.shape else ProcessMesh(where.comm, data=1, **where.shape)

@@ -15,13 +15,15 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.lanes import lane_sum
+from mpitrain.comm.local import alone
 from mpitrain.data.shares import share
+from mpitrain.method.evaluation import filled, something
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import add_sums
 from mpitrain.method.tiles import Tiles
 from mpitrain.parallel.lanes import LaneSteps, deal
-from mpitrain.parallel.pipeline.method import PipelineParallel, with_data
-from mpitrain.parallel.synchronous import Tally
+from mpitrain.parallel.pipeline.method import PipelineParallel
+from mpitrain.parallel.synchronous import Tally, checked
 
 
 class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
@@ -58,17 +60,11 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         allocator: Allocator | None = None,
         precision: Precision | None = None,
     ) -> None:
-        if isinstance(where, ProcessMesh) and where.shape.get("tensor", 1) > 1:
-            raise InputError(
-                "matrices of other shapes have other bits", operation=type(self).__name__,
-                got=f"tensor={where.shape['tensor']}", expected="the axes pipe and data",
-            )  # fmt: skip
-        mesh = with_data(where)
-        self._peers, self.lanes = mesh["data"], lanes
+        self._peers, self.lanes = _peers(where), lanes
         self._dealt = deal(lanes, self._peers, type(self).__name__, "pipeline")
         flow = microbatches * len(self._dealt)
         super().__init__(
-            mesh, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, allocator=allocator,
+            where, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, allocator=allocator,
             precision=precision,
         )  # fmt: skip
         self.microbatches = microbatches  # of a lane, as which a batch is dealt out
@@ -117,19 +113,30 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         """See `LaneSteps.evaluate`: each rank hands in batches of `evaluation_shares` in turn, or any others."""
         own = self._handed_in or self._dealt[:1]
         sums: list[dict[str, Array] | None] = [None] * len(self._dealt)
-        for round_ in self._rounds((own[number % len(own)], batch) for number, batch in enumerate(batches)):
+        for round_ in self._rounds((own[number % len(own)], batch) for number, batch in enumerate(checked(batches))):
             found = self._sums([batch for _, batch in round_])
             for (lane, _), each in zip(round_, found, strict=False):  # none on other ranks than the last
                 number = self._dealt.index(lane)
                 sums[number] = add_sums(sums[number], each)
-        total = self.pipe.broadcast_object(self._totals(sums), self._last_rank)
-        if total is None:
-            raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
-        return self.model.metrics(total)
+        total = self._totals(sums) if self.pipe.rank == self._last_rank else None  # who alone has sums
+        return self.model.metrics(something(self.pipe.broadcast_object(total, self._last_rank)))
 
     def _totals(self, sums: Sequence[dict[str, Array] | None]) -> dict[str, Array] | None:
         """Return the sums over all lanes, given those of each; None where there are none."""
-        names = next((each for each in sums if each is not None), None)
-        if names is None:
+        first = filled(self._peers, next((each for each in sums if each is not None), None))
+        if first is None:
             return None
-        return {name: self._over_lanes([each[name] if each else None for each in sums], self._peers) for name in names}
+        known = sums if any(sums) else [first, *sums[1:]]
+        return {name: self._over_lanes([each[name] if each else None for each in known], self._peers) for name in first}
+
+
+def _peers(where: Communicator | ProcessMesh) -> Communicator:
+    """Return the ranks that have the same stages of all pipelines; where there is one pipeline, this rank."""
+    if not isinstance(where, ProcessMesh):
+        return alone()
+    if where.shape.get("tensor", 1) > 1:
+        raise InputError(
+            "matrices of other shapes have other bits", operation="ReproduciblePipelineParallel",
+            got=f"tensor={where.shape['tensor']}", expected="the axes pipe and data",
+        )  # fmt: skip
+    return where["data"] if where.shape.get("data", 1) > 1 else alone()

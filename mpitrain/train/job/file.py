@@ -70,10 +70,13 @@ def parse(text: str, source: str) -> dict[str, Any]:
         raise JobError(f"is not TOML: {reason}", operation=source) from error
 
 
-def override(tables: dict[str, Any], overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+def override(
+    tables: dict[str, Any], overrides: Iterable[str], option: str = "--set"
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """Return the tables with ``key=value`` settings put in, and the dotted keys that were set.
 
-    A value is read as TOML and, where it is none, taken as a string: ``optimizer.kind=adam``.
+    A value is read as TOML and, where it is none, taken as a string: ``optimizer.kind=adam``.  ``option`` is where the
+    settings were given.
 
     Raises
     ------
@@ -86,10 +89,10 @@ def override(tables: dict[str, Any], overrides: Iterable[str]) -> tuple[dict[str
         key = key.strip()
         if not equals or not all(key.split(".")):
             raise JobError(
-                "cannot be understood", operation=f"--set {setting}", expected="KEY=VALUE, e.g. optimizer.lr=0.01"
+                "cannot be understood", operation=f"{option} {setting}", expected="KEY=VALUE, e.g. optimizer.lr=0.01"
             )
         tables = _without(tables, _EXCLUDED_BY.get(key, "").split("."))
-        tables = _with(tables, key.split("."), read_value(text), setting)
+        tables = _with(tables, key.split("."), read_value(text), f"{option} {setting}")
         keys.append(key)
     return tables, keys
 
@@ -103,14 +106,14 @@ def read_value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _with(tables: dict[str, Any], path: list[str], value: Any, setting: str) -> dict[str, Any]:
+def _with(tables: dict[str, Any], path: list[str], value: Any, source: str) -> dict[str, Any]:
     name, *rest = path
     if not rest:
         return {**tables, name: value}
     inner = tables.get(name, {})
     if not isinstance(inner, dict):
-        raise JobError(f'"{name}" is not a table', operation=f"--set {setting}")
-    return {**tables, name: _with(inner, rest, value, setting)}
+        raise JobError(f'"{name}" is not a table', operation=source)
+    return {**tables, name: _with(inner, rest, value, source)}
 
 
 def _without(tables: dict[str, Any], path: list[str]) -> dict[str, Any]:

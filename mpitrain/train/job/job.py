@@ -58,7 +58,9 @@ class Job(Section):
     train: Train
 
     @classmethod
-    def load(cls, path: str | PathLike[str], overrides: Iterable[str] = ()) -> Self:
+    def load(
+        cls, path: str | PathLike[str], overrides: Iterable[str] = (), grid: Iterable[str] = ()
+    ) -> Self:  # fmt: skip
         """Read a job file.
 
         Parameters
@@ -67,6 +69,8 @@ class Job(Section):
             The file; relative paths in it start at its folder.
         overrides : iterable of str
             Settings ``key=value`` that replace what the file says, e.g. ``"optimizer.lr=0.01"``.
+        grid : iterable of str
+            More of them, those of a point of a grid.
 
         Raises
         ------
@@ -78,12 +82,14 @@ class Job(Section):
         Not collective: on many ranks, read on one and give the others `to_toml`.
         """
         path = Path(path)
-        return cls.from_toml(job_file.read_text(path), path, overrides)
+        return cls.from_toml(job_file.read_text(path), path, overrides, grid)
 
     @classmethod
-    def from_toml(cls, text: str, source: str | PathLike[str], overrides: Iterable[str] = ()) -> Self:
+    def from_toml(
+        cls, text: str, source: str | PathLike[str], overrides: Iterable[str] = (), grid: Iterable[str] = ()
+    ) -> Self:
         """Read a job from the text of the file ``source``; see `load`."""
-        return cls._read(job_file.parse(text, str(source)), Path(source), overrides)
+        return cls._read(job_file.parse(text, str(source)), Path(source), overrides, grid)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str | PathLike[str] = "job") -> Self:
@@ -96,15 +102,19 @@ class Job(Section):
         source : path
             What messages call the job; its folder is where relative paths start, and its stem the default name.
         """
-        return cls._read(dict(data), Path(source), ())
+        return cls._read(dict(data), Path(source), (), ())
 
     @classmethod
-    def _read(cls, data: dict[str, Any], source: Path, overrides: Iterable[str]) -> Self:
-        data, overridden = job_file.override(data, overrides)
+    def _read(cls, data: dict[str, Any], source: Path, overrides: Iterable[str], grid: Iterable[str]) -> Self:
+        given: dict[str, list[str]] = {}
+        for option, settings in (("--set", overrides), ("--grid", grid)):
+            data, given[option] = job_file.override(data, settings, option)
 
         def source_of(key: str) -> str:
-            from_command_line = any(key == each or key.startswith((f"{each}.", f"{each}[")) for each in overridden)
-            return "--set" if from_command_line else str(source)
+            for option in ("--grid", "--set"):  # as they replace each other
+                if any(key == each or key.startswith((f"{each}.", f"{each}[")) for each in given[option]):
+                    return option
+            return str(source)
 
         if problems := list(job_file.unusable(data)):
             raise job_error(problems, source_of)
