@@ -35,13 +35,10 @@ class LaneSteps(Synchronous):
     ----------
     lanes : int
         How many a batch is cut into.
-    lane_grads : list of GradientBuffer
-        Of each of this rank's lanes.
     """
 
     params: FlatBuffer
     lanes: int
-    lane_grads: list[GradientBuffer]
 
     def _deal(self, lanes: int) -> None:
         """Take this rank's lanes: a contiguous, near-equal run of them."""
@@ -57,8 +54,13 @@ class LaneSteps(Synchronous):
         super().setup(model, optimizer, plan)
         self._further = self._further_uses()
         layout = self.params.layout.untied(self._further)
-        self.lane_grads = [GradientBuffer(layout, self._allocator) for _ in self._dealt]
+        self._lane_grads = [GradientBuffer(layout, self._allocator) for _ in self._dealt]
         self._tiles = self._make_tiles()
+
+    @property
+    def lane_grads(self) -> Sequence[GradientBuffer]:
+        """The gradients of this rank's lanes, one after another."""
+        return self._lane_grads
 
     def _further_uses(self) -> tuple[str, ...]:
         """Return the names of tied tensors under which lanes keep gradients apart from those of another name."""
@@ -78,8 +80,8 @@ class LaneSteps(Synchronous):
     def _reduce_lanes(self) -> None:
         """Sum the gradients of all lanes into those of this rank's parts.  Collective."""
         size = self.params.layout.size
-        self._sum_lanes([grads.flat[:size] for grads in self.lane_grads])
-        self._add_uses({use: [grads.views[use].reshape(-1) for grads in self.lane_grads] for use in self._further})
+        self._sum_lanes([grads.flat[:size] for grads in self._lane_grads])
+        self._add_uses({use: [grads.views[use].reshape(-1) for grads in self._lane_grads] for use in self._further})
 
     def _hand_out(self) -> None:
         """Give all ranks the parameters that were updated: nothing to do where each updates all."""
@@ -106,16 +108,16 @@ class LaneSteps(Synchronous):
         """Compute the gradient of each of this rank's lanes."""
         each = self.microbatches
         parts = [microbatches[first : first + each] for first in range(0, len(microbatches), each)]
-        pairs = zip(parts, self.lane_grads, strict=True)
+        pairs = zip(parts, self._lane_grads, strict=True)
         return self._judged([self._gradients(part, grads, None) for part, grads in pairs])
 
     def _judged(self, tallies: list[Tally]) -> list[Tally]:
         """Return the tallies of this rank's lanes, which now tell whether their gradients are finite, too."""
-        pairs = zip(tallies, self.lane_grads, strict=True)
+        pairs = zip(tallies, self._lane_grads, strict=True)
         return [replace(found, bad=float(found.bad or not finite(grads.flat))) for found, grads in pairs]
 
     def _check_lanes(self, total: Tally, tallies: list[Tally]) -> None:
-        lanes = [Part(grads.layout.whole(), grads.flat, grads.flat, {}) for grads in self.lane_grads]
+        lanes = [Part(grads.layout.whole(), grads.flat, grads.flat, {}) for grads in self._lane_grads]
         check_finite(self.comm, not total.bad, lanes, self.step + 1, lambda: not any(each.bad for each in tallies))
 
     def _over_lanes(self, values: Sequence[Array | None], comm: Communicator | None = None) -> Array:

@@ -86,7 +86,7 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         return Tiles(self.parts, self.pipe, self.model.layout, self._ties.copies)
 
     def _lane_gradients(self, microbatches: list[Batch]) -> list[Tally]:
-        return self._judged(self._flow(microbatches, self.lane_grads, None))
+        return self._judged(self._flow(microbatches, self._lane_grads, None))
 
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:
         lane_sum(self._peers, lanes, self.lanes, layout=self.params.layout, out=self.grads.flat)

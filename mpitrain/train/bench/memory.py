@@ -13,7 +13,6 @@ from mpitrain.arrays import FlatBuffer
 from mpitrain.comm import Communicator
 from mpitrain.nn import Network
 from mpitrain.nn.costs import cost
-from mpitrain.parallel.gradient import GradientParallel
 from mpitrain.parallel.lanes import LaneSteps
 from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import Synchronous
@@ -81,14 +80,14 @@ def held(comm: Communicator, pool_nbytes: int, method: Synchronous) -> tuple[dic
     method : Synchronous
         One that has taken steps.
     """
-    (common, own), ranks = _parameters(method), method.comm.size
-    copies = _copies(method.comm, common[0]) if isinstance(method, GradientParallel) else ranks
-    params = own + held_bytes(common) * copies / ranks
+    common, own = _parameters(method)
+    sharers = _sharers(method.comm, common[0])
+    params = own + held_bytes(common) / sharers
     lanes = method.lane_grads if isinstance(method, LaneSteps) else []
     grads = held_bytes([*_arrays([vars(each) for each in (method.grads, *lanes)]), *_sums(method)])
     state = held_bytes(array for part in method.parts for array in part.state.values())
     mean = comm.allreduce(np.array([params, grads, state, float(pool_nbytes)]), "mean")
-    return dict(zip(KINDS, mean.tolist(), strict=True)), copies < ranks
+    return dict(zip(KINDS, mean.tolist(), strict=True)), sharers > 1
 
 
 def predicted(method: Synchronous, n: int, ranks: int, shared: bool, states: int = _STATES) -> dict[str, float]:
@@ -173,14 +172,17 @@ def _arrays(found: Any) -> Iterator[Array]:
             yield from _arrays(each)
 
 
-def _copies(comm: Communicator, params: Array) -> int:
-    """Return in how many memories the ranks have their parameters: each writes its number, and looks what is there."""
-    first = params[0].copy()
+def _sharers(comm: Communicator, params: Array) -> int:
+    """Return how many ranks have their parameters where this one has: each writes its number, and looks what is there.
+
+    Collective.
+    """
+    first = params[:1].copy()
     comm.barrier()
-    params[0] = comm.rank
+    params[:1] = comm.rank
     comm.barrier()
-    found = comm.allgather(params[:1].copy())
+    found = comm.allgather_object(float(params[0]) if params.size else -1.0 - comm.rank)
     comm.barrier()
-    params[0] = first
+    params[:1] = first
     comm.barrier()
-    return len(np.unique(found))
+    return found.count(found[comm.rank])
