@@ -177,14 +177,17 @@ class _Cutter:
     def units(self, value: Any) -> tuple[Unit, ...]:
         """Return the units that lead to a value."""
         prepared = set(self._maker.values())
-        runs: list[set[int]] = [set()]
+        runs, layers = [set[int]()], set[str]()
         for number in range(len(self._eqns)):
             if number in prepared:
                 continue
             new = self._with_preparations(number)
-            if runs[-1] and not self._fit(runs[-1] | new):
+            more = set(self._read(self._eqns[each] for each in new))
+            if runs[-1] and not self._fit(layers | more):
                 runs.append(set())
+                layers = set()
             runs[-1] |= new
+            layers |= more
         parts = [[self._eqns[number] for number in sorted(run)] for run in runs]
         taken = [self._taken(part) for part in parts]
         wanted = {value}.union(*taken)
@@ -199,9 +202,9 @@ class _Cutter:
             found |= makers
         return found
 
-    def _fit(self, run: Iterable[int]) -> bool:
-        """Tell whether equations read one layer, and little beside it; or nothing new."""
-        sizes = [self._sizes[layer] for layer in self._read(self._eqns[number] for number in run)]
+    def _fit(self, layers: Iterable[str]) -> bool:
+        """Tell whether layers are one, and little beside it; or none."""
+        sizes = [self._sizes[layer] for layer in layers]
         return not sizes or (sum(sizes) - max(sizes)) * _SMALL <= max(sizes)
 
     def _read(self, eqns: Iterable[Any]) -> dict[str, list[Any]]:
