@@ -79,7 +79,7 @@ def buckets_apart(layout: Layout, apart: Collection[str] = ()) -> list[Bucket]:
 
 
 def _layer(segment: Segment) -> str:
-    return segment.name.rpartition(".")[0]
+    return segment.name.rpartition(".")[0] or segment.name
 
 
 class WholeGradients(GradientBuffer):
