@@ -341,7 +341,7 @@ static void take(stream *s) {
     const range part = shard(s, chunk, rank);
     if (rank == s->ranks->rank) continue;
     const char *from = place(s, chunk, rank, REDUCED) + part.begin;
-    (is_past_cache(s) ? copy_past : copy_through)(into + part.begin, from, part.end - part.begin);
+    (is_past_cache(s) ? copy_past_cache : copy_through)(into + part.begin, from, part.end - part.begin);
   }
 }
 
