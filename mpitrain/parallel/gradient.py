@@ -43,7 +43,8 @@ class GradientParallel(Synchronous):
     bucket_bytes : int
         From stage 2 on: gradients are reduced in pieces of about this size, each as soon as it is complete; in stage 3
         parameters are gathered in the same pieces.  A layer's weights are never divided, so that a larger layer makes a
-        piece by itself.
+        piece by itself.  In stage 2, a model that is no larger than this is one piece, and its step that of stage 1,
+        where that sums while it updates (Notes).
     allocator : Allocator, optional
         Where all memory of this rank's lives; None: where the ranks of a node share it, as far as they can.
     across : Communicator, optional
@@ -111,18 +112,30 @@ class GradientParallel(Synchronous):
         self.parts = tuple(self._part(*each) for each in zip(shards, owned, sums, strict=True))
 
     def _place_gradients(self, layout: Layout) -> CommonGradients | WholeGradients | StreamedGradients:
+        common = None
+        if self._in_one_piece(layout) and not (self._private or self.precision):
+            common = in_place.by_owners(self.comm, layout, self.optimizer, self.plan)
+        if common:
+            return common
         if self.stage > 1:
             return StreamedGradients(self.comm, layout, self.bucket_bytes, self._private, self._allocator)
-        common = None
-        if not (self._private or self.precision):
-            common = in_place.by_owners(self.comm, layout, self.optimizer, self.plan)
-        return common or WholeGradients(self.comm, layout, self._private or self.comm.empty)
+        return WholeGradients(self.comm, layout, self._private or self.comm.empty)
+
+    def _in_one_piece(self, layout: Layout) -> bool:
+        """Tell whether all gradients lie side by side, which in stage 2 takes no more memory than to pass through."""
+        if self.stage == 1:
+            return True
+        return not self._gathers_by_layer and layout.nbytes <= self.bucket_bytes
+
+    @property
+    def _gathers_by_layer(self) -> bool:
+        return self.stage == 3 and self.model.reads_by_layer
 
     def _allocate_parameters(self, layout: Layout) -> list[Array]:
         """Set ``params``, and what hands them out; return where this rank's shards are."""
         buckets, shards = self.grads.buckets, self.grads.shards
         dtype = self.precision.dtype if self.precision else layout.dtype
-        if self.stage == 3 and self.model.reads_by_layer:
+        if self._gathers_by_layer:
             memory = self._private, self._allocator
             self.params = ShardedParameters(self.comm, self.model, buckets, shards, *memory, dtype)
             return self.params.owned

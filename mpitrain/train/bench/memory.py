@@ -13,6 +13,7 @@ from mpitrain.arrays import FlatBuffer
 from mpitrain.comm import Communicator
 from mpitrain.nn import Network
 from mpitrain.nn.costs import cost
+from mpitrain.parallel.buckets import StreamedGradients
 from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import Synchronous
 from mpitrain.train.bench.tasks import Task
@@ -85,7 +86,8 @@ def predicted(method: Synchronous, n: int, ranks: int, shared: bool) -> dict[str
     stage = getattr(method, "stage", 0)
     own = n / ranks
     apart = 0.0 if shared or ranks == 1 else own  # shards lie among the gradients where ranks share those
-    gradients = {0: float(n), 1: n + apart}.get(stage, own + _passing(method))
+    streamed = isinstance(method.grads, StreamedGradients)
+    gradients = own + _passing(method) if streamed else n + apart if stage else float(n)
     common = _gathered(method) if stage == 3 else n
     return {
         "parameters": common / (ranks if shared else 1) + (own if stage == 3 else 0.0), "gradients": gradients,
