@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
+
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, Layout, Shard, is_cupy, plain
@@ -25,6 +27,11 @@ from mpitrain.parallel.buckets import Bucket, StreamedGradients, WholeGradients
 from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
+
+_LINE_BYTES = 64
+
+_NEAR_BYTES = 2 << 20
+"""Parameters up to this size are still in a near cache when they are used, if they are read all at once before."""
 
 
 class GradientParallel(Synchronous):
@@ -140,9 +147,19 @@ class GradientParallel(Synchronous):
             self.params = ShardedParameters(self.comm, self.model, buckets, shards, *memory, dtype)
             return self.params.owned
         self.params = FlatBuffer(layout.astype(dtype), self._private or self.comm.shared)
+        self._lines = self._lines_to_fetch(self.params.flat)
         self._gathers = [self._gather(*each) for each in zip(buckets, shards, strict=True)]
         self._places = [self.params.flat[shard.start : shard.stop] for shard in shards]
         return [self._allocator(shard.size, layout.dtype) for shard in shards] if self.precision else self._places
+
+    def _lines_to_fetch(self, flat: Array) -> Array | None:
+        """Return a byte of each cache line of parameters that others store; None where it does not pay to read ahead.
+
+        Products read a matrix in strips, a line here and a line there, and wait for each that comes from afar: 75 µs a
+        step for 1.1 MB, which takes 40 to read in one go.
+        """
+        shared = self.comm.size > 1 and self.comm.transport == "shared" and not (self.precision or is_cupy(flat))
+        return flat.view(np.uint8)[::_LINE_BYTES] if shared and flat.nbytes <= _NEAR_BYTES else None
 
     def _part(self, shard: Shard, own: Array, sums: Array) -> Part:
         return Part(shard, own, sums, self.optimizer.init(shard, self._allocator))
@@ -179,6 +196,8 @@ class GradientParallel(Synchronous):
             self._round()
         for gather in self._gathers:
             gather()
+        if self._lines is not None:
+            np.bitwise_or.reduce(self._lines)
 
     def _round(self) -> None:
         """Write this rank's shards to where they are gathered, in 16 bits."""
