@@ -108,8 +108,9 @@ def _verify(
     given = Job.load(job, overrides)
     if given.precision.mixed:
         raise JobError(
-            "what differs between layouts in 16 bits is rounding", operation="precision.compute",
-            got=given.precision.compute, remedy="verify the layouts in float64: --set 'precision={}'",
+            "in 16 bits layouts differ by rounding, and skipped steps have no gradients to compare",
+            operation="precision.compute", got=given.precision.compute,
+            remedy="verify the layouts in full precision: --set 'precision={}'",
         )  # fmt: skip
     if not given.reproducible and not any(each.partition("=")[0].strip() == "dtype" for each in overrides):
         overrides = ("dtype=float64", *overrides)

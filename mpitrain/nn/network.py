@@ -83,20 +83,36 @@ class Network(MixedModel):
         scale: float = 1.0,
     ) -> tuple[float, float]:
         """See `MixedModel.scaled_gradients`; the loss is computed in float32 at least."""
-        batch, count = self.prepared(batch, params), self.loss.count(batch)
-        call = self.call(
-            batch.inputs, training=True, key=rng, index=batch.index, count=scale * count, reduce=reduce,
-            complete=grads.complete,
-        )  # fmt: skip
-        if is_half(params.layout.dtype):
-            call = replace(call, xp=half_products(call.xp))
+        batch = self.prepared(batch, params)
+        call = self.surroundings(params, batch, scale, training=True, key=rng, reduce=reduce, complete=grads.complete)
         outputs, context = self.layer.forward(params.tree, batch.inputs, call)
-        loss_sum, loss_context = self.loss.forward(_in_full(outputs, context), batch, self.pool)
-        d_outputs = _scaled(self.loss.backward(loss_context), outputs.dtype, scale, loss_context)
+        loss_sum, d_outputs, loss_context = self.compared(outputs, batch, scale)
         self.layer.backward(params.tree, grads.tree, context, d_outputs, call, want_dx=False)
         loss_context.release()
         context.release()
-        return loss_sum, count
+        return loss_sum, self.loss.count(batch)
+
+    def surroundings(self, params: ParameterSource, batch: Batch, scale: float = 1.0, **options: Any) -> Call:
+        """Return the surroundings of a pass over a batch, prepared for ``params``, whose loss is scaled."""
+        call = self.call(batch.inputs, index=batch.index, count=scale * self.loss.count(batch), **options)
+        return replace(call, xp=half_products(call.xp)) if is_half(params.layout.dtype) else call
+
+    def compared(self, outputs: Array, batch: Batch, scale: float = 1.0) -> tuple[float, Array, Context]:
+        """Return the loss of outputs, and its gradient in their dtype.
+
+        Returns
+        -------
+        loss_sum : float
+            Computed in float32 at least, and not scaled.
+        gradient : array, shape and dtype of outputs
+            Times ``scale``, and rounded once; valid until the context's release.
+        context : Context
+            What holds it.
+        """
+        context = Context(self.pool, namespace(outputs))
+        loss_sum, inner = self.loss.forward(_in_full(outputs, context), batch, self.pool)
+        context.children.append(inner)
+        return loss_sum, _scaled(self.loss.backward(inner), outputs.dtype, scale, context), context
 
     def predict(self, params: FlatBuffer, inputs: Array) -> Array:
         """Return the outputs for ``inputs``, shape (n, …), in evaluation mode; a new array."""

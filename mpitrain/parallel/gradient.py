@@ -114,6 +114,7 @@ class GradientParallel(Synchronous):
                 remedy="use stage 1, or divide no activations along the sequence",
             )  # fmt: skip
         self.grads = self._place_gradients(layout)
+        self._buckets = self.grads.buckets
         owned = self._allocate_parameters(layout)
         shards, sums = self.grads.shards, self.grads.sums
         self.parts = tuple(self._part(*each) for each in zip(shards, owned, sums, strict=True))
@@ -214,7 +215,7 @@ class GradientParallel(Synchronous):
     def _gathered(self) -> FlatBuffer:
         """Return all parameters as they are updated, in float32.  Collective: each bucket is gathered."""
         found = FlatBuffer(self.model.layout, self._private or self.comm.shared)
-        for bucket, part in zip(self.grads.buckets, self.parts, strict=True):
+        for bucket, part in zip(self._buckets, self.parts, strict=True):
             place, start = found.flat[bucket.start : bucket.stop], part.shard.start - bucket.start
             place[start : start + part.shard.size] = part.params
             self.comm.allgather_plan(place, start, start + part.shard.size)()

@@ -53,7 +53,8 @@ class LaneSteps(Synchronous):
         """See `Method.setup`."""
         super().setup(model, optimizer, plan)
         self._further = self._further_uses()
-        layout = self.params.layout.untied(self._further)
+        self._summed = self.params.layout.astype(model.layout.dtype)  # parameters may be handed out in 16 bits
+        layout = self._summed.untied(self._further)
         self._lane_grads = [GradientBuffer(layout, self._allocator) for _ in self._dealt]
         self._tiles = self._make_tiles()
 
@@ -74,7 +75,7 @@ class LaneSteps(Synchronous):
 
     def _reduce_lanes(self) -> None:
         """Sum the gradients of all lanes into those of this rank's parts.  Collective."""
-        size = self.params.layout.size
+        size = self._summed.size
         self._sum_lanes([grads.flat[:size] for grads in self._lane_grads])
         self._add_uses({use: [grads.views[use].reshape(-1) for grads in self._lane_grads] for use in self._further})
 
@@ -87,12 +88,15 @@ class LaneSteps(Synchronous):
             tallies = self._lane_gradients(microbatches)
         with phase("check"):
             total = Tally(*self._over_lanes([np.array(astuple(each)) for each in tallies]).tolist())
-            self._check_lanes(total, tallies)
+            taken = self._is_lanes_step_taken(total, tallies)
+        if not taken:
+            self.step += 1
+            return total.untrained()
         with phase("reduce"):
             self._reduce_lanes()
         self.step += 1
         with phase("update"):
-            divide(self.parts, total.count)
+            divide(self.parts, self._scale * total.count)
             clip(self.parts, self.plan, tiles=self._tiles)
             update(self.optimizer, self.parts, self.plan, self.updates, tiles=self._tiles)
         with phase("gather"):
@@ -110,6 +114,13 @@ class LaneSteps(Synchronous):
         """Return the tallies of this rank's lanes, which now tell whether their gradients are finite, too."""
         pairs = zip(tallies, self._lane_grads, strict=True)
         return [replace(found, bad=float(found.bad or not finite(grads.flat))) for found, grads in pairs]
+
+    def _is_lanes_step_taken(self, total: Tally, tallies: list[Tally]) -> bool:
+        """Tell what `Synchronous._is_taken` tells; without a scale of the loss, name the lanes at fault."""
+        if self._scaler:
+            return self._is_taken(not total.bad, [])
+        self._check_lanes(total, tallies)
+        return True
 
     def _check_lanes(self, total: Tally, tallies: list[Tally]) -> None:
         lanes = [Part(grads.layout.whole(), grads.flat, grads.flat, {}) for grads in self._lane_grads]
@@ -139,9 +150,10 @@ class LaneSteps(Synchronous):
             give the same metrics but for rounding.
         """
         lanes: list[dict[str, Array] | None] = [None] * len(self._dealt)
+        params = self.whole()
         for number, batch in enumerate(batches):
             lane = number % len(lanes)
-            lanes[lane] = add_sums(lanes[lane], self.model.sums(self.params, batch))
+            lanes[lane] = add_sums(lanes[lane], self.model.sums(params, batch))
         if lanes[0] is None:
             raise InputError("there is nothing to evaluate", operation="evaluate", got="no batches")
         sums = {name: self._over_lanes([each[name] if each else None for each in lanes]) for name in lanes[0]}

@@ -12,6 +12,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, FlatBuffer, Layout, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.lanes import lane_reduce_scatter, lane_sum
+from mpitrain.method.precision import Precision
 from mpitrain.method.tiles import tile_shards
 from mpitrain.parallel.buckets import Bucket
 from mpitrain.parallel.data import DataParallel
@@ -32,6 +33,8 @@ class ReproducibleDataParallel(LaneSteps, DataParallel):
         Into how many parts a lane is cut, see `DataParallel`.
     allocator : Allocator
         Where parameters, gradients and optimizer state live.
+    precision : Precision, optional
+        In which 16-bit type the passes are computed, see there.
 
     Notes
     -----
@@ -46,9 +49,15 @@ class ReproducibleDataParallel(LaneSteps, DataParallel):
     reads_in_place: ClassVar[bool] = False
 
     def __init__(
-        self, comm: Communicator, *, lanes: int, microbatches: int = 1, allocator: Allocator = plain
-    ) -> None:  # fmt: skip
-        super().__init__(comm, microbatches=microbatches, allocator=allocator)
+        self,
+        comm: Communicator,
+        *,
+        lanes: int,
+        microbatches: int = 1,
+        allocator: Allocator = plain,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__(comm, microbatches=microbatches, allocator=allocator, precision=precision)
         self._deal(lanes)
 
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:
@@ -67,7 +76,7 @@ class ReproducibleGradientParallel(LaneSteps, GradientParallel):
     ----------
     comm, lanes, microbatches
         As for `ReproducibleDataParallel`.
-    allocator : Allocator, optional
+    allocator, precision
         As for `GradientParallel`.
 
     Notes
@@ -80,23 +89,32 @@ class ReproducibleGradientParallel(LaneSteps, GradientParallel):
     params: FlatBuffer
 
     def __init__(
-        self, comm: Communicator, *, lanes: int, microbatches: int = 1, allocator: Allocator | None = None
-    ) -> None:  # fmt: skip
-        super().__init__(comm, microbatches=microbatches, allocator=allocator)
+        self,
+        comm: Communicator,
+        *,
+        lanes: int,
+        microbatches: int = 1,
+        allocator: Allocator | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__(comm, microbatches=microbatches, allocator=allocator, precision=precision)
         self._deal(lanes)
 
     def _allocate(self, layout: Layout) -> None:
-        self.params = FlatBuffer(layout, self._private or self.comm.shared)
         shards = tile_shards(layout, self.comm.size)
         own, self._counts = shards[self.comm.rank], [shard.size for shard in shards]
+        dtype = self.precision.dtype if self.precision else layout.dtype
+        self.params = FlatBuffer(layout.astype(dtype), self._private or self.comm.shared)
         here = self.params.flat[own.start : own.stop]
-        self.parts = (self._part(own, here, self._allocator(own.size, layout.dtype)),)
-        self._gathers = [self._gather(Bucket(0, layout.size, layout.segments), own)]
+        params = self._allocator(own.size, layout.dtype) if self.precision else here
+        self.parts = (self._part(own, params, self._allocator(own.size, layout.dtype)),)
+        self._buckets, self._places = [Bucket(0, layout.size, layout.segments)], [here]
+        self._gathers = [self._gather(self._buckets[0], own)]
 
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:
         (part,) = self.parts
         lane_reduce_scatter(
-            self.comm, lanes, self.lanes, self._counts, layout=self.params.layout, out=part.grads
+            self.comm, lanes, self.lanes, self._counts, layout=self._summed, out=part.grads
         )  # fmt: skip
 
     def _add_uses(self, lanes: Mapping[str, Sequence[Array]]) -> None:

@@ -357,15 +357,15 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
 
 
 def _method(job: Job, axes: Axes, model: Model, facts: Facts, batch_size: int) -> Synchronous:
-    section, on_gpu = job.method, job.device == "gpu"
+    section, on_gpu, precision = job.method, job.device == "gpu", _precision(job, facts, batch_size)
     if axes.pipes:
         whole = build_model(job, facts) if axes.tensor else model
-        return _pipeline(job, axes.pipes, whole, facts)
+        return _pipeline(job, axes.pipes, whole, facts, precision)
     if job.lanes is not None:
         made = ReproducibleGradientParallel if section.kind == "gradient" else ReproducibleDataParallel
-        return made(axes.data, lanes=job.lanes, microbatches=section.microbatches)
+        return made(axes.data, lanes=job.lanes, microbatches=section.microbatches, precision=precision)
     options: dict[str, Any] = {"microbatches": section.microbatches, "bucket_bytes": section.bucket_bytes}
-    comm, options["precision"] = axes.data, _precision(job, facts, batch_size)
+    comm, options["precision"] = axes.data, precision
     if section.kind == "gradient":
         return GradientParallel(
             comm, across=axes.tensor, stage=section.stage, allocator=device if on_gpu else None, **options
@@ -377,7 +377,7 @@ def _method(job: Job, axes: Axes, model: Model, facts: Facts, batch_size: int) -
     return DataParallel(comm, across=axes.tensor, **options)
 
 
-def _pipeline(job: Job, mesh: ProcessMesh, whole: Model, facts: Facts) -> Synchronous:
+def _pipeline(job: Job, mesh: ProcessMesh, whole: Model, facts: Facts, precision: Precision | None) -> Synchronous:
     """Return the method of a model in stages, which are balanced by the costs of the whole model's layers."""
     section = job.method
     options: dict[str, Any] = {
@@ -386,6 +386,7 @@ def _pipeline(job: Job, mesh: ProcessMesh, whole: Model, facts: Facts) -> Synchr
         "microbatches": section.microbatches,
         "costs": counted(whole, facts.sample_shape) if isinstance(whole, Network) else None,
         "allocator": device if job.device == "gpu" else plain,
+        "precision": precision,
     }
     if job.lanes is not None:
         return ReproduciblePipelineParallel(mesh, lanes=job.lanes, **options)

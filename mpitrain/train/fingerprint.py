@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections import defaultdict
 from collections.abc import Mapping
+from importlib.metadata import version
 
 import numpy as np
 import threadpoolctl
@@ -21,9 +22,9 @@ from mpitrain.optim import kernel
 Fingerprint = dict[str, str]
 
 
-def fingerprint() -> Fingerprint:
-    """Return the fingerprint of this process."""
-    return {
+def fingerprint(in_bfloat16: bool = False) -> Fingerprint:
+    """Return the fingerprint of this process; of a job that computes in bfloat16, with what rounds to it."""
+    found = {
         "processor": platform.machine(),
         "CPU features": _cpu_features(),
         "BLAS": _blas(),
@@ -32,6 +33,7 @@ def fingerprint() -> Fingerprint:
         "compiled loops": "yes" if _env.kernel() and kernel.library() is not None else "no",
         "mpitrain": __version__,
     }
+    return found | {"ml_dtypes": version("ml_dtypes")} if in_bfloat16 else found
 
 
 def agreed_fingerprint(comm: Communicator, own: Fingerprint) -> Fingerprint:

@@ -141,7 +141,9 @@ def settle_arithmetic(job: Job, comm: Communicator, threads: int | None = None) 
     CPUs, the bits would depend on the number of ranks.
     """
     set_blas_threads(comm, 1 if job.reproducible else threads)
-    return agreed_fingerprint(comm, fingerprint()) if job.reproducible else None
+    if not job.reproducible:
+        return None
+    return agreed_fingerprint(comm, fingerprint(in_bfloat16=job.precision.compute == "bfloat16"))
 
 
 def _recording(comm: Communicator, trainer: Trainer, directory: RunDirectory) -> AbstractContextManager[None]:

@@ -5,6 +5,8 @@ Every check also runs on NumPy, against itself, so that it is known to work befo
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -15,9 +17,10 @@ from mpitrain._errors import DtypeError
 from mpitrain.arrays import Batch, FlatBuffer, Key, device, is_cupy, plain, to_host
 from mpitrain.arrays.products import half_products
 from mpitrain.comm import LocalWorld
+from mpitrain.data.windows import windows
 from mpitrain.method import Plan, Precision
 from mpitrain.nn import CrossEntropy, Network
-from mpitrain.parallel import DataParallel, GradientParallel
+from mpitrain.parallel import DataParallel, GradientParallel, PipelineParallel
 
 STEPS = 6
 EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -108,3 +111,39 @@ def test_training_skips_the_same_steps(xp, allocator, precision, make):
         assert progress.skipped == expected[0].skipped
         assert progress.loss_scale == expected[0].loss_scale
         np.testing.assert_allclose(params, expected[1], rtol=0, atol=4 * EPS[precision.compute])
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gpt"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_pipeline_sends_16_bits_and_skips_the_same_steps(xp, allocator, precision, schedule, kind):
+    samples = data.load("digits")
+    if kind == "gpt":
+        tokens = np.random.default_rng(0).integers(0, 17, 48 * 80 + 1)
+        samples = windows(tokens, "noise", 80, None, "abcdefghijklmnopq")
+
+    def run(comm, make, allocate):
+        emulate = Precision(compute=precision.compute, emulate=allocate is plain, initial_scale=2.0**18)
+        method = make(comm, allocator=allocate, precision=emulate, microbatches=4)
+        network = Network(MODELS[kind](), CrossEntropy())
+        method.setup(network, optim.SGD(), Plan(Key(0), optim.Constant(lr=0.01), STEPS))
+        feed = data.Batches(samples, 48 if kind == "mlp" else 8, seed=0)
+        progress = method.advance(feed, STEPS)
+        sent = comm.ledger.snapshot().get((comm.ledger.axis, "isend"))
+        on_device = {name: is_cupy(view) for name, view in method.params.views.items()}
+        assert set(on_device.values()) == {allocate is not plain}
+        own = {name: to_host(view) for name, view in method.params.views.items()}
+        return progress, own, sent.logical_bytes if sent else 0, method.predict(samples.inputs[:2])
+
+    def pipeline(allocate):
+        return LocalWorld(2).run(run, partial(PipelineParallel, schedule=schedule), allocate)
+
+    (expected,) = LocalWorld(1).run(run, DataParallel, plain)
+    assert expected[0].skipped > 0 or precision.compute == "bfloat16"
+    emulated = pipeline(plain)
+    for (progress, own, sent, outputs), emulation in zip(pipeline(allocator), emulated, strict=True):
+        assert (progress.skipped, progress.loss_scale) == (expected[0].skipped, expected[0].loss_scale)
+        assert sent == emulation[2]
+        assert is_cupy(outputs) == (xp is not np)
+        np.testing.assert_allclose(to_host(outputs), expected[3], rtol=0, atol=32 * EPS[precision.compute])
+        for name, values in own.items():
+            np.testing.assert_allclose(values, expected[1][name], rtol=0, atol=4 * EPS[precision.compute], err_msg=name)

@@ -6,8 +6,12 @@ import pytest
 from mpitrain import nn
 from mpitrain.arrays import Batch, FlatBuffer, Key
 from mpitrain.arrays.dtypes import half
-from mpitrain.method import LossScaler, Precision
+from mpitrain.comm import LocalWorld
+from mpitrain.data import Batches, Dataset
+from mpitrain.method import LossScaler, Plan, Precision
 from mpitrain.nn import CrossEntropy, Network
+from mpitrain.optim import Constant, Optimizer
+from mpitrain.parallel import PipelineParallel
 
 torch = pytest.importorskip("torch")
 
@@ -48,6 +52,36 @@ def test_gradients_are_those_of_autocast_but_for_rounding(name):
         assert np.linalg.norm(grads.views[tensor] - expected) < 4 * EPS[name] * size, tensor
         ours, rivals = (np.linalg.norm(each[tensor] - exact[tensor]) for each in (grads.views, theirs))
         assert ours < 1.5 * rivals + EPS[name] * size, tensor  # no less accurate
+
+
+@pytest.mark.parametrize("name", EPS)
+def test_so_are_those_of_a_pipeline(name):
+    layers = nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 10))
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((20, 64)).astype(np.float32), rng.integers(0, 10, 20)
+    precision = Precision(compute=name, emulate=True, initial_scale=2.0**6)
+
+    class Kept(Optimizer):
+        def update(self, params, grads, state, lr, step, shard, totals=None):
+            segments = ((shard.layout.segments[number], cut) for number, cut in shard.pieces)
+            self.mean = {each.name: grads[cut].reshape(each.shape).copy() for each, cut in segments}
+
+    def train(comm):
+        kept, method = Kept(), PipelineParallel(comm, microbatches=3, schedule="zb-h1", precision=precision)
+        method.setup(Network(layers, CrossEntropy()), kept, Plan(Key(0), Constant(lr=1.0), 1))
+        start = {each: view.copy() for each, view in method.params.views.items()}
+        feed = Batches(Dataset(x, labels, "classification", "noise"), 20, seed=0, dtype="float32")
+        method.advance(feed, 1)
+        return start, kept.mean
+
+    params, means = {}, {}
+    for start, mean in LocalWorld(2).run(train):
+        params, means = params | start, means | mean
+    theirs, exact = (_theirs(each, params, x, labels, 2.0**6) for each in (name, None))
+    assert means.keys() == theirs.keys()
+    for tensor, expected in theirs.items():
+        ours, size = 20 * 2.0**6 * means[tensor], np.linalg.norm(exact[tensor])
+        assert np.linalg.norm(ours - expected) < 4 * EPS[name] * size, tensor
 
 
 def test_the_scale_is_that_of_gradscaler():

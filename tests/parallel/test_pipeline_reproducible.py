@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from parallel_cases import IMAGES, TEXT, KeptKeys, RowsFeed, cnn, gpt, mlp, plan, same_on_all
-from pipeline_cases import CASES, Case, fits
+from pipeline_cases import CASES, Case, fits, united
+from test_parallel_mixed import BOUNDS, SKIPPING, distance, initial, simulated
 
 from mpitrain import nn
 from mpitrain._errors import InputError, NonFiniteError
 from mpitrain.arrays import Batch, Layout
 from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
 from mpitrain.data import evaluation_batches
-from mpitrain.method import tiles
+from mpitrain.method import Precision, tiles
 from mpitrain.nn.containers import Sequential
 from mpitrain.optim import SGD, make_optimizer
 from mpitrain.parallel import (
@@ -114,6 +115,44 @@ def check_bits(comm: Communicator, case: Case, model: str, optimizer: str, micro
 )
 def test_weights_losses_and_metrics_have_the_bits_of_one_rank(on_ranks, model, schedule, microbatches, optimizer):
     on_ranks(check_bits, CASES[schedule], model, optimizer, microbatches)
+
+
+def check_half(comm: Communicator, model: str, compute: str) -> None:
+    """Tied tensors and LAMB's norms too; of float16, the first steps overflow in some lane."""
+    scale = {"initial_scale": 2.0**15, "growth_interval": 1} if compute == "float16" else {}
+    precision = Precision(compute=compute, emulate=True, **scale)
+
+    def found(comm: Communicator, make: Any) -> Any:
+        method = make(comm, lanes=LANES, precision=precision)
+        return (*outcome(method, model, "lamb"), method.skipped, method.loss_scale)
+
+    expected = LocalWorld(1).run(found, ReproducibleDataParallel)[0]
+    assert (0 < expected[-2] < STEPS) if compute == "float16" else expected[-1] is None
+    for make in (ReproducibleDataParallel, ReproducibleGradientParallel, ReproduciblePipelineParallel):
+        assert found(comm, make) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "compute"),
+    [("cnn", "float16"), ("gpt", "bfloat16"), pytest.param("gpt", "float16", marks=pytest.mark.slow)],
+)
+def test_so_have_those_of_passes_in_16_bits(on_ranks, model, compute):
+    on_ranks(check_half, model, compute)
+
+
+def check_simulation(comm: Communicator, make: Any) -> None:
+    """Lanes whose losses are scaled, and steps that are skipped, lead where one rank's whole batches do."""
+    expected, skipped = simulated(Precision(**SKIPPING), 20, 0.25)
+    method = make(comm, lanes=LANES, precision=Precision(**SKIPPING))
+    method.setup(mlp(np.float32), SGD(), plan(20, schedule=lambda step: 0.25))
+    assert method.advance(RowsFeed(dtype=np.float32), 20).skipped == skipped > 0
+    found = united(comm, (method.params if make is ReproduciblePipelineParallel else method.whole()).views)
+    assert distance(expected, found) < BOUNDS["float16"] * distance(expected, initial())
+
+
+@pytest.mark.parametrize("make", [ReproducibleDataParallel, ReproducibleGradientParallel, ReproduciblePipelineParallel])
+def test_training_in_16_bits_is_a_serial_simulation_but_for_rounding(on_ranks, make):
+    on_ranks(check_simulation, make)
 
 
 def check_mesh(comm: Communicator, lanes: int) -> None:

@@ -14,8 +14,15 @@ from commands import metrics, write_job
 
 from mpitrain._errors import JobError, MissingExtraError
 from mpitrain.comm import LocalWorld
-from mpitrain.parallel import DataParallel, GradientParallel
-from mpitrain.parallel.pipeline import PipelineParallel
+from mpitrain.parallel import (
+    DataParallel,
+    GradientParallel,
+    ModelAveraging,
+    PipelineParallel,
+    ReproducibleDataParallel,
+    ReproducibleGradientParallel,
+    ReproduciblePipelineParallel,
+)
 from mpitrain.train import session, train_job
 from mpitrain.train.assembly import assemble
 from mpitrain.train.job import Job
@@ -43,9 +50,6 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["precision.initial_scale=2"], 'precision.initial_scale: is of the loss scale.*compute = "float16" beside it'),
         ([*EMULATED, "precision.backoff_factor=1"], "precision.backoff_factor"),
         ([*EMULATED, "dtype=float64"], 'dtype: does not go with precision.compute = "float16"'),
-        ([*EMULATED, "reproducible=true"], 'reproducible: does not go with precision.compute = "float16"'),
-        ([*EMULATED, "method.kind=pipeline"], "precision.compute: does not go with a model in stages"),
-        ([*EMULATED, "mesh.pipe=2"], "precision.compute: does not go with a model in stages"),
         ([*EMULATED, "method.codec=int8"], 'method.codec.kind: .*precision.compute = "bfloat16"'),
     ],
 )
@@ -58,15 +62,18 @@ def test_what_does_not_fit_is_refused_before_anything_starts(job_file: Path, set
     ("settings", "kind"),
     [
         ((), DataParallel),
-        (("method.average_every=2",), DataParallel),
+        (("method.average_every=2",), ModelAveraging),
         (("method.kind=gradient", "method.stage=3"), GradientParallel),
+        (("method.kind=pipeline",), PipelineParallel),
+        (("reproducible=true",), ReproducibleDataParallel),
+        (("reproducible=true", "method.kind=gradient"), ReproducibleGradientParallel),
+        (("reproducible=true", "method.kind=pipeline"), ReproduciblePipelineParallel),
     ],
 )
 def test_a_method_computes_as_the_job_says(job_file: Path, settings: tuple[str, ...], kind: type):
     job = Job.load(job_file, [*EMULATED, "precision.growth_interval=7", *settings])
     (parts,) = LocalWorld(1).run(lambda comm: assemble(job, comm))
-    assert isinstance(parts.method, kind)
-    assert not isinstance(parts.method, PipelineParallel)
+    assert type(parts.method) is kind
     assert parts.method.precision.compute == "float16"
     assert parts.method.precision.growth_interval == 7
     assert parts.title.endswith(", passes in float16, which the CPU emulates")
@@ -99,8 +106,14 @@ def train(job: Job, **options: Any) -> dict[str, Any]:
     return results[0]
 
 
-def test_a_run_tells_its_scale_and_skips_and_is_resumed_with_them(job_file: Path, tmp_path: Path):
-    settings = [*EMULATED, "precision.initial_scale=1e7", "train.steps=30", "train.checkpoint.every_steps=10"]
+PIPELINE = ("method.kind=pipeline", "method.microbatches=4")
+
+
+@pytest.mark.parametrize("method", [(), PIPELINE], ids=["data", "pipeline"])
+def test_a_run_tells_its_scale_and_skips_and_is_resumed_with_them(
+    job_file: Path, tmp_path: Path, method: tuple[str, ...]
+):
+    settings = [*EMULATED, *method, "precision.initial_scale=1e7", "train.steps=30", "train.checkpoint.every_steps=10"]
     whole = train(Job.load(job_file, settings), run_dir=tmp_path / "whole")
     assert 0 < whole["skipped_steps"] < 25
     assert whole["loss_scale"] == 1e7 / 2 ** whole["skipped_steps"]
@@ -126,7 +139,7 @@ def test_verify_wants_float64(job_file: Path):
     command = [sys.executable, "-m", "mpitrain", "verify", str(job_file), *(f"--set={each}" for each in EMULATED)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "what differs between layouts in 16 bits is rounding" in done.stderr
+    assert "in 16 bits layouts differ by rounding, and skipped steps have no gradients to compare" in done.stderr
     assert "--set 'precision={}'" in done.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,33 @@ def test_weights_losses_and_metrics_have_the_bits_of_one_rank(folder, ranks, met
     assert other["weights_sha256"] != serial["weights_sha256"]
 
 
+MIXED: dict[str, dict[str, Any]] = {
+    "float16": {"precision__compute": "float16", "precision__emulate": True, "precision__initial_scale": 1e6},
+    "bfloat16": {"precision__compute": "bfloat16", "precision__emulate": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "method", "compute"),
+    [
+        (2, "gradient 1", "float16"),
+        (3, "data", "bfloat16"),
+        (4, "gradient 2", "bfloat16"),
+        (3, "pipeline", "float16"),
+        (4, "data and pipeline", "float16"),
+    ],
+)
+def test_so_have_those_of_passes_in_16_bits(folder, ranks, method, compute):
+    serial = run(1, job(folder, **MIXED[compute]), run_dir=folder / "serial")
+    assert (serial["skipped_steps"] > 0) if compute == "float16" else "skipped_steps" not in serial
+    found = run(ranks, job(folder, **METHODS[method], **MIXED[compute]), run_dir=folder / "found")
+    for key in ("weights_sha256", "metrics", "loss"):
+        assert found[key] == serial[key]
+    assert repr(numbers(folder / "found")) == repr(numbers(folder / "serial"))  # losses of skipped steps are NaN
+    in_full = run(1, job(folder), run_dir=folder / "full")
+    assert in_full["weights_sha256"] != serial["weights_sha256"]
+
+
 @pytest.mark.parametrize(
     ("first", "then", "method"),
     [("data", 1, "gradient 1"), ("data", 4, "gradient 1"), ("data", 4, "data and pipeline"), ("pipeline", 2, "data")],
@@ -82,13 +110,17 @@ def test_goes_on_with_the_same_bits_on_another_number_of_ranks(folder, first, th
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("method", ["data", "gradient 1", "pipeline"])
-def test_a_run_over_mpi_has_the_bits_of_one_rank(world, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [("data", {}), ("gradient 1", {}), ("pipeline", {}), ("pipeline", MIXED["float16"])],
+    ids=["data", "gradient 1", "pipeline", "pipeline-float16"],
+)
+def test_a_run_over_mpi_has_the_bits_of_one_rank(world, tmp_path, method, precision):
     if world.rank == 0:
         write_job(tmp_path)
     shared = Path(world.broadcast_object(str(tmp_path)))
-    found = train_job(job(shared, **METHODS[method]), world, run_dir=shared / "run")
-    serial = run(1, job(shared), run_dir=tmp_path / "serial")
+    found = train_job(job(shared, **METHODS[method], **precision), world, run_dir=shared / "run")
+    serial = run(1, job(shared, **precision), run_dir=tmp_path / "serial")
     assert found["weights_sha256"] == serial["weights_sha256"]
     assert found["loss"] == serial["loss"]
     assert found["metrics"] == serial["metrics"]
@@ -168,6 +200,14 @@ def test_the_fingerprint_names_everything_that_bits_depend_on():
     }  # fmt: skip
     assert "unknown" not in found.values()
     assert "threads" in found["BLAS"]
+    pytest.importorskip("ml_dtypes")
+    assert fingerprint(in_bfloat16=True) == found | {"ml_dtypes": importlib.metadata.version("ml_dtypes")}
+
+
+def test_a_job_in_bfloat16_keeps_what_rounds(folder):
+    run(1, job(folder, train__steps=1, **MIXED["bfloat16"]), run_dir=folder / "run")
+    environment = json.loads((folder / "run" / "environment.json").read_text())
+    assert environment["fingerprint"] == fingerprint(in_bfloat16=True)
 
 
 def test_threads_of_blas_are_part_of_it():

@@ -259,17 +259,21 @@ static int64_t is_past_cache(const stream *s) {
   return s->past_cache || (s->ranks->to_memory && s->nbytes >= OUTGROWS_BYTES);
 }
 
-/* Combine in order, a block at a time, and store where it belongs; a result may be one of the parts. */
+/* Combine in order, a block at a time, and store where it belongs; a result may be one of the parts.
+ *
+ * Two parts are combined straight into the last result, where it stays in the cache: a copy less. */
 static void combine(const combination *c) {
   _Alignas(64) char block[BLOCK_BYTES];
   fold *const f = FOLDS[c->op->kind / OPS][c->op->kind % OPS];
+  const int64_t last = c->result_count - 1, straight = c->part_count == 2 && !(c->past_cache >> last & 1);
   for (int64_t begin = 0; begin < c->nbytes; begin += BLOCK_BYTES) {
     const int64_t left = c->nbytes - begin, length = left < BLOCK_BYTES ? left : BLOCK_BYTES;
     const int64_t n = length / c->op->item_bytes;
-    f(block, c->parts[0] + begin, c->parts[1] + begin, n);
-    for (int64_t i = 2; i < c->part_count; i++) f(block, block, c->parts[i] + begin, n);
-    if (c->op->divisor) (c->op->kind / OPS == F32 ? divide_f32 : divide_f64)(block, n, c->op->divisor);
-    for (int64_t i = 0; i < c->result_count; i++) copy(c->results[i] + begin, block, length, c->past_cache >> i & 1);
+    char *const out = straight ? c->results[last] + begin : block;
+    f(out, c->parts[0] + begin, c->parts[1] + begin, n);
+    for (int64_t i = 2; i < c->part_count; i++) f(out, out, c->parts[i] + begin, n);
+    if (c->op->divisor) (c->op->kind / OPS == F32 ? divide_f32 : divide_f64)(out, n, c->op->divisor);
+    for (int64_t i = 0; i <= last - straight; i++) copy(c->results[i] + begin, out, length, c->past_cache >> i & 1);
   }
   drain(c->past_cache);
 }

@@ -53,7 +53,7 @@ PIECE_BYTES = 128 * 1024
 CHUNK_BYTES = 256 * 1024
 """What passes through the workspace between two fences, of each rank; within one node."""
 
-COMPILED_CHUNK_BYTES = 512 * 1024
+COMPILED_CHUNK_BYTES = 640 * 1024
 """The same with compiled loops, which pass no fences; on nodes of two ranks, and less on wider ones."""
 
 STREAMED_FROM_BYTES = 16 * 1024 * 1024

@@ -162,4 +162,5 @@ class Executor:
 
 def _empty(microbatch: Microbatch) -> Microbatch:
     """Return a microbatch without samples, to be looked at in evaluation mode."""
-    return Microbatch(microbatch.batch.part(slice(0)), replace(microbatch.call, training=False, reduce=None))
+    call = replace(microbatch.call, training=False, reduce=None)
+    return replace(microbatch, batch=microbatch.batch.part(slice(0)), call=call)

@@ -5,7 +5,7 @@ What is computed, and in which order a rank does so, is the schedule's; the meth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
@@ -30,6 +30,7 @@ from mpitrain.arrays import (
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.method.method import Plan
+from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, State
 from mpitrain.method.steps import (
     Part,
@@ -82,6 +83,8 @@ class PipelineParallel(Synchronous):
         Largest piece in which gradients are reduced over ``data``.
     allocator : Allocator
         Where parameters, gradients and optimizer state live.
+    precision : Precision, optional
+        In which 16-bit type the stages compute, see there, and in which activations and their gradients are sent.
 
     Notes
     -----
@@ -106,9 +109,10 @@ class PipelineParallel(Synchronous):
         costs: Sequence[float] | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         allocator: Allocator = plain,
+        precision: Precision | None = None,
     ) -> None:
         comm, self.pipe, self.data, across = axes(where)
-        super().__init__(comm, microbatches, bucket_bytes, allocator, across)
+        super().__init__(comm, microbatches, bucket_bytes, allocator, across, precision)
         if schedule not in FAMILIES:
             raise InputError(
                 "no such schedule", operation="PipelineParallel", got=repr(schedule), expected=", ".join(FAMILIES),
@@ -145,6 +149,8 @@ class PipelineParallel(Synchronous):
             self._ties.free()
         self._ties = Ties(self.pipe, used, layout.ties)
         self.params = FlatBuffer(layout.select(used[self.pipe.rank]), self._allocator)
+        if self.precision:
+            self._rounded = FlatBuffer(self.params.layout.astype(self.precision.dtype), self._allocator)
         self.grads = GradientBuffer(self.params.layout, self._allocator)
         whole, copies = self.params.layout.whole(), self._ties.copies
         state = self.optimizer.init(whole, self._allocator)
@@ -152,8 +158,13 @@ class PipelineParallel(Synchronous):
         numbers = (number for number, segment in enumerate(self.params.layout) if segment.name in copies)
         self._over_stages = self._over_model(self.pipe, elsewhere=numbers)
         own = {stage: layers[stage] for stage in self.sizes.stages_of(self.pipe.rank)}
-        links = Links(self.pipe, self.sizes, self._network.pool, namespace(self.params.flat), layout.dtype)
-        self.executor = Executor(self.pipe, self.sizes, Stages(self._network, own, self.params), links)
+        self._evaluator = self._make_executor(own, self.params)
+        self.executor = self._make_executor(own, self._rounded) if self.precision else self._evaluator
+
+    def _make_executor(self, own: Mapping[int, Sequential], params: FlatBuffer) -> Executor:
+        """Return what runs this rank's stages, computing and sending in the dtype of ``params``."""
+        links = Links(self.pipe, self.sizes, self._network.pool, params.xp, params.layout.dtype)
+        return Executor(self.pipe, self.sizes, Stages(self._network, own, params), links)
 
     def _cuts(self) -> tuple[int, ...]:
         """Return which units each stage begins and ends with."""
@@ -171,6 +182,10 @@ class PipelineParallel(Synchronous):
         assert self._ties
         self._ties.publish(self.params)
         self._verify(self.data, [self.params])
+
+    @property
+    def _read(self) -> FlatBuffer:
+        return self._rounded if self.precision else self.params
 
     def _over_model(self, *groups: Communicator, elsewhere: Iterable[int] = ()) -> Reach:
         """Return over which ranks a sum over this rank's stages goes, or over all; see `Synchronous._reach`."""
@@ -198,10 +213,12 @@ class PipelineParallel(Synchronous):
             self._reduce_gradients()
         with phase("check"):
             total = self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
-            self._check_finite(not total.bad, microbatches)
+            taken = self._is_taken(not total.bad, microbatches)
         self.step += 1
+        if not taken:
+            return total.untrained()
         with phase("update"):
-            divide(self.parts, total.count)
+            divide(self.parts, self._scale * total.count)
             clip(self.parts, self.plan, self._over_stages)
             update(self.optimizer, self.parts, self.plan, self.updates, self._over_model())
         return total
@@ -213,15 +230,16 @@ class PipelineParallel(Synchronous):
 
     def _flow(self, microbatches: list[Batch], sums: Sequence[Gradients], reduce: Reduce | None) -> list[Tally]:
         """Pass microbatches through the pipeline, an equal number in turn for each of ``sums``."""
-        each = len(microbatches) // len(sums)
+        each, self._scale = len(microbatches) // len(sums), self._scaler.scale if self._scaler else 1.0
         rng = self.plan.key.child("train").at(self.step)
-        ready = [
-            self._ready(batch, True, rng.child(f"microbatch{number % each}"), reduce)
-            for number, batch in enumerate(microbatches)
-        ]
+        keys = [rng.child(f"microbatch{number % each}") for number in range(len(microbatches))]
         for grads in sums:
             grads.zero()
-        losses = self.executor.train(self.schedule, ready, [sums[number // each] for number in range(len(ready))])
+        with self._overflowing():
+            if self.precision:
+                self._rounded.flat[...] = self.params.flat
+            ready = [self._ready(batch, True, key, reduce) for batch, key in zip(microbatches, keys, strict=True)]
+            losses = self.executor.train(self.schedule, ready, [sums[number // each] for number in range(len(ready))])
         for grads in sums:
             grads.end_pass()
         parts = [slice(first, first + each) for first in range(0, len(ready), each)]
@@ -231,18 +249,17 @@ class PipelineParallel(Synchronous):
         loss_sum = sum(losses)
         tally = Tally(stops=float(self._stop), bad=float(not np.isfinite(loss_sum)))
         if self.pipe.rank == self._last_rank:
-            count, samples = sum(each.call.count for each in ready), float(sum(len(each.batch) for each in ready))
+            count = sum(self._network.loss.count(each.batch) for each in ready)
+            samples = float(sum(len(each.batch) for each in ready))
             tally = replace(tally, loss=loss_sum, count=count, samples=samples)
         return tally
 
     def _ready(self, batch: Batch, training: bool, key: Key, reduce: Reduce | None = None) -> Microbatch:
         """Return a batch with the surroundings of its passes."""
-        batch = self._network.prepared(batch, self.params)
-        count = self._network.loss.count(batch)
-        call = self._network.call(
-            batch.inputs, training=training, key=key, index=batch.index, count=count, reduce=reduce
-        )  # fmt: skip
-        return Microbatch(batch, call)
+        params, scale = (self._read, self._scale) if training else (self.params, 1.0)
+        batch = self._network.prepared(batch, params)
+        call = self._network.surroundings(params, batch, scale, training=training, key=key, reduce=reduce)
+        return Microbatch(batch, call, scale)
 
     def _reduce_gradients(self) -> None:
         """Sum the gradients of tied tensors over the stages, and all over the pipelines."""
@@ -288,7 +305,7 @@ class PipelineParallel(Synchronous):
         parts = [(number, b.part(rows)) for number, b in enumerate(batches) for rows in self._network.slices(b.inputs)]
         ready = [self._ready(part, False, self.plan.key) for _, part in parts]
         found = dict[int, dict[str, Array]]()
-        for outputs, (number, _), each in zip(self.executor.outputs(ready), parts, ready, strict=False):
+        for outputs, (number, _), each in zip(self._evaluator.outputs(ready), parts, ready, strict=False):
             found[number] = add_sums(found.get(number), self._network.loss.sums(outputs, each.batch))
         return list(found.values())
 
@@ -298,10 +315,10 @@ class PipelineParallel(Synchronous):
         zeros = np.zeros(count, np.int64)
         batch = Batch(inputs, zeros, zeros)
         ready = [self._ready(batch.part(rows), False, self.plan.key) for rows in self._network.slices(inputs)]
-        shape = self.executor.shapes(ready[0])[-1]
+        shape = self._evaluator.shapes(ready[0])[-1]
         outputs: Array = namespace(self.params.flat).empty((count, *shape), self.params.layout.dtype)
         start = 0
-        for found in self.executor.outputs(ready):
+        for found in self._evaluator.outputs(ready):
             outputs[start : start + len(found)] = found
             start += len(found)
         self.pipe.broadcast(outputs, self._last_rank, out=outputs)

@@ -16,6 +16,7 @@ from mpitrain.arrays import Allocator, Batch, plain
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.lanes import lane_sum
 from mpitrain.data.shares import share
+from mpitrain.method.precision import Precision
 from mpitrain.method.steps import add_sums
 from mpitrain.method.tiles import Tiles
 from mpitrain.parallel.lanes import LaneSteps, deal
@@ -35,7 +36,7 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
     microbatches : int
         Into how many parts a lane is cut.  What flows through a pipeline in a step are those of all its lanes, so that
         one each is enough to fill it.
-    schedule, chunks, costs, allocator
+    schedule, chunks, costs, allocator, precision
         As for `PipelineParallel`.
 
     Notes
@@ -55,13 +56,15 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         microbatches: int = 1,
         costs: Sequence[float] | None = None,
         allocator: Allocator = plain,
+        precision: Precision | None = None,
     ) -> None:
         mesh = _with_data(where)
         self._peers, self.lanes = mesh["data"], lanes
         self._dealt = deal(lanes, self._peers, type(self).__name__, "pipeline")
         flow = microbatches * len(self._dealt)
         super().__init__(
-            mesh, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, allocator=allocator
+            mesh, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, allocator=allocator,
+            precision=precision,
         )  # fmt: skip
         self.microbatches = microbatches  # of a lane, as which a batch is dealt out
 

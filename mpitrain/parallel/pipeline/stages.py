@@ -20,10 +20,13 @@ class Microbatch:
         In the parameters' library; the first stage reads the inputs, the last one the targets.
     call : Call
         The surroundings of its passes.
+    scale : float
+        What the last stage multiplies the gradient of the loss by.
     """
 
     batch: Batch
     call: Call
+    scale: float = 1.0
 
     @property
     def sample_shape(self) -> Shape:
@@ -71,7 +74,7 @@ class Stages:
     layers : dict of int to Sequential
         This rank's stages, by number.
     params : FlatBuffer
-        Their parameters.
+        Their parameters, in the dtype in which they compute.
     """
 
     def __init__(self, network: Network, layers: Mapping[int, Sequential], params: FlatBuffer) -> None:
@@ -92,10 +95,10 @@ class Stages:
         return tuple(way.y.shape[1:])
 
     def loss(self, way: Pass) -> float:
-        """Compute the loss of the last stage's output, and its gradient; return the sum over the samples."""
-        loss_sum, context = self._network.loss.forward(way.y, way.microbatch.batch, self._network.pool)
+        """Compute the loss of the last stage's output, and its scaled gradient; return the sum over the samples."""
+        microbatch = way.microbatch
+        loss_sum, way.dy, context = self._network.compared(way.y, microbatch.batch, microbatch.scale)
         way.contexts.append(context)
-        way.dy = self._network.loss.backward(context)
         return loss_sum
 
     def backward(self, kind: str, stage: int, way: Pass, grads: Gradients) -> Array | None:

@@ -151,10 +151,6 @@ def _precision(job: Job) -> Iterator[Problem]:
         yield Problem("precision.compute", 'needs device = "gpu"', compute, '"float32"', remedy)
     if job.dtype != "float32":
         yield Problem("dtype", f'does not go with precision.compute = "{compute}"', job.dtype, '"float32"')
-    if job.reproducible:
-        yield Problem("reproducible", f'does not go with precision.compute = "{compute}"', True, "false")
-    if job.in_stages:
-        yield Problem("precision.compute", "does not go with a model in stages", compute, '"float32"')
     if method.codec and compute == "float16":
         what = 'keeps what it leaves out also of steps that overflow, as with precision.compute = "float16"'
         yield Problem("method.codec.kind", what, method.codec.kind, 'no codec, or precision.compute = "bfloat16"')
