@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import Array
+from mpitrain.adapters.jax_sharded import ShardedLoss
 from mpitrain.adapters.tree import add
 from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, Segment
 from mpitrain.nn import Model, Reduce
@@ -45,7 +47,17 @@ class JaxModel(Model):
     cost a second compilation.  Values come to JAX and back through host memory.
 
     What is random depends on how a batch is divided, as the key is one of the first sample's place in the global batch.
+
+    *Fully sharded* (`GradientParallel`, stage 3): the loss is traced and cut into units, each of which reads the
+    tensors of one layer and, beside them, little of others.  A layer is what hangs on one branch of the tree, or one
+    tensor at its top.  Each unit is compiled, those that do the same once for all; its parameters are brought for it,
+    and it is run again in the backward pass, as under ``jax.checkpoint``: what it prints or calls back comes twice.  A
+    loop of JAX's (``lax.scan``) is one unit, with all parameters that it reads.  A rank with an empty batch goes
+    through the units with two samples of zeros, of which nothing is counted.  The values that were handed over are let
+    go when training begins.
     """
+
+    reads_by_layer = True
 
     def __init__(
         self,
@@ -58,10 +70,11 @@ class JaxModel(Model):
         self._initial = {name: np.array(leaf) for name, (_, leaf) in zip(self._names, leaves, strict=True)}
         self._layout = _layout(self._initial)
         self._prefixes = {name for name in self._names if any(n != name and n.startswith(name) for n in self._names)}
-        self._loss = jax.jit(loss)
-        self._gradient = jax.jit(jax.value_and_grad(lambda params, batch, words, step: loss(
-            params, batch, jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), step)
-        )))  # fmt: skip
+        self._given = loss
+        self._loss = jax.jit(self._sum)
+        self._gradient = jax.jit(jax.value_and_grad(self._with_key))
+        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in self._initial.values()]
+        self._sharded = ShardedLoss(self._of_list, self._names, shapes, self.layer_of)
         self._predict = None if predict is None else jax.jit(predict)
         self._is_a_sum = False
 
@@ -72,8 +85,17 @@ class JaxModel(Model):
 
     def initialise(self, params: FlatBuffer, key: Key) -> None:
         """Fill ``params`` with the values that were handed over; ``key`` has no say in them."""
+        if not self._initial:
+            raise InputError(
+                "the first values were let go when the model was trained fully sharded", operation="JaxModel",
+                remedy="make the model again",
+            )  # fmt: skip
         for segment in params.layout.segments:
             params.views[segment.name][...] = self._initial[segment.name]
+
+    def layer_of(self, name: str) -> str:
+        """Return the branch of the tree in which a tensor is; see `Model.layer_of`."""
+        return name.rpartition(".")[0] or name
 
     def loss_and_gradients(
         self, params: ParameterSource, batch: Batch, grads: Gradients, rng: Key, reduce: Reduce | None = None
@@ -85,30 +107,73 @@ class JaxModel(Model):
         InputError
             The loss is seen to be a mean: it does not grow when the batch is there twice.
         """
+        if not isinstance(params, FlatBuffer):
+            return self._by_units(params, batch, grads, rng)
         if not len(batch):
             return 0.0, 0.0
-        values = self._values(params)
+        values = self._values(params.views)
         if not self._is_a_sum:
             self._check_sum(values, batch)
-        key = rng.child(f"from{int(batch.index[0])}")
-        words, step = np.array(key.words, np.uint32), np.uint32(key.step)
-        loss_sum, found = self._gradient(values, self._fields(batch), words, step)
+        loss_sum, found = self._gradient(values, *self._arguments(batch, rng))
         for name, gradient in zip(self._names, jax.tree_util.tree_leaves(found), strict=True):
             add(grads.tree, name, np.asarray(gradient))
         for name in self._names:
-            if name not in self._prefixes:  # else it would complete others too
-                grads.complete(name)
+            self._complete(grads, name)
         return float(loss_sum), _count(batch)
+
+    def _by_units(self, params: ParameterSource, batch: Batch, grads: Gradients, rng: Key) -> tuple[float, float]:
+        """Do so where parameters are brought as they are read; all ranks take the same way, with samples or without."""
+        self._let_go(batch)
+        arguments = self._arguments(batch if len(batch) else _nothing(batch), rng)
+        steps = self._sharded.steps(arguments)
+        left = Counter(name for reads in steps.reads for name in reads)
+        for name in self._names:
+            if name not in left:
+                self._complete(grads, name)
+
+        def receive(name: str, gradient: Array) -> None:
+            if len(batch):
+                add(grads.tree, name, gradient)
+            left[name] -= 1
+            if not left[name]:
+                self._complete(grads, name)
+
+        loss_sum = steps.run(params.tree, arguments, receive)
+        return (loss_sum, _count(batch)) if len(batch) else (0.0, 0.0)
+
+    def _let_go(self, batch: Batch) -> None:
+        """Hold no parameter whole; the first values tell, before they go, whether the loss is a sum."""
+        initial, self._initial = self._initial, {}
+        if initial and len(batch) and not self._is_a_sum:
+            self._check_sum(self._values(initial), batch)
+
+    def _arguments(self, batch: Batch, rng: Key) -> tuple[dict[str, Array], Array, Any]:
+        key = rng.child(f"from{int(batch.index[0])}")
+        return self._fields(batch), np.array(key.words, np.uint32), np.uint32(key.step)
+
+    def _sum(self, params: Parameters, batch: dict[str, Any], key: Any) -> Any:
+        return _scalar(self._given(params, batch, key))
+
+    def _with_key(self, params: Parameters, batch: dict[str, Any], words: Any, step: Any) -> Any:
+        key = jax.random.wrap_key_data(words, impl="threefry2x32")
+        return self._sum(params, batch, jax.random.fold_in(key, step))
+
+    def _of_list(self, parameters: list[Any], *arguments: Any) -> Any:
+        return self._with_key(self._tree.unflatten(parameters), *arguments)
+
+    def _complete(self, grads: Gradients, name: str) -> None:
+        if name not in self._prefixes:  # else it would complete others too
+            grads.complete(name)
 
     def predict(self, params: FlatBuffer, inputs: Array) -> Array:
         """Return the outputs for ``inputs``, shape (n, …); a new array."""
         if self._predict is None:
             raise InputError("the model has no predict", operation="JaxModel", remedy="pass predict=")
-        return np.array(self._predict(self._values(params), self._inputs(inputs)))
+        return np.array(self._predict(self._values(params.views), self._inputs(inputs)))
 
     def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
         """Return ``count`` and ``loss`` of the batch."""
-        loss = float(self._loss(self._values(params), self._fields(batch), None)) if len(batch) else 0.0
+        loss = float(self._loss(self._values(params.views), self._fields(batch), None)) if len(batch) else 0.0
         return {"count": np.array(_count(batch)), "loss": np.array(loss)}
 
     def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
@@ -116,8 +181,8 @@ class JaxModel(Model):
         count = float(sums["count"])
         return {"loss": float(sums["loss"]) / count if count else float("nan")}
 
-    def _values(self, params: ParameterSource) -> Parameters:
-        return self._tree.unflatten([params.views[name] for name in self._names])
+    def _values(self, values: Mapping[str, Array]) -> Parameters:
+        return self._tree.unflatten([values[name] for name in self._names])
 
     def _inputs(self, inputs: Array) -> Array:
         return inputs if inputs.dtype.kind in "iub" else inputs.astype(self._layout.dtype, copy=False)
@@ -144,8 +209,24 @@ class JaxModel(Model):
         self._is_a_sum = True
 
 
+def _scalar(value: Any) -> Any:
+    shape, dtype = jax.numpy.shape(value), jax.numpy.result_type(value)
+    if shape or not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+        raise InputError(
+            "the loss is no number", operation="JaxModel", got=f"{dtype} of shape {shape}",
+            expected="a floating-point scalar, the sum of the losses", remedy="return losses.sum()",
+        )  # fmt: skip
+    return value
+
+
 def _count(batch: Batch) -> float:
     return float(batch.targets.size if batch.targets.dtype.kind in "iu" else len(batch))
+
+
+def _nothing(batch: Batch) -> Batch:
+    """Return two samples of zeros, in the shapes of an empty batch's."""
+    inputs, targets = (np.zeros((2, *each.shape[1:]), each.dtype) for each in (batch.inputs, batch.targets))
+    return Batch(inputs, targets, np.arange(2))
 
 
 def _layout(initial: Mapping[str, Array]) -> Layout:

@@ -2,7 +2,8 @@
 
 Whatever a module does with a parameter goes through a function of PyTorch's, be it in the module that owns it, in
 another one, or under a tie.  So functions are what is watched, not modules.  What autograd saves of a parameter for the
-backward pass is remembered by name and brought again there.
+backward pass is remembered by name and brought again there.  What is computed again there (``torch.utils.checkpoint``)
+reads copies, for PyTorch keeps them until it has used them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,20 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from mpitrain._typing import Tree
 from mpitrain.adapters.tree import find
+
+_NOT_READING = frozenset(
+    getattr(getattr(torch.Tensor, name), access)
+    for name, access in (
+        ("grad", "__get__"), ("grad", "__set__"), ("requires_grad", "__get__"), ("shape", "__get__"),
+        ("ndim", "__get__"), ("dtype", "__get__"), ("device", "__get__"),
+    )
+)  # fmt: skip
+"""What may be asked of a parameter without its values."""
 
 
 def can_gather(module: torch.nn.Module) -> bool:
@@ -76,18 +86,36 @@ class _Reads(TorchFunctionMode):  # type: ignore[misc]  # PyTorch is optional, a
         self._parameters, self._tree = parameters, tree
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._lent: dict[int, str] = {}  # by address, what was lent there last; what came before is held no more
+        self._backwards = False  # whether a backward pass is on
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _NOT_READING:
+            return func(*args, **kwargs)
+        if func is torch.autograd.backward and not kwargs.get("inputs"):
+            return self._backward(*args, **{**kwargs, "inputs": None})
         read = dict.fromkeys(self._read((*args, *kwargs.values())))
         for name in read:
-            self._parameters[name].data = self._tensor(name)
+            self._parameters[name].data = self._tensor(name).clone() if self._backwards else self._tensor(name)
         try:
             return func(*args, **kwargs)
         finally:
             send_away(self._parameters[name] for name in read)
+
+    def _backward(self, tensors: Iterable[Any], **options: Any) -> None:
+        """Run a backward pass that does see the functions that are called in it.
+
+        While a function is handed to a mode, the mode is off.  Backward passes of edges of the graph, instead of
+        tensors, are not handed to it.
+        """
+        outer, self._backwards = self._backwards, True
+        try:
+            with self:
+                torch.autograd.backward([get_gradient_edge(each) for each in tensors], **options)
+        finally:
+            self._backwards = outer
 
     def _read(self, values: Iterable[Any]) -> Iterator[str]:
         for value in values:
@@ -105,7 +133,7 @@ class _Reads(TorchFunctionMode):  # type: ignore[misc]  # PyTorch is optional, a
         """Return what is kept of a tensor that a backward pass needs: itself, unless it lies in a parameter."""
         name = self._lent.get(tensor.untyped_storage().data_ptr())
         if name is None or not tensor.numel():
-            return tensor
+            return tensor.detach() if id(tensor) in self._names else tensor  # of a copy, which is about to go as well
         return _Saved(name, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(self, saved: Any) -> Any:

@@ -123,19 +123,23 @@ class TorchModel(Model):
 
     def _pass(self, batch: Batch, grads: Gradients, rng: Key) -> tuple[float, float]:
         count = self.loss.count(batch)
-        with seeded(rng.child(f"from{int(batch.index[0])}")), self._gathered_statistics(grads.tree, count):
-            outputs = self.module(self._inputs(batch.inputs))
-        loss_sum, context = self.loss.forward(_shown(outputs), batch, self._pool)
-        self._backward(outputs, torch.from_numpy(self.loss.backward(context)), partial(self._add, grads))
+        with self._batch_statistics():
+            with seeded(rng.child(f"from{int(batch.index[0])}")):
+                outputs = self.module(self._inputs(batch.inputs))
+            self._add_statistics(grads.tree, count)
+            loss_sum, context = self.loss.forward(_shown(outputs), batch, self._pool)
+            self._backward(outputs, torch.from_numpy(self.loss.backward(context)), partial(self._add, grads))
         context.release()
         return loss_sum, count
 
     def _pass_of_nothing(self, batch: Batch, grads: Gradients, rng: Key) -> None:
         """Go through the module as the ranks do that have samples, and add nothing."""
         inputs = np.zeros((2, *batch.inputs.shape[1:]), batch.inputs.dtype)
-        with seeded(rng.child("empty")), self._gathered_statistics(grads.tree, 0.0):
-            outputs = self.module(self._inputs(inputs))
-        self._backward(outputs, torch.zeros_like(outputs), lambda name, grad: self._complete(grads, name))
+        with self._batch_statistics():
+            with seeded(rng.child("empty")):
+                outputs = self.module(self._inputs(inputs))
+            self._add_statistics(grads.tree, 0.0)
+            self._backward(outputs, torch.zeros_like(outputs), lambda name, grad: self._complete(grads, name))
 
     def _backward(self, outputs: Any, gradient: Any, arrived: Callable[[str, Any], None]) -> None:
         self._receive = arrived
@@ -204,9 +208,21 @@ class TorchModel(Model):
                 setattr(layer, leaf, torch.from_numpy(params.views[f"{path}.{leaf}".lstrip(".")]))
         self._bound = params.flat
 
+    def _add_statistics(self, tree: Tree, count: float) -> None:
+        """Add the batch's statistics, weighted by its count, to the gradients."""
+        for path, layer in self._statistics.items():
+            for leaf in ("running_mean", "running_var"):
+                add(tree, f"{path}.{leaf}".lstrip("."), getattr(layer, leaf).numpy() * count)
+
     @contextmanager
-    def _gathered_statistics(self, tree: Tree, count: float) -> Iterator[None]:
-        """Let a forward pass leave the batch's statistics, weighted by its count, in the gradients."""
+    def _batch_statistics(self) -> Iterator[None]:
+        """Let passes leave the batch's statistics in the layers: backward ones too, for they may compute layers again.
+
+        Raises
+        ------
+        InputError
+            Other buffers have changed.
+        """
         running = {path: (layer.running_mean, layer.running_var) for path, layer in self._statistics.items()}
         versions = [each._version for each in self._constants]
         for path, (mean, variance) in running.items():
@@ -214,9 +230,6 @@ class TorchModel(Model):
             layer.running_mean, layer.running_var = torch.zeros_like(mean), torch.zeros_like(variance)
         try:
             yield
-            for path, layer in self._statistics.items():
-                for leaf in ("running_mean", "running_var"):
-                    add(tree, f"{path}.{leaf}".lstrip("."), getattr(layer, leaf).numpy() * count)
         finally:
             for path, (mean, variance) in running.items():
                 self._statistics[path].running_mean, self._statistics[path].running_var = mean, variance

@@ -13,7 +13,7 @@ from mpitrain._errors import LaunchError, MpitrainError
 from mpitrain._names import did_you_mean
 
 _COMMANDS = {
-    "bench": "Measure collectives and training beside those of others; tune.",
+    "bench": "Measure collectives and training beside those of others, and jobs; tune.",
     "doctor": "Check this machine: Python, MPI, launcher, threads, shared memory, GPU.",
     "generate": "Let a trained model of text go on with a prompt.",
     "init": "Copy a job file and its sbatch file into this folder.",

@@ -73,7 +73,8 @@ class Bar(Lines):
     def on_metrics(self, record: dict[str, Any]) -> None:
         """Move the bar; print evaluations above it."""
         if record["kind"] == "train":
-            rate = f"{record['samples_per_s']:,.0f} samples/s"
+            unit = "tokens" if "tokens_per_s" in record else "samples"
+            rate = f"{record[f'{unit}_per_s']:,.0f} {unit}/s"
             self.progress.update(self.task, completed=record["step"], rate=rate, loss=f"loss {show(record['loss'])}")
         else:
             super().on_metrics(record)

@@ -1,11 +1,12 @@
 """What a training step of a layer costs, counted from shapes alone: products in floating-point operations, memory.
 
-Counted are the matrix products, as papers count them; what is done element by element takes time but is not counted.
+Counted are the matrix products, as papers count them; what is done element by element takes time but is not counted,
+and what is computed again in the backward pass counts once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from math import prod
 
@@ -13,15 +14,18 @@ from mpitrain._errors import InputError
 from mpitrain._typing import Shape
 from mpitrain.nn.activations import Activation
 from mpitrain.nn.attention import CausalAttention, query_blocks
+from mpitrain.nn.batchnorm import BatchNorm
 from mpitrain.nn.containers import Residual, Sequential
 from mpitrain.nn.conv import Conv2d
+from mpitrain.nn.dropout import Dropout
 from mpitrain.nn.embedding import Embedding
 from mpitrain.nn.flatten import Flatten
 from mpitrain.nn.layer import Layer
 from mpitrain.nn.layernorm import LayerNorm
 from mpitrain.nn.linear import Linear
-from mpitrain.nn.pooling import MaxPool2d
+from mpitrain.nn.pooling import AvgPool2d, MaxPool2d
 from mpitrain.nn.positions import PositionEmbedding
+from mpitrain.nn.recompute import Recompute
 from mpitrain.nn.unembedding import Unembedding
 from mpitrain.nn.windows import output_size
 
@@ -157,7 +161,23 @@ def _(layer: LayerNorm, shape: Shape) -> Cost:
 
 
 @cost.register
-def _(layer: MaxPool2d, shape: Shape) -> Cost:
+def _(layer: BatchNorm, shape: Shape) -> Cost:
+    return Cost(shape, kept=2 * prod(shape))
+
+
+@cost.register
+def _(layer: Dropout, shape: Shape) -> Cost:
+    return Cost(shape, kept=2 * prod(shape) if layer.p else 0)
+
+
+@cost.register
+def _(layer: Recompute, shape: Shape) -> Cost:
+    once = cost(layer.layer, shape)
+    return replace(once, kept=prod(once.shape))
+
+
+@cost.register
+def _(layer: MaxPool2d | AvgPool2d, shape: Shape) -> Cost:
     out = (shape[0], *output_size(shape, layer.kernel_size, layer.stride), shape[3])
     return Cost(out, kept=prod(out))
 

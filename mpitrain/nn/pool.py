@@ -21,7 +21,8 @@ class Pool:
     misses : int
         How often nothing fitting was free and memory was allocated.
     nbytes : int
-        How much was allocated; of a model that always sees the same shapes, the activations that it needs at once.
+        How much was allocated and not dropped; of a model that always sees the same shapes, the activations that it
+        needs at once.
     """
 
     def __init__(self) -> None:
@@ -45,3 +46,8 @@ class Pool:
         """Take back an array that `take` lent; neither it nor a view of it may be used afterwards."""
         kind = (type(array).__module__.partition(".")[0], array.shape, array.dtype)
         self._free.setdefault(kind, []).append(array)
+
+    def drop_free(self) -> None:
+        """Let go of all arrays that are not lent, e.g. of shapes that are not needed again."""
+        self.nbytes -= sum(array.nbytes for arrays in self._free.values() for array in arrays)
+        self._free.clear()

@@ -71,7 +71,7 @@ def buckets_of(layout: Layout, bucket_bytes: int) -> list[Bucket]:
 
 
 def _layer(segment: Segment) -> str:
-    return segment.name.rpartition(".")[0]
+    return segment.name.rpartition(".")[0] or segment.name
 
 
 class WholeGradients(GradientBuffer):

@@ -43,7 +43,8 @@ class GradientParallel(Synchronous):
         The ranks that share each batch.
     stage : {1, 2, 3}
         1: each rank keeps the optimizer state of a shard of the model.  2: and the gradients of that shard only.  3:
-        and the parameters of that shard only, if the model `reads_by_layer` (`Network`, `TorchModel`); else as 2.
+        and the parameters of that shard only, if the model `reads_by_layer` (`Network` does, and those of
+        `mpitrain.adapters`); else as 2.
     microbatches : int
         Into how many parts a batch is cut, see `DataParallel`.  In stage 1 their gradients are added up before they
         are reduced; from stage 2 on, where there is nowhere to add them up, those of each are reduced.

@@ -58,6 +58,11 @@ class LaneSteps(Synchronous):
         self._lane_grads = [GradientBuffer(layout, self._allocator) for _ in self._dealt]
         self._tiles = self._make_tiles()
 
+    @property
+    def lane_grads(self) -> Sequence[GradientBuffer]:
+        """The gradients of this rank's lanes, one after another."""
+        return self._lane_grads
+
     def _further_uses(self) -> tuple[str, ...]:
         """Return the names of tied tensors under which lanes keep gradients apart from those of another name."""
         return tuple(self.params.layout.ties)

@@ -21,7 +21,8 @@ from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.storage import write_atomic
 
 _KINDS = ("train", "valid", "test")
-_NOT_METRICS = ("step", "epoch", "kind", "loss", "lr", "samples_per_s", "seconds")
+_NOT_METRICS = ("step", "epoch", "kind", "loss", "lr", "samples_per_s", "tokens_per_s", "seconds")
+_RATES = (("samples/s", "samples_per_s"), ("tokens/s", "tokens_per_s"))
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #5c6b7a; --line: #d9e0e7; --page: #f6f8fa; --card: #fff; }
 @media (prefers-color-scheme: dark) {
@@ -93,8 +94,9 @@ def _pictures(records: list[dict[str, Any]], result: Mapping[str, Any]) -> Itera
         yield "loss", plots.curve("Loss", losses, smooth=True, log=True)
     for metric in _metric_names(records):
         yield _file_name(metric), plots.curve(_title(metric), _by_kind(records, metric))
-    if rates := _by_kind(records, "samples_per_s"):
-        yield "throughput", plots.curve("Throughput (samples/s)", rates, smooth=True, from_zero=True)
+    unit = "tokens" if _by_kind(records, "tokens_per_s") else "samples"
+    if rates := _by_kind(records, f"{unit}_per_s"):
+        yield "throughput", plots.curve(f"Throughput ({unit}/s)", rates, smooth=True, from_zero=True)
     if lrs := _by_kind(records, "lr"):
         yield "learning_rate", plots.curve("Learning rate", lrs, from_zero=True)
     if result.get("confusion"):
@@ -169,11 +171,13 @@ def _tiles(result: Mapping[str, Any]) -> str:
 
 def _facts(run: RunDirectory, records: list[dict[str, Any]], result: Mapping[str, Any]) -> str:
     last = records[-1] if records else {}
+    rates = {name: next((r[key] for r in reversed(records) if _is_number(r.get(key))), None) for name, key in _RATES}
     facts = {
         "ranks": result.get("ranks"),
         "steps": result.get("steps", last.get("step")),
         "seconds": result.get("seconds", last.get("seconds")),
         "loss": result.get("loss", last.get("loss")),
+        **rates,
         "weights (SHA-256)": result.get("weights_sha256"),
         "run directory": str(run.path.resolve()),
     }

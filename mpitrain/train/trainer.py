@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import isfinite, prod
 from types import FrameType
 from typing import Any
 
@@ -122,6 +122,9 @@ class Trainer:
         rate = progress.samples / max(seconds, 1e-9)
         self.standing.loss = progress.loss if isfinite(progress.loss) else None
         numbers = {"loss": progress.loss, "lr": progress.lr, "samples_per_s": rate}
+        facts = self.parts.samples.facts
+        if facts.task == "sequence":
+            numbers["tokens_per_s"] = rate * prod(facts.sample_shape)
         if progress.loss_scale is not None:
             numbers |= {"loss_scale": progress.loss_scale, "skipped_steps": progress.skipped}
         self._record("train", numbers)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mpitrain import nn
+from mpitrain._errors import InputError
 from mpitrain.arrays import FlatBuffer, Key
 from mpitrain.nn.costs import cost, training_flops
 from mpitrain.nn.layer import Call, Context
@@ -15,8 +16,11 @@ from mpitrain.nn.layer import Call, Context
 CASES: dict[str, tuple[nn.Layer, tuple[int, ...]]] = {
     "mlp": (nn.MODELS["mlp"](6, 3, hidden=[5, 4]), (7, 6)),
     "cnn": (nn.MODELS["cnn"]((6, 8, 1), 3, channels=(2, 3), hidden=4, dropout=0.0, batch_norm=False), (2, 6, 8, 1)),
+    "norms, dropout": (nn.MODELS["cnn"]((4, 4, 2), 3, channels=[3, 4], hidden=6, dropout=0.3), (5, 4, 4, 2)),
+    "means": (nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(0.0)), (2, 4, 4, 3)),
     "strides": (nn.Conv2d(2, 3, (3, 2), stride=(2, 1)), (2, 7, 5, 2)),
     "gpt": (nn.GPT(9, 70, layers=2, width=8, heads=2), (3, 70)),
+    "gpt, recomputed": (nn.GPT(9, 70, layers=2, width=8, heads=2, dropout=0.1, recompute=True), (3, 70)),
     "shortcut": (nn.Residual(nn.Linear(4, 3), nn.Linear(4, 3)), (2, 4)),
 }
 
@@ -49,7 +53,8 @@ def test_what_the_forward_pass_keeps_is_what_is_counted(name: str) -> None:
     params = FlatBuffer(network.layout)
     network.initialise(params, Key(0))
     inputs: Any = np.zeros(shape, np.int64 if layer.takes_indices else np.float32)
-    y, context = layer.forward(params.tree if params.tree else {}, inputs, Call(training=True))
+    call = Call(training=True, key=Key(0), index=np.arange(len(inputs)))
+    y, context = layer.forward(params.tree if params.tree else {}, inputs, call)
     assert cost(layer, shape).shape == y.shape
     assert cost(layer, shape).kept == held(context)
 
@@ -58,6 +63,16 @@ def held(context: Context) -> int:
     return sum(array.size for array in context._held) + sum(map(held, context.children))
 
 
+class Mine(nn.Layer):
+    """Somebody's own."""
+
+    def forward(self, params: Any, x: Any, call: Call) -> Any:
+        return x, call.context()
+
+    def backward_input(self, params: Any, context: Context, dy: Any, call: Call) -> Any:
+        return dy
+
+
 def test_a_layer_of_which_nobody_has_said_it_is_refused() -> None:
-    with pytest.raises(Exception, match="nobody has said what this layer costs; got BatchNorm"):
-        cost(nn.BatchNorm(3), (2, 3))
+    with pytest.raises(InputError, match="nobody has said what this layer costs; got Mine"):
+        cost(Mine(), (2, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,15 @@ def test_each_place_has_a_chance_of_its_own(letters: Predictor, monkeypatch: pyt
     counts = [text.count(letter) for letter in "abcdefgh"]
     assert sum(counts) == 400
     assert 25 < min(counts) <= max(counts) < 75  # 50 ± 6.6
+
+
+def test_tokens_a_second_are_in_the_records(letters: Predictor):
+    run = Path(letters.job.data.path).parent / "run"
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [each for each in map(json.loads, lines) if each["kind"] == "train"]
+    assert records
+    for each in records:
+        assert each["tokens_per_s"] == pytest.approx(8 * each["samples_per_s"])
 
 
 def test_bits_per_character_are_in_the_result(letters: Predictor):

@@ -74,6 +74,17 @@ def test_a_finished_run(tmp_path):
     assert names == {"loss.png", "accuracy.png", "throughput.png", "learning_rate.png", "confusion.png"}
 
 
+def test_rates_are_those_of_the_last_record(tmp_path):
+    path = make(tmp_path / "run", steps=3)
+    assert "samples/s103" in Page(write_report(path).read_text()).text
+    RunDirectory(path).append_metrics(
+        {"step": 4, "kind": "train", "loss": 1.0, "samples_per_s": 7.0, "tokens_per_s": 56.0}
+    )
+    text = Page(write_report(path).read_text()).text
+    assert "samples/s7tokens/s56" in text
+    assert not (path / "tokens_per_s.png").exists()
+
+
 def test_it_needs_no_other_file_nor_the_network(tmp_path):
     path = make(tmp_path / "run")
     page = Page(write_report(path).read_text())

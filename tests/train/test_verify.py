@@ -1,4 +1,7 @@
-"""Two runs of a job, recorded and compared: equal where the method is right, and a tensor named where it is broken."""
+"""Two runs of a job, recorded and compared: equal where the method is right, and a tensor named where it is broken.
+
+Every method with every model: test_verify_methods.
+"""
 
 from __future__ import annotations
 
@@ -50,24 +53,6 @@ def recorded(job: Job, ranks: int, steps: int = STEPS) -> Record:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
-def test_every_method_is_the_serial_run(load, changes, ranks):
-    compared = compare(recorded(load(**changes), ranks), recorded(load(), 1), TOLERANCE)
-    assert compared.first is None
-    assert worst(compared.gradients).relative > 0  # it is not the same run twice
-    assert len(compared.losses) == len(compared.totals) == STEPS
-
-
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-def test_the_stages_of_a_pipeline_are_the_serial_run(load, schedule):
-    job = load(method__kind="pipeline", method__schedule=schedule, method__microbatches=3)
-    expected = recorded(load(method__microbatches=3), 1)
-    compared = compare(recorded(job, 2), expected, TOLERANCE)
-    assert compared.first is None
-    assert {each.tensor for each in compared.weights} == set(expected.weights)
-
-
 REPRODUCIBLE = METHODS | {"pipeline": {"method__kind": "pipeline", "method__schedule": "gpipe"}}
 
 
@@ -80,6 +65,8 @@ def test_a_reproducible_job_is_equal_to_the_bit(load, changes):
     for name, array in expected.weights.items():
         assert array.tobytes() == found.weights[name].tobytes()
 
+
+ALL = METHODS | {"gradient 3": {"method__kind": "gradient", "method__stage": 3, "method__bucket_bytes": 256}}
 
 JOBS: dict[str, list[str]] = {
     "digits_mlp": [],
@@ -96,7 +83,7 @@ JOBS: dict[str, list[str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("changes", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("name", JOBS)
 def test_every_job_that_comes_along_is_the_serial_run_under_every_method(name, changes, ranks):
     if name.startswith("digits"):

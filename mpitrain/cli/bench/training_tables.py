@@ -9,11 +9,9 @@ from rich.table import Table
 
 from mpitrain.cli.checks.world import plural
 from mpitrain.comm.bench.results import Quantiles
-from mpitrain.train.bench.memory import Memory
+from mpitrain.train.bench.memory import KINDS, Memory
 from mpitrain.train.bench.ranks import COMPARED
 from mpitrain.train.bench.results import Contestant, Trained, TrainingReport
-
-KINDS = ("parameters", "gradients", "optimizer", "activations")
 
 
 def show(report: TrainingReport, console: Console) -> None:
@@ -70,7 +68,7 @@ def rows(trained: Trained) -> list[tuple[str, ...]]:
 def memory_rows(trained: Trained) -> list[tuple[str, ...]]:
     """Return the memory of each method of ours."""
     return [
-        (each.name, *(_megabytes(each.memory[kind]) for kind in KINDS)) for each in trained.contestants if each.memory
+        (each.name, *(megabytes(each.memory[kind]) for kind in KINDS)) for each in trained.contestants if each.memory
     ]
 
 
@@ -95,5 +93,7 @@ def _ratio(found: Quantiles | None) -> str:
     return "" if found is None else f"{found.p50:.2f}"
 
 
-def _megabytes(found: Memory) -> str:
-    return f"{found.measured_bytes / 1e6:.2f} ({found.predicted_bytes / 1e6:.2f})"
+def megabytes(found: Memory) -> str:
+    """Return what is measured, and in brackets what is predicted, in MB."""
+    predicted = "" if found.predicted_bytes is None else f" ({found.predicted_bytes / 1e6:.2f})"
+    return f"{found.measured_bytes / 1e6:.2f}{predicted}"

@@ -14,9 +14,13 @@ from mpitrain.comm import Communicator
 from mpitrain.nn import Network
 from mpitrain.nn.costs import cost
 from mpitrain.parallel.buckets import StreamedGradients
+from mpitrain.parallel.lanes import LaneSteps
 from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import Synchronous
 from mpitrain.train.bench.tasks import Task
+
+KINDS = ("parameters", "gradients", "optimizer", "activations")
+"""Of memory."""
 
 _STATES = 2
 """Numbers that Adam keeps for each parameter."""
@@ -30,12 +34,12 @@ class Memory:
     ----------
     measured_bytes : float
         What the arrays hold; memory that ranks share counts once for all of them.
-    predicted_bytes : float
-        By formula.
+    predicted_bytes : float, optional
+        By formula; None: there is none.
     """
 
     measured_bytes: float
-    predicted_bytes: float
+    predicted_bytes: float | None = None
 
 
 def memory(comm: Communicator, task: Task, network: Network, method: Synchronous) -> dict[str, Memory]:
@@ -56,20 +60,38 @@ def memory(comm: Communicator, task: Task, network: Network, method: Synchronous
     -----
     Collective.  Predicted activations are what the forward pass keeps; measured, the workspace comes on top.
     """
-    grads = held_bytes([*_arrays(vars(method.grads)), *_sums(method)])
-    common, own = _parameters(method)
-    copies, item = _copies(comm, common[0]), network.layout.dtype.itemsize
-    params = own + held_bytes(common) * copies / comm.size
-    state = held_bytes(array for part in method.parts for array in part.state.values())
-    pool = float(network.pool.nbytes)
-    mean = comm.allreduce(np.array([params, grads, state, pool]), "mean")
-    names = ("parameters", "gradients", "optimizer", "activations")
-    foreseen = predicted(method, network.layout.size * item, comm.size, shared=copies < comm.size)
+    item = network.layout.dtype.itemsize
+    measured, shared = held(comm, network.pool.nbytes, method)
+    foreseen = predicted(method, network.layout.size * item, comm.size, shared)
     foreseen["activations"] = cost(task.layer(), task.shape).kept * item
-    return {name: Memory(float(each), foreseen[name]) for name, each in zip(names, mean, strict=True)}
+    return {name: Memory(each, foreseen[name]) for name, each in measured.items()}
 
 
-def predicted(method: Synchronous, n: int, ranks: int, shared: bool) -> dict[str, float]:
+def held(comm: Communicator, pool_nbytes: int, method: Synchronous) -> tuple[dict[str, float], bool]:
+    """Return the bytes that a rank holds, by kind, the mean over all, and whether ranks share their parameters.
+
+    What they share counts once for all of them.  Collective.
+
+    Parameters
+    ----------
+    comm : Communicator
+        All ranks that train together.
+    pool_nbytes : int
+        What the model's pool has taken: activations and the workspace of the backward pass.
+    method : Synchronous
+        One that has taken steps.
+    """
+    common, own = _parameters(method)
+    sharers = _sharers(method.comm, common[0])
+    params = own + held_bytes(common) / sharers
+    lanes = method.lane_grads if isinstance(method, LaneSteps) else []
+    grads = held_bytes([*_arrays([vars(each) for each in (method.grads, *lanes)]), *_sums(method)])
+    state = held_bytes(array for part in method.parts for array in part.state.values())
+    mean = comm.allreduce(np.array([params, grads, state, float(pool_nbytes)]), "mean")
+    return dict(zip(KINDS, mean.tolist(), strict=True)), sharers > 1
+
+
+def predicted(method: Synchronous, n: int, ranks: int, shared: bool, states: int = _STATES) -> dict[str, float]:
     """Return the bytes a rank by the formulas of the methods, see `GradientParallel` and ``docs/results/training.md``.
 
     Parameters
@@ -82,6 +104,8 @@ def predicted(method: Synchronous, n: int, ranks: int, shared: bool) -> dict[str
         How many there are.
     shared : bool
         Whether all of them have the parameters, or those that are gathered, in one memory.
+    states : int
+        Numbers that the optimizer keeps for each parameter.
     """
     stage = getattr(method, "stage", 0)
     own = n / ranks
@@ -91,15 +115,15 @@ def predicted(method: Synchronous, n: int, ranks: int, shared: bool) -> dict[str
     common = _gathered(method) if stage == 3 else n
     return {
         "parameters": common / (ranks if shared else 1) + (own if stage == 3 else 0.0), "gradients": gradients,
-        "optimizer": _STATES * (own if stage else float(n)),
+        "optimizer": states * (own if stage else float(n)),
     }  # fmt: skip
 
 
 def _passing(method: Synchronous) -> int:
-    """Return the bytes through which streamed gradients pass: the largest bucket, and those of biases, which wait."""
+    """Return the bytes through which streamed gradients pass: the largest bucket, and small ones, which wait."""
     buckets = getattr(method.grads, "buckets", ())
     largest = max(buckets, key=lambda bucket: bucket.size, default=None)
-    held = [each.size for each in buckets if each is largest or each.segments[0].group == "no_decay"]
+    held = [each.size for each in buckets if each is largest or each.segments[0].group != "decay"]
     return int(sum(held) * method.params.layout.dtype.itemsize)
 
 
@@ -150,14 +174,17 @@ def _arrays(found: Any) -> Iterator[Array]:
             yield from _arrays(each)
 
 
-def _copies(comm: Communicator, params: Array) -> int:
-    """Return in how many memories the ranks have their parameters: each writes its number, and looks what is there."""
-    first = params[0].copy()
+def _sharers(comm: Communicator, params: Array) -> int:
+    """Return how many ranks have their parameters where this one has: each writes its number, and looks what is there.
+
+    Collective.
+    """
+    first = params[:1].copy()
     comm.barrier()
-    params[0] = comm.rank
+    params[:1] = comm.rank
     comm.barrier()
-    found = comm.allgather(params[:1].copy())
+    found = comm.allgather_object(float(params[0]) if params.size else -1.0 - comm.rank)
     comm.barrier()
-    params[0] = first
+    params[:1] = first
     comm.barrier()
-    return len(np.unique(found))
+    return found.count(found[comm.rank])

@@ -145,9 +145,9 @@ def _missing(comm: Communicator) -> str | None:
     return next(filter(None, comm.allgather_object(problem)), None)
 
 
-def product_flops_per_s(comm: Communicator) -> float:
-    """Return the operations a second of a rank's large float32 product, the median, while all ranks do the same."""
-    matrix = np.random.default_rng(0).standard_normal((_PRODUCT, _PRODUCT)).astype(np.float32)
+def product_flops_per_s(comm: Communicator, dtype: str = "float32") -> float:
+    """Return the operations a second of a rank's large product, the median, while all ranks do the same."""
+    matrix = np.random.default_rng(0).standard_normal((_PRODUCT, _PRODUCT)).astype(dtype)
     out = np.empty_like(matrix)
     seconds = []
     for _ in range(_PRODUCTS):

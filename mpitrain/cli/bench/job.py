@@ -1,0 +1,80 @@
+"""``mpitrain bench job``: what the steps of a job cost on its ranks, as a table or as JSON."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from mpitrain.cli.bench.outputs import hand_out, writable
+from mpitrain.cli.bench.training_tables import megabytes
+from mpitrain.cli.run import check_job_file, check_no_launcher
+from mpitrain.comm import abort_on_uncaught, leave_together, world
+from mpitrain.comm.launch import launch_command
+from mpitrain.train import Job, load_job
+from mpitrain.train.bench.job import JobCosts, measure_job
+from mpitrain.train.bench.memory import KINDS
+
+
+@click.command("job", short_help="Measure what a job's steps cost: time, operations, memory, communication.")
+@click.argument("job")
+@click.option("-n", "--ranks", type=click.IntRange(min=1), help="Start N ranks with the MPI library's own mpiexec.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. mesh.pipe=2.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Times that are taken.")
+@click.option("--round-s", type=click.FloatRange(min=0), default=0.3, show_default=True, help="Seconds of each.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), callback=writable,
+              help="Write all figures here.")  # fmt: skip
+def job(
+    job: str, ranks: int | None, overrides: tuple[str, ...], rounds: int, round_s: float, json_file: Path | None
+) -> None:
+    """Train the job in the file JOB for some seconds, and tell what a step costs; nothing of it is kept.
+
+    Told are samples and tokens a second, counted operations and what part of the ranks' own products they are, memory
+    by kind, measured and predicted, the share of communication, and what a pipeline loses to filling and draining.
+    Without -n this is one rank, or one of those that mpirun or srun has started.
+    """
+    check_no_launcher(ranks)
+    check_job_file(job, ranks or 1)
+    if ranks is not None:
+        Job.load(job, overrides)  # a mistake in it ends here, in one line
+        more = [f"--rounds={rounds}", f"--round-s={round_s}", *([f"--json={json_file}"] if json_file else [])]
+        argv = [sys.executable, "-m", "mpitrain", "bench", "job", job, *(f"--set={each}" for each in overrides), *more]
+        argv, env = launch_command(ranks, argv)
+        code = subprocess.run(argv, env=env, check=False).returncode
+        sys.exit(code if code in (0, 1, 2) else 1)
+    comm = world()
+    abort_on_uncaught(comm)
+    with leave_together(comm):
+        found = measure_job(load_job(job, overrides, comm), comm, rounds, round_s)
+        if comm.rank == 0:
+            hand_out(found, _show, lambda report, path: None, json_file, None)
+        comm.barrier()
+
+
+def _show(found: JobCosts, console: Console) -> None:
+    for line in lines(found):
+        console.print(line, highlight=False, markup=False)
+
+
+def lines(found: JobCosts) -> Iterator[str]:
+    """Yield what was found, for people."""
+    yield found.title
+    seconds = found.seconds
+    times_ms = f"{seconds.p50 * 1e3:.4g} ms (p10 {seconds.p10 * 1e3:.4g}, p90 {seconds.p90 * 1e3:.4g})"
+    tokens = f", {found.tokens_per_s:,.0f} tokens/s" if found.tokens_per_s else ""
+    yield f"step           {times_ms}: {found.samples_per_s:,.0f} samples/s{tokens}"
+    if found.flops and found.utilisation:
+        whose = f"{found.product_flops_per_s / 1e9:.0f} GFLOP/s of each rank's products"
+        yield f"operations     {found.flops / 1e9:.4g} GFLOP a step, {found.utilisation:.1%} of {whose}"
+    yield f"communication  {found.communication_share:.1%} of a step, waits included"
+    if found.pipeline:
+        lost = found.pipeline
+        predicted = f"{lost.simulated:.1%} simulated with the passes' times, {lost.formula:.1%} by formula"
+        yield f"pipeline       overhead {lost.measured:.1%}; {predicted}"
+    yield "memory         " + ", ".join(f"{kind} {megabytes(found.memory[kind])}" for kind in KINDS)
+    yield "               MB a rank, the mean: measured (predicted)"
+    yield from found.notes

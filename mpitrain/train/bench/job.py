@@ -1,0 +1,200 @@
+"""What a job's steps cost on its ranks: time, counted operations, memory by kind, communication, a pipeline's overhead.
+
+The job is trained as it is, on its own data, for as many steps as the measurement takes; nothing is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from mpitrain._errors import InputError, JobError
+from mpitrain.comm import Communicator
+from mpitrain.comm.bench.results import Quantiles
+from mpitrain.comm.tracing import trace
+from mpitrain.nn import Network
+from mpitrain.nn.costs import training_flops
+from mpitrain.parallel import PipelineParallel, Synchronous
+from mpitrain.train.assembly import Assembly, assemble, build_model
+from mpitrain.train.bench.communication import share_of
+from mpitrain.train.bench.contest import timed
+from mpitrain.train.bench.expected import expected
+from mpitrain.train.bench.memory import KINDS, Memory, held
+from mpitrain.train.bench.overhead import Overhead, overhead
+from mpitrain.train.bench.ranks import product_flops_per_s
+from mpitrain.train.job import Job
+from mpitrain.train.session import settle_arithmetic
+
+_EVER = 10**9
+_WARM_STEPS = 3
+
+
+@dataclass(frozen=True)
+class JobCosts:
+    """What was found.
+
+    Parameters
+    ----------
+    title : str
+        The job in one line.
+    ranks, batch_size : int
+        How many ranks, and how many samples they take in a step together.
+    seconds : Quantiles
+        Of a step, on the slowest rank.
+    samples_per_s : float
+        Of all ranks together, from the median.
+    tokens_per_s : float, optional
+        Likewise; None: samples are no windows of tokens.
+    flops : int, optional
+        Operations of the matrix products of a step, of all ranks together, counted from shapes as on one rank; None:
+        they cannot be counted.
+    product_flops_per_s : float
+        What a rank's large product reaches in the job's dtype while the others do the same.
+    utilisation : float, optional
+        Counted operations a second, by those of all ranks' products.
+    communication_share : float
+        Part of a step that is spent in calls of communicators, waits for other ranks included.
+    memory : dict of str to Memory
+        By kind.
+    pipeline : Overhead, optional
+        Where the model is cut into stages.
+    notes : list of str
+        What is not known, and why.
+    """
+
+    title: str
+    ranks: int
+    batch_size: int
+    seconds: Quantiles
+    samples_per_s: float
+    tokens_per_s: float | None
+    flops: int | None
+    product_flops_per_s: float
+    utilisation: float | None
+    communication_share: float
+    memory: dict[str, Memory]
+    pipeline: Overhead | None
+    notes: list[str]
+
+    def to_json(self) -> bytes:
+        """Return the figures as text."""
+        return TypeAdapter(JobCosts).dump_json(self, indent=1)
+
+
+def measure_job(job: Job, comm: Communicator, rounds: int = 7, round_s: float = 0.3) -> JobCosts:
+    """Measure what the steps of a job cost.
+
+    Parameters
+    ----------
+    job : Job
+        On the CPU; the same on all ranks.
+    comm : Communicator
+        The job's ranks.
+    rounds : int
+        How often some steps are timed.
+    round_s : float
+        About how long each time; one step at least.
+
+    Returns
+    -------
+    JobCosts
+        The same on all ranks.
+
+    Raises
+    ------
+    JobError
+        The job is for a GPU.
+
+    Notes
+    -----
+    Collective.  Besides the steps: a few seconds of products, and a trace of as many steps as were timed at once.
+    """
+    if job.device != "cpu":
+        raise JobError("is measured on the CPU only", operation="device", got=job.device, expected="cpu")
+    parts = assemble(job, comm)
+    settle_arithmetic(job, comm)
+    method = parts.method
+    assert isinstance(method, Synchronous)
+    method.plan = replace(method.plan, steps=_EVER)
+    if isinstance(parts.model, Network):
+        parts.model.pool.drop_free()  # of the evaluation that checked the job's metrics
+    rate, steps = product_flops_per_s(comm, job.dtype), partial(_advance, parts)
+    steps(_WARM_STEPS)
+    count = max(1, int(round_s / timed(comm, steps, _WARM_STEPS)))
+    seconds = np.array([timed(comm, steps, count) for _ in range(rounds)])
+    events = _traced(comm, parts, count)
+    stages = comm.allgather_object(method.pipe.rank if isinstance(method, PipelineParallel) else 0)
+    lost = overhead(method, events, stages) if isinstance(method, PipelineParallel) and events else None
+    share, lost = comm.broadcast_object((share_of(events), lost))
+    return _costs(job, comm, parts, rate, seconds, share, lost)
+
+
+def _advance(parts: Assembly, steps: int) -> None:
+    parts.method.advance(parts.feed, parts.method.step + steps)
+
+
+def _traced(comm: Communicator, parts: Assembly, count: int) -> list[dict[str, Any]]:
+    """Return the events of some steps, on rank 0; elsewhere none."""
+    folder = tempfile.TemporaryDirectory(prefix="mpitrain-bench-") if comm.rank == 0 else None
+    path = comm.broadcast_object(str(Path(folder.name) / "trace.json") if folder else "")
+    with trace(path, comm):
+        _advance(parts, count)
+    if folder is None:
+        return []
+    with folder:
+        found: list[dict[str, Any]] = json.loads(Path(path).read_bytes())["traceEvents"]
+    return found
+
+
+def _costs(
+    job: Job, comm: Communicator, parts: Assembly, rate: float, seconds: np.ndarray, share: float, lost: Overhead | None
+) -> JobCosts:
+    facts, batch = parts.samples.facts, parts.feed.batch_size
+    flops, notes = _counted(job, parts)
+    rates = batch / float(np.median(seconds))
+    return JobCosts(
+        title=parts.title,
+        ranks=comm.size,
+        batch_size=batch,
+        seconds=Quantiles.of(seconds),
+        samples_per_s=rates,
+        tokens_per_s=rates * prod(facts.sample_shape) if facts.task == "sequence" else None,
+        flops=flops,
+        product_flops_per_s=rate,
+        utilisation=flops / (float(np.median(seconds)) * rate * comm.size) if flops else None,
+        communication_share=share,
+        memory=memory_of(comm, job, parts),
+        pipeline=lost,
+        notes=notes,
+    )
+
+
+def _counted(job: Job, parts: Assembly) -> tuple[int | None, list[str]]:
+    """Return the operations of a step, or why they cannot be counted."""
+    model, shape = build_model(job, parts.samples.facts), (parts.feed.batch_size, *parts.samples.facts.sample_shape)
+    if not isinstance(model, Network):
+        return None, [f"operations are not counted: the model is no Network of layers but a {type(model).__name__}"]
+    try:
+        return training_flops(model.layer, shape), []
+    except InputError as error:
+        return None, [f"operations are not counted: {error}"]
+
+
+def memory_of(comm: Communicator, job: Job, parts: Assembly) -> dict[str, Memory]:
+    """Return what the ranks of a job that has taken steps hold, by kind.  Collective."""
+    method, model = parts.method, parts.model
+    assert isinstance(method, Synchronous)
+    measured, shared = held(comm, model.pool.nbytes if isinstance(model, Network) else 0, method)
+    rows = ceil(ceil(parts.feed.batch_size / method.shares[0][1]) / job.method.microbatches)
+    foreseen: dict[str, float] = {}
+    if isinstance(model, Network) and _counted(job, parts)[0] is not None:
+        foreseen = expected(comm, model, method, shared, (rows, *parts.samples.facts.sample_shape))
+    return {kind: Memory(measured[kind], foreseen.get(kind)) for kind in KINDS}

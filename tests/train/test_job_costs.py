@@ -1,0 +1,174 @@
+"""What `mpitrain bench job` finds: memory as predicted under every method, and a pipeline's overhead by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpitrain._errors import JobError
+from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.nn import Network
+from mpitrain.parallel import PipelineParallel
+from mpitrain.train import Job
+from mpitrain.train.assembly import assemble
+from mpitrain.train.bench.job import measure_job, memory_of
+from mpitrain.train.bench.memory import Memory
+from mpitrain.train.bench.overhead import overhead
+
+TOML = """
+[data]
+source = "text"
+path = "TEXT"
+hold_out = "end"
+options = { context = 6 }
+[model]
+kind = "gpt"
+layers = 3
+width = 32
+heads = 4
+dropout = 0.1
+[optimizer]
+kind = "adam"
+[method]
+microbatches = 4
+[train]
+batch_size = 16
+steps = 3
+"""
+
+WIDTH, HIDDEN, LAYERS, CONTEXT = 32, 128, 3, 6
+LETTERS = 27 + 1
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog; " * 12)
+    return path
+
+
+def job(file: Path, *settings: str) -> Job:
+    return Job.from_toml(TOML.replace("TEXT", str(file)), "a.toml", settings)
+
+
+def memory(comm: Communicator, job: Job) -> dict[str, Memory]:
+    parts = assemble(job, comm)
+    assert isinstance(parts.model, Network)
+    parts.model.pool.drop_free()
+    parts.method.advance(parts.feed, 3)
+    return memory_of(comm, job, parts)
+
+
+BLOCKS = LAYERS * (WIDTH * 3 * WIDTH + WIDTH * WIDTH + 2 * WIDTH * HIDDEN)
+SMALL = LAYERS * (4 * WIDTH + 3 * WIDTH + WIDTH + HIDDEN + WIDTH) + 2 * WIDTH
+TABLE, PLACES = LETTERS * WIDTH, CONTEXT * WIDTH
+N = BLOCKS + SMALL + TABLE + PLACES
+DIVIDED = BLOCKS + LAYERS * (3 * WIDTH + HIDDEN) + TABLE
+"""What ranks along ``tensor`` divide of it: no norms, and no biases of rows."""
+
+HALF = DIVIDED / 2 + N - DIVIDED
+
+METHODS: dict[str, tuple[int, list[str], tuple[float, float, float]]] = {
+    "data": (3, [], (N, N, 2 * N)),
+    "gradient 1": (4, ['method.kind="gradient"'], (N, N + N / 4, 2 * N / 4)),
+    "tensor": (4, ["mesh.tensor=2"], (HALF, HALF, 2 * HALF)),
+    "1f1b": (4, ["mesh.pipe=4"], ((N + TABLE) / 4, (N + TABLE) / 4, 2 * (N + TABLE) / 4)),
+    "interleaved": (
+        2, ["mesh.pipe=2", 'method.schedule="interleaved"', "method.chunks=2"],
+        ((N + TABLE) / 2, (N + TABLE) / 2, (N + TABLE)),
+    ),
+    "zb-h1, tensor": (
+        4, ["mesh.pipe=2", "mesh.tensor=2", 'method.schedule="zb-h1"'],
+        ((HALF + TABLE / 2) / 2, (HALF + TABLE / 2) / 2, HALF + TABLE / 2),
+    ),
+    "data, gpipe": (
+        4, ["mesh.data=2", "mesh.pipe=2", 'method.schedule="gpipe"'],
+        ((N + TABLE) / 2, (N + TABLE) / 2, (N + TABLE)),
+    ),
+}  # fmt: skip
+"""Ranks, settings, and numbers of parameters, gradients and optimizer state on a rank."""
+
+OTHERS = {
+    "gradient 2": ['method.kind="gradient"', "method.stage=2"],
+    "gradient 3": ['method.kind="gradient"', "method.stage=3", "method.bucket_bytes=4096"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_rank_holds_what_the_formulas_say(file, name):
+    ranks, settings, numbers = METHODS[name]
+    found = LocalWorld(ranks, timeout_s=20).run(memory, job(file, *settings))[0]
+    for kind, expected in zip(("parameters", "gradients", "optimizer"), numbers, strict=True):
+        assert found[kind].predicted_bytes == pytest.approx(4 * expected, rel=0.01), kind  # which pads
+        assert found[kind].measured_bytes == pytest.approx(found[kind].predicted_bytes, rel=0.02), kind
+    activations = found["activations"]
+    assert activations.predicted_bytes is not None
+    assert activations.predicted_bytes < activations.measured_bytes < 3 * activations.predicted_bytes
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_so_do_shards_that_pass_through_buckets(file, name):
+    """For whose formulas see test_bench_training, and test_parallel_ledger."""
+    found = LocalWorld(3, timeout_s=20).run(memory, job(file, *OTHERS[name]))[0]
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert found[kind].measured_bytes == pytest.approx(found[kind].predicted_bytes, rel=0.02), kind
+
+
+@pytest.mark.parametrize(("setting", "gradients"), [("lanes=4", 1 + 2), ("method.average_every=2", 1)])
+def test_what_no_formula_is_known_of_is_measured_alone(file, setting, gradients):
+    """A rank of a reproducible job has a gradient of each of its lanes, with a tied tensor twice."""
+    settings = ["reproducible=true", setting] if "lanes" in setting else [setting]
+    found = LocalWorld(2, timeout_s=20).run(memory, job(file, *settings))[0]
+    assert {each.predicted_bytes for each in found.values()} == {None}
+    tied = (gradients - 1) * TABLE
+    assert found["gradients"].measured_bytes == pytest.approx(4 * (gradients * N + tied), rel=0.01)
+
+
+def slices(rank: int, *events: tuple[str, str, float, float]) -> list[dict[str, Any]]:
+    """Events of a rank's trace: phases (``F``, ``BW``, the whole), and waits for messages and for a sum."""
+    names = {"F": "forward", "BW": "backward", "all": "gradients", "message": "wait irecv", "sum": "allreduce"}
+    found = []
+    for kind, where, start, stop in events:
+        category = {"message": "wait", "sum": "comm"}.get(kind, "phase")
+        arguments = {"communicator": where} if where else {}
+        found.append(
+            {"ph": "X", "pid": rank, "name": names[kind], "cat": category, "ts": start, "dur": stop - start,
+             "args": arguments}
+        )  # fmt: skip
+    return found
+
+
+def test_a_pipelines_overhead_by_hand(file):
+    """Two ranks, two microbatches: waits for messages are no work, sums over other ranks are, waits between passes not.
+
+    Work: rank 0 two F of 2 and two BW of 4; rank 1 two F of 2, the second with a sum, and two BW of 4, after waits.
+    """
+    first = slices(
+        0, ("all", "", 0, 20), ("F", "", 0, 2), ("F", "", 2, 4), ("BW", "", 4, 12), ("message", "pipe", 4, 8),
+        ("message", "pipe", 12, 15), ("BW", "", 15, 20), ("message", "pipe", 15, 16),
+    )  # fmt: skip
+    second = slices(
+        1, ("all", "", 0, 16), ("F", "", 0, 4), ("message", "pipe", 0, 2), ("BW", "", 4, 8), ("F", "", 8, 10),
+        ("sum", "data", 8, 9), ("BW", "", 10, 14), ("all", "", 30, 34),
+    )  # fmt: skip
+
+    def check(comm: Communicator) -> None:
+        parts = assemble(job(file, "mesh.pipe=2", "method.microbatches=2"), comm)
+        assert isinstance(parts.method, PipelineParallel)
+        found = overhead(parts.method, [*second, *first], [0, 1])
+        work = (2 + 2 + 4 + 4) + (2 + 2 + 4 + 4)
+        assert found.measured == pytest.approx((20 + 16 + 4) / work - 1)
+        assert (found.simulated, found.formula) == (pytest.approx(1 / 2), 1 / 2)
+        slow = [{**each, "ts": 2 * each["ts"], "dur": 2 * each["dur"]} for each in second]
+        # Rank 1 takes 4 and 8: F, then its 24, then the last BW of rank 0: 30; the mean work is 18.
+        assert overhead(parts.method, [*slow, *first], [0, 1]).simulated == pytest.approx(30 / 18 - 1)
+
+    LocalWorld(2).run(check)
+
+
+def test_a_gpu_is_refused(file):
+    on_gpu = job(file).model_copy(update={"device": "gpu"})
+    with pytest.raises(JobError, match="device: is measured on the CPU only; got gpu"):
+        LocalWorld(1).run(lambda comm: measure_job(on_gpu, comm))
