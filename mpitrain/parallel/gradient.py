@@ -87,6 +87,8 @@ class GradientParallel(Synchronous):
     params: FlatBuffer | ShardedParameters
     grads: CommonGradients | WholeGradients | StreamedGradients
 
+    _lines: Array | None = None
+
     def __init__(
         self,
         comm: Communicator,
