@@ -63,10 +63,9 @@ class Elementwise(Checked, Optimizer):
         check_shard(params, terms, state, step, shard)
         work = scratch(params)
         mean = work if terms.is_mean else scratch(params)
-        for group, run in shard.runs:
-            decays = group == "decay" and self.weight_decay > 0
+        for decays, run in self._trained(shard):
             slots = [state[slot][run] for slot in self.slots]
-            if group == "statistics" or self._compiled(params[run], terms.cut(run), slots, lr, step, decays):
+            if self._compiled(params[run], terms.cut(run), slots, lr, step, decays):
                 continue
             for chunk in chunks(run, params):
                 p = params[chunk]
@@ -76,6 +75,18 @@ class Elementwise(Checked, Optimizer):
                     self._decay(p, g, lr, work[: p.size])
                 self._step(p, g, slots, lr, step, work[: p.size])
         follow_statistics(params, terms, shard)
+
+    def _trained(self, shard: Shard) -> list[tuple[bool, slice]]:
+        """Return the stretches that are updated in one rule, and whether they decay: without decay, groups are one."""
+        found: list[tuple[bool, slice]] = []
+        for group, run in shard.runs:
+            decays = group == "decay" and self.weight_decay > 0
+            if group == "statistics":
+                continue
+            if found and found[-1][0] == decays and found[-1][1].stop == run.start:
+                run = slice(found.pop()[1].start, run.stop)
+            found.append((decays, run))
+        return found
 
     def _decay(self, p: Array, g: Array, lr: float, work: Array) -> None:
         """Add the gradient of the penalty λ‖p‖²/2."""

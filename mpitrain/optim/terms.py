@@ -6,7 +6,7 @@ they lie, and neither their sum nor their mean is ever written.  It knows nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mpitrain._typing import Array
 from mpitrain.arrays import namespace
@@ -39,7 +39,8 @@ class Terms:
 
     def cut(self, where: slice) -> Terms:
         """Return a stretch of them, as views."""
-        return replace(self, arrays=tuple(array[where] for array in self.arrays))
+        arrays = tuple(array[where] for array in self.arrays)
+        return Terms(arrays, self.count, self.own, self.parameters_are_read)
 
     def sum(self) -> Array:
         """Return the sum; a new array."""

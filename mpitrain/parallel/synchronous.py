@@ -10,7 +10,7 @@ import reprlib
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -48,7 +48,12 @@ class Tally:
     bad: float = 0.0  # ranks whose own loss or gradient is not finite
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Tally(*(a + b for a, b in zip(self.numbers, other.numbers, strict=True)))
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """All of them, in this order."""
+        return self.loss, self.count, self.samples, self.stops, self.bad
 
     def untrained(self) -> Tally:
         """Return that of a step that was skipped: nothing was learnt from its samples."""
@@ -317,7 +322,7 @@ class Synchronous(Method):
         self._check_finite(good, microbatches, (summed,))
 
     def _sum(self, own: Tally) -> Tally:
-        return Tally(*self.comm.allreduce(np.array(astuple(own), np.float64)).tolist())
+        return Tally(*self.comm.allreduce(np.array(own.numbers, np.float64)).tolist())
 
     def _sum_terms(self) -> None:
         """Sum the gradients of which the ranks that divide the model have terms.  Collective over them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -31,6 +32,13 @@ def updated(optimizer, params, gradients, shards, lr=0.05):
         for p, own, state, s in owned:
             optimizer.update(p, own, state, lr, step, s, totals)
     return flat, {slot: np.concatenate([state[slot] for state in states]) for slot in optimizer.slots}
+
+
+def test_slots_begin_at_places_of_a_page_apart_from_those_of_parameters_and_of_each_other(layout):
+    state = make_optimizer("adam").init(layout.whole())
+    places = sorted([0, *(array.__array_interface__["data"][0] % mmap.PAGESIZE for array in state.values())])
+    assert all(after - before >= 1024 for before, after in itertools.pairwise([*places, mmap.PAGESIZE]))
+    assert all(array.shape == (layout.size,) and not array.any() for array in state.values())
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5, 40])

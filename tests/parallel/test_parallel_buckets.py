@@ -16,6 +16,7 @@ from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, Segment, 
 from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.nn import Network
 from mpitrain.optim import SGD, Adam
+from mpitrain.optim.optimizer import APART_BYTES
 from mpitrain.parallel import GradientParallel
 from mpitrain.parallel.buckets import StreamedGradients, buckets_of
 
@@ -188,12 +189,13 @@ def test_memory_of_each_kind_is_the_formula(size, stage):
         method.advance(RowsFeed(dtype=np.float32), until=1)
         nbytes, item = network.layout.nbytes, network.layout.dtype.itemsize
         states = sum(array.nbytes for part in method.parts for array in part.state.values())
+        apart = sum(3 * APART_BYTES for _ in method.parts)  # in front of m, and twice as much in front of v
         sums = sum(part.grads.nbytes for part in method.parts)
         largest = max(bucket.size for bucket in method.grads.buckets) * item
         assert largest == {1: nbytes, 2: item * 64 * 64}[stage]
         biases = sum(bucket.size * item for bucket in method.grads.buckets if "bias" in bucket.segments[0].name)
         gradients = {1: nbytes, 2: largest + biases + sums}[stage]
-        assert memory.held_bytes() == nbytes + gradients + states
+        assert memory.held_bytes() == nbytes + gradients + states + apart
         return nbytes, states, sums
 
     found = LocalWorld(size).run(held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,16 @@ def test_streamed_sums_are_divided_while_updating_with_the_same_bits(world: Comm
     make = METHODS[name]
     in_update, before = (trained(world, make, "adam", "float32", **each) for each in ({}, {"clip_norm": NEVER}))
     assert in_update[0] == before[0]
+
+
+def test_in_stage_2_a_model_of_one_bucket_takes_the_step_of_stage_1(world: Communicator) -> None:
+    nbytes = cnn("float32").layout.nbytes
+    stage_1 = trained(world, GradientParallel, "adam", "float32")
+    for bucket_bytes, fits in ((nbytes, True), (nbytes - 1, False)):
+        make = partial(GradientParallel, stage=2, bucket_bytes=bucket_bytes)
+        found = trained(world, make, "adam", "float32")
+        assert found[1] == (fits and world.size > 1)
+        assert found[0] == stage_1[0] or not found[1]
 
 
 def test_a_node_that_shares_no_memory_sums_before(world: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from mpitrain.arrays import FlatBuffer
 from mpitrain.comm import Communicator
 from mpitrain.nn import Network
 from mpitrain.nn.costs import cost
+from mpitrain.parallel.buckets import StreamedGradients
 from mpitrain.parallel.lanes import LaneSteps
 from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import Synchronous
@@ -109,7 +110,8 @@ def predicted(method: Synchronous, n: int, ranks: int, shared: bool, states: int
     stage = getattr(method, "stage", 0)
     own = n / ranks
     apart = 0.0 if shared or ranks == 1 else own  # shards lie among the gradients where ranks share those
-    gradients = {0: float(n), 1: n + apart}.get(stage, own + _passing(method))
+    streamed = isinstance(method.grads, StreamedGradients)
+    gradients = own + _passing(method) if streamed else n + apart if stage else float(n)
     common = _gathered(method) if stage == 3 else n
     return {
         "parameters": common / (ranks if shared else 1) + (own if stage == 3 else 0.0), "gradients": gradients,
