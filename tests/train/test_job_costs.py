@@ -87,6 +87,10 @@ METHODS: dict[str, tuple[int, list[str], tuple[float, float, float]]] = {
         4, ["mesh.data=2", "mesh.pipe=2", 'method.schedule="gpipe"'],
         ((N + TABLE) / 2, (N + TABLE) / 2, (N + TABLE)),
     ),
+    "gradient 1, gpipe": (
+        4, ['method.kind="gradient"', "mesh.data=2", "mesh.pipe=2", 'method.schedule="gpipe"'],
+        ((N + TABLE) / 2, (N + TABLE) / 2 * 1.5, (N + TABLE) / 2),
+    ),
 }  # fmt: skip
 """Ranks, settings, and numbers of parameters, gradients and optimizer state on a rank."""
 

@@ -11,9 +11,17 @@ from mpitrain.comm import Communicator
 from mpitrain.nn import Layer, Network, Sequential
 from mpitrain.nn.costs import Cost, cost
 from mpitrain.nn.cutting import part
-from mpitrain.parallel import DataParallel, GradientParallel, PipelineParallel, Synchronous
+from mpitrain.parallel import (
+    DataParallel,
+    GradientParallel,
+    GradientPipelineParallel,
+    PipelineParallel,
+    Synchronous,
+)  # fmt: skip
 from mpitrain.parallel.pipeline import partition
 from mpitrain.train.bench.memory import predicted
+
+_KNOWN = (DataParallel, GradientParallel, PipelineParallel, GradientPipelineParallel)
 
 
 def expected(comm: Communicator, network: Network, method: Synchronous, shared: bool, shape: Shape) -> dict[str, float]:
@@ -37,17 +45,16 @@ def expected(comm: Communicator, network: Network, method: Synchronous, shared: 
     Collective.  Activations are what the forward passes keep that are in flight at a time, in a pipeline with the
     inputs of its stages; the workspace of the backward pass comes on top.
     """
-    if type(method) not in (DataParallel, GradientParallel, PipelineParallel) or method.precision is not None:
+    if type(method) not in _KNOWN or method.precision is not None:
         return {}
     item = network.layout.dtype.itemsize
-    n = model_bytes(network.layout, method.across.size if method.across else 1)
+    n: float = model_bytes(network.layout, method.across.size if method.across else 1)
     states = len(method.parts[0].state)
+    ranks = method.comm.size
     if isinstance(method, PipelineParallel):
         tied = _tied_bytes(network.layout) if method.sizes.ranks > 1 else 0
-        each = (n + tied) / method.sizes.ranks
-        found = {"parameters": each, "gradients": each, "optimizer": states * each}
-    else:
-        found = predicted(method, n, method.comm.size, shared, states)
+        n, ranks = (n + tied) / method.sizes.ranks, ranks // method.sizes.ranks
+    found = predicted(method, n, ranks, shared, states)
     kept = comm.allreduce(float(item * _kept(network.layer, method, shape)), "mean")
     return {**found, "activations": float(kept)}
 

@@ -91,17 +91,17 @@ def held(comm: Communicator, pool_nbytes: int, method: Synchronous) -> tuple[dic
     return dict(zip(KINDS, mean.tolist(), strict=True)), sharers > 1
 
 
-def predicted(method: Synchronous, n: int, ranks: int, shared: bool, states: int = _STATES) -> dict[str, float]:
+def predicted(method: Synchronous, n: float, ranks: int, shared: bool, states: int = _STATES) -> dict[str, float]:
     """Return the bytes a rank by the formulas of the methods, see `GradientParallel` and ``docs/results/training.md``.
 
     Parameters
     ----------
     method : Synchronous
         Which formula.
-    n : int
-        Bytes of the parameters.
+    n : float
+        Bytes of the parameters, in a pipeline of a stage's.
     ranks : int
-        How many there are.
+        How many hold the same.
     shared : bool
         Whether all of them have the parameters, or those that are gathered, in one memory.
     states : int
