@@ -17,7 +17,7 @@ from mpitrain.parallel import (
     GradientPipelineParallel,
     PipelineParallel,
     Synchronous,
-)  # fmt: skip
+)
 from mpitrain.parallel.pipeline import partition
 from mpitrain.train.bench.memory import predicted
 
