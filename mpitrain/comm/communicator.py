@@ -247,7 +247,7 @@ class Communicator(Collectives, Messages):
         self._check_open("shared")
         return self._moves().shared(checks.shape("shared", shape), dtypes.memory("shared", dtype))
 
-    def reduce_scatter_plan(self, buffer: Array, op: str = "sum") -> ReduceScatterPlan:
+    def reduce_scatter_plan(self, buffer: Array, op: str = "sum", in_rank_order: bool = False) -> ReduceScatterPlan:
         """Check and lay out a reduction by shards that is performed often.  Collective, as is every call of the plan.
 
         Parameters
@@ -257,6 +257,10 @@ class Communicator(Collectives, Messages):
             Afterwards it holds no values that mean anything.
         op : {"sum", "mean", "min", "max", "prod", "and", "or"}
             As for `allreduce`.
+        in_rank_order : bool
+            Whether rank r owns the r-th shard, wherever the ranks run, so that communicators of equal size cut equal
+            buffers alike; it costs messages where that is another order than that of the node's memory.  The same on
+            all ranks.
 
         Returns
         -------
@@ -270,7 +274,7 @@ class Communicator(Collectives, Messages):
         sent within a node.  Elsewhere it is a `reduce_scatter`.
         """
         self._check_open("reduce_scatter_plan")
-        return shard_plans.reduce_scatter(self, buffer, op)
+        return shard_plans.reduce_scatter(self, buffer, op, in_rank_order)
 
     def allgather_plan(self, buffer: Array, begin: int, end: int) -> AllgatherPlan:
         """Lay out how all ranks get what each has written to its shard.  Collective, as is every call of the plan.

@@ -30,7 +30,7 @@ class ReduceScatterPlan:
     Attributes
     ----------
     begin, end : int
-        The elements that this rank owns.
+        The elements that this rank owns.  In which order ranks own them depends on where they run, if not asked for.
     shard : array, shape (end - begin,)
         What every call returns: the same memory each time, which may be a part of the buffer.
 
@@ -74,18 +74,20 @@ class AllgatherPlan:
         return self.buffer
 
 
-def reduce_scatter(comm: Communicator, buffer: Array, op: str) -> ReduceScatterPlan:
+def reduce_scatter(comm: Communicator, buffer: Array, op: str, in_rank_order: bool) -> ReduceScatterPlan:
     """Plan a reduction of which each rank gets a shard.  Collective."""
     checked = _flat("reduce_scatter_plan", buffer)
+    cuts = bounds(checked.size, comm.size, checked.itemsize)
+    begin, end = cuts[comm.rank], cuts[comm.rank + 1]
     if not is_cupy(checked):
         plan.check(checked, op, "reduce_scatter_plan")
         planned = comm._moves().plan_reduce_scatter(checked, op)
+        if planned is not None and in_rank_order and not _all(comm, (planned.begin, planned.end) == (begin, end)):
+            planned = None
         if planned is not None:
             call = Call("reduce_scatter", dtype=checked.dtype, send=checked, recv=planned.shard, op=op)
             run = watched(comm, Prepared("reduce_scatter_plan", [call], lambda: None, checked), planned.run)
             return ReduceScatterPlan(run, planned.begin, planned.end, planned.shard)
-    cuts = bounds(checked.size, comm.size, checked.itemsize)
-    begin, end = cuts[comm.rank], cuts[comm.rank + 1]
     if comm.size == 1:
         return ReduceScatterPlan(lambda: None, begin, end, checked)
     counts = [after - before for before, after in pairwise(cuts)]
@@ -109,6 +111,10 @@ def allgather(comm: Communicator, buffer: Array, begin: int, end: int) -> Allgat
     if owned != sorted(owned):
         raise InputError("the ranks' shards are not in the order of the ranks", operation="allgather_plan", got=owned)
     return AllgatherPlan(partial(comm.allgather, whole[begin:end], counts, whole), whole)
+
+
+def _all(comm: Communicator, good: bool) -> bool:
+    return bool(comm.allreduce(np.uint8(good), "min"))
 
 
 def _flat(operation: str, buffer: Any) -> Array:

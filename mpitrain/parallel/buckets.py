@@ -90,7 +90,8 @@ class WholeGradients(GradientBuffer):
     comm, layout, allocate
         As for `StreamedGradients`.
     buckets : sequence of Bucket
-        What is divided evenly, each by itself.
+        What is divided evenly, each by itself.  Several are cut in the order of the ranks: other communicators of this
+        size, wherever their ranks run, cut them alike.
 
     Attributes
     ----------
@@ -101,7 +102,9 @@ class WholeGradients(GradientBuffer):
     def __init__(self, comm: Communicator, layout: Layout, allocate: Allocator, buckets: Sequence[Bucket]) -> None:
         super().__init__(layout, allocate)
         self.buckets = buckets
-        self._plans = [comm.reduce_scatter_plan(self.flat[each.start : each.stop]) for each in self.buckets]
+        ordered = len(buckets) > 1
+        places = [self.flat[each.start : each.stop] for each in buckets]
+        self._plans = [comm.reduce_scatter_plan(place, in_rank_order=ordered) for place in places]
         self.shards = [
             layout.shard(bucket.start + plan.begin, bucket.start + plan.end)
             for bucket, plan in zip(self.buckets, self._plans, strict=True)

@@ -105,7 +105,7 @@ class DataParallel(Synchronous):
         """Return gradients that are summed while they are used, where that is possible."""
         if self.codec or self.precision or self._allocator is not plain or not self.reads_in_place:
             return None
-        return in_place.everywhere(self.comm, layout, self.optimizer, self.plan)
+        return in_place.everywhere(self.comm, self.across, layout, self.optimizer, self.plan)
 
     def _initialise(self) -> None:
         self._draw(self.params)

@@ -75,7 +75,7 @@ class GradientSteps(Synchronous):
     def _place_gradients(self, layout: Layout) -> CommonGradients | WholeGradients | StreamedGradients:
         common = None
         if self.reads_in_place and self._in_one_piece(layout) and not (self._private or self.precision):
-            common = in_place.by_owners(self._owners, layout, self.optimizer, self.plan)
+            common = in_place.by_owners(self._owners, self.across, layout, self.optimizer, self.plan)
         if common:
             return common
         if self.stage > 1:
@@ -84,9 +84,10 @@ class GradientSteps(Synchronous):
 
     def _in_one_piece(self, layout: Layout) -> bool:
         """Tell whether all gradients lie side by side, which in stage 2 takes no more memory than to pass through."""
-        if self.stage == 1:
-            return True
-        return not self._gathers_by_layer and layout.nbytes <= self.bucket_bytes
+        if self.stage == 1 or self._gathers_by_layer:
+            return self.stage == 1
+        largest = self.across.allreduce(np.int64(layout.nbytes), "max") if self.across else layout.nbytes
+        return int(largest) <= self.bucket_bytes
 
     @property
     def _gathers_by_layer(self) -> bool:

@@ -7,6 +7,8 @@ rank's own gradients, but for values so large that their squares are not.
 
 from __future__ import annotations
 
+import numpy as np
+
 from mpitrain._typing import Array
 from mpitrain.arrays import FlatBuffer, GradientBuffer, Layout, Shard
 from mpitrain.comm import Communicator
@@ -90,23 +92,33 @@ class CommonGradients(GradientBuffer):
         return Terms(tuple(row[where] for row in self._rows.arrays), count, self._comm.rank, parameters_are_read)
 
 
-def everywhere(comm: Communicator, layout: Layout, optimizer: Optimizer, plan: Plan) -> CommonGradients | None:
-    """Return gradients of which every rank sums all; None where they are better summed before.  Collective."""
+def everywhere(
+    comm: Communicator, across: Communicator | None, layout: Layout, optimizer: Optimizer, plan: Plan
+) -> CommonGradients | None:
+    """Return gradients of which every rank sums all; None where they are better summed before.
+
+    Collective over both communicators: ranks that divide a model, ``across``, all have them or none has.
+    """
     if comm.size > READ_BY_ALL or not sums_while_updating(optimizer, plan):
         return None
-    return _common(comm, layout, "allreduce", layout.whole())
+    return _common(comm, across, layout, "allreduce", layout.whole())
 
 
-def by_owners(comm: Communicator, layout: Layout, optimizer: Optimizer, plan: Plan) -> CommonGradients | None:
-    """Return gradients of which every rank sums a shard; None as above.  Collective."""
+def by_owners(
+    comm: Communicator, across: Communicator | None, layout: Layout, optimizer: Optimizer, plan: Plan
+) -> CommonGradients | None:
+    """Return gradients of which every rank sums a shard; None as above.  Collective as above."""
     if comm.size > READ_BY_OWNERS or not sums_while_updating(optimizer, plan):
         return None
-    return _common(comm, layout, "reduce_scatter", layout.shards(comm.size)[comm.rank])
+    return _common(comm, across, layout, "reduce_scatter", layout.shards(comm.size)[comm.rank])
 
 
-def _common(comm: Communicator, layout: Layout, operation: str, shard: Shard) -> CommonGradients | None:
+def _common(
+    comm: Communicator, across: Communicator | None, layout: Layout, operation: str, shard: Shard
+) -> CommonGradients | None:
     found = rows(comm, layout.size, layout.dtype)
-    return None if found is None else CommonGradients(comm, layout, found, operation, shard)
+    agreed = across is None or across.allreduce(np.uint8(found is not None), "min")
+    return CommonGradients(comm, layout, found, operation, shard) if found and agreed else None
 
 
 def sums_while_updating(optimizer: Optimizer, plan: Plan) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,7 @@ class LaneSteps(Synchronous):
         with phase("gradients"):
             tallies = self._lane_gradients(microbatches)
         with phase("check"):
-            total = Tally(*self._over_lanes([np.array(astuple(each)) for each in tallies]).tolist())
+            total = Tally(*self._over_lanes([np.array(each.numbers) for each in tallies]).tolist())
             taken = self._is_lanes_step_taken(total, tallies)
         if not taken:
             self.step += 1

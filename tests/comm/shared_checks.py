@@ -152,6 +152,36 @@ def shards_are_published_to_all_at_once(comm: Communicator) -> None:
 
 
 @check
+def shards_in_the_order_of_the_ranks_are_cut_alike_wherever_memory_lies(comm: Communicator) -> None:
+    for size, dtype in ((1320, "float64"), (7, "int32"), (0, "float32"), (600_000, "int64")):
+        x = comm.empty(size, dtype)
+        plan, other = (comm.reduce_scatter_plan(each, in_rank_order=True) for each in (x, np.empty(size, dtype)))
+        assert (plan.begin, plan.end) == (other.begin, other.end)
+        tiles(comm, plan.begin, plan.end, size)
+        owned = comm.allgather_object((plan.begin, plan.end))
+        assert owned == sorted(owned)
+        x[...] = np.arange(size) % 11 + comm.rank
+        expected = comm.size * (np.arange(size) % 11) + comm.size * (comm.size - 1) // 2
+        same(plan(), expected[plan.begin : plan.end].astype(dtype))
+
+
+@check
+def ranks_without_a_shard_stand_between_others(comm: Communicator) -> None:
+    """As those of whole tensors do: on nodes of two, the ranks of one number have theirs side by side, or have not."""
+    for odd in (False, True):
+        owners = [rank for rank in range(comm.size) if rank % 2 == odd] or [0]
+        sizes = [40 * (rank in owners) for rank in range(comm.size)]
+        begin = sum(sizes[: comm.rank])
+        whole = comm.shared(sum(sizes), "int64")
+        gather = comm.allgather_plan(whole, begin, begin + sizes[comm.rank])
+        for step in range(1, 20):
+            whole[begin : begin + sizes[comm.rank]] = comm.rank + step
+            gather()
+            same(whole, np.repeat(np.array(owners) + step, 40))
+            comm.barrier()
+
+
+@check
 def one_array_of_a_node_is_one(comm: Communicator) -> None:
     whole = comm.shared((3, 5), "float64")
     comm.barrier()

@@ -16,7 +16,7 @@ from mpitrain.arrays import FlatBuffer, Gradients, Key
 from mpitrain.comm import Communicator
 from mpitrain.nn import Network
 from mpitrain.optim import SGD, make_optimizer
-from mpitrain.parallel import DataParallel, GradientParallel
+from mpitrain.parallel import DataParallel, GradientParallel, in_place
 from mpitrain.parallel.in_place import CommonGradients
 
 pytestmark = pytest.mark.mpi
@@ -133,3 +133,16 @@ def test_no_rank_writes_while_another_still_reads(world: Communicator, make: Mak
         found.append(method.weights_sha256())
     same_on_all(world, found[0])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("find", [in_place.everywhere, in_place.by_owners])
+def test_ranks_that_divide_a_model_all_sum_in_place_or_none_does(world: Communicator, monkeypatch, find) -> None:
+    if world.size != 4:
+        pytest.skip("two ranks that share a batch, twice")
+    if world.rank >= 2:
+        monkeypatch.setenv("MPITRAIN_TRANSPORT", "host")
+    layout, optimizer = cnn().layout, make_optimizer("adam")
+    with world.split(world.rank // 2, axis="data") as data, world.split(world.rank % 2, axis="tensor") as tensor:
+        alone = find(data, None, layout, optimizer, plan(STEPS))
+        assert (alone is None) == (world.rank >= 2)
+        assert find(data, tensor, layout, optimizer, plan(STEPS)) is None

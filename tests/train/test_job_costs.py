@@ -130,6 +130,33 @@ def test_what_no_formula_is_known_of_is_measured_alone(file, setting, gradients)
     assert found["gradients"].measured_bytes == pytest.approx(4 * (gradients * N + tied), rel=0.01)
 
 
+@pytest.mark.parametrize("mesh", [[], ["mesh.data=2", "mesh.pipe=2"]], ids=["gradient", "gradient, pipe"])
+def test_a_reproducible_job_that_divides_optimizer_state_has_the_gradients_of_its_lanes(file, mesh):
+    settings = ["reproducible=true", "lanes=4", 'method.kind="gradient"', *mesh]
+    ranks, stages = (4, 2) if mesh else (2, 1)
+    found = LocalWorld(ranks, timeout_s=20).run(memory, job(file, *settings))[0]
+    held = (N + TABLE) / stages  # a rank has two lanes, each with a tied tensor twice, and its shard of the sums
+    assert found["gradients"].measured_bytes == pytest.approx(4 * (2 * held + held / 2), rel=0.05)
+
+
+def test_steps_between_two_averagings_are_counted(file, monkeypatch):
+    """The method goes on to the end of a period, so that whole ones are timed."""
+    taken, divided_by = [], []
+
+    def timed(comm: Communicator, steps: Any, count: int) -> float:
+        method = steps.args[0].method
+        before = method.step
+        steps(count)
+        taken.append(method.step - before)
+        divided_by.append(count)
+        return 0.01
+
+    monkeypatch.setattr("mpitrain.train.bench.job.timed", timed)
+    averaged = job(file, "method.average_every=5")
+    LocalWorld(2, timeout_s=60).run(lambda comm: measure_job(averaged, comm, rounds=2, round_s=0.1))
+    assert sorted(taken) == sorted(divided_by) == [5, 5, 10, 10, 10, 10]
+
+
 def slices(rank: int, *events: tuple[str, str, float, float]) -> list[dict[str, Any]]:
     """Events of a rank's trace: phases (``F``, ``BW``, the whole), and waits for messages and for a sum."""
     names = {"F": "forward", "BW": "backward", "all": "gradients", "message": "wait irecv", "sum": "allreduce"}

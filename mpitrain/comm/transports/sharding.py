@@ -111,12 +111,18 @@ def far_reduce_scatter(
 
 
 def far_allgather(
-    far: Far, wait: Callable[[], None], whole: Array, begin: int, end: int
-) -> Callable[[], object] | None:  # fmt: skip
-    """Plan how the ranks of one number give each other their shards; None if these do not lie side by side."""
+    far: Far, wait: Callable[[], None], whole: Array, begin: int, end: int, agree: Callable[[bool], bool]
+) -> Callable[[], object] | None:
+    """Plan how the ranks of one number give each other their shards; None if these do not lie side by side.
+
+    Parameters
+    ----------
+    agree : callable
+        Tells whether something holds on all ranks of all nodes.
+    """
     owned = far.across.allgather_object((begin, end))
     aligned = all(before[1] == after[0] for before, after in pairwise(owned))
-    if not far.across.allreduce(np.uint8(aligned), "min"):
+    if not agree(aligned):
         return None
     staged = np.empty(end - begin, whole.dtype)
     counts = tuple(stop - start for start, stop in owned)

@@ -197,9 +197,14 @@ class SharedTransport(Transport):
         """Lay out what publishes shards in memory from `shared`."""
         places = self._node.allgather_object(tuple(self._common.locate(buffer)))
         common = Place(*places[0]) != NOWHERE and len(set(places)) == 1
-        if not self._comm.allreduce(np.uint8(common), "min"):
+        if not self._agree(common):
             return None
-        return self._wait if self._far is None else far_allgather(self._far, self._wait, buffer, begin, end)
+        if self._far is None:
+            return self._wait
+        return far_allgather(self._far, self._wait, buffer, begin, end, self._agree)
+
+    def _agree(self, good: bool) -> bool:
+        return bool(self._comm.allreduce(np.uint8(good), "min"))
 
     def _wait(self) -> None:
         """Pass a fence of the node's; across nodes messages must go on meanwhile."""

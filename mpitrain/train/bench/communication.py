@@ -29,14 +29,20 @@ def communication_share(comm: Communicator, steps: Steps, count: int) -> float:
     count : int
         How many to trace; they are not among those that are timed.
     """
+    return float(comm.broadcast_object(share_of(traced(comm, steps, count))))
+
+
+def traced(comm: Communicator, steps: Steps, count: int) -> list[dict[str, Any]]:
+    """Return the events of some steps, on rank 0; elsewhere none.  Collective."""
     folder = tempfile.TemporaryDirectory(prefix="mpitrain-bench-") if comm.rank == 0 else None
     path = comm.broadcast_object(str(Path(folder.name) / "trace.json") if folder else "")
     with trace(path, comm):
         steps(count)
-    events = json.loads(Path(path).read_bytes())["traceEvents"] if folder else []
-    if folder:
-        folder.cleanup()
-    return float(comm.broadcast_object(share_of(events)))
+    if folder is None:
+        return []
+    with folder:
+        found: list[dict[str, Any]] = json.loads(Path(path).read_bytes())["traceEvents"]
+    return found
 
 
 def share_of(events: Iterable[dict[str, Any]]) -> float:

@@ -5,13 +5,9 @@ The job is trained as it is, on its own data, for as many steps as the measureme
 
 from __future__ import annotations
 
-import json
-import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, prod
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -19,12 +15,11 @@ from pydantic import TypeAdapter
 from mpitrain._errors import InputError, JobError
 from mpitrain.comm import Communicator
 from mpitrain.comm.bench.results import Quantiles
-from mpitrain.comm.tracing import trace
 from mpitrain.nn import Network
 from mpitrain.nn.costs import training_flops
-from mpitrain.parallel import PipelineParallel, Synchronous
+from mpitrain.parallel import ModelAveraging, PipelineParallel, Synchronous
 from mpitrain.train.assembly import Assembly, assemble, build_model
-from mpitrain.train.bench.communication import share_of
+from mpitrain.train.bench.communication import share_of, traced
 from mpitrain.train.bench.contest import timed
 from mpitrain.train.bench.expected import expected
 from mpitrain.train.bench.memory import KINDS, Memory, held
@@ -127,10 +122,12 @@ def measure_job(job: Job, comm: Communicator, rounds: int = 7, round_s: float = 
     if isinstance(parts.model, Network):
         parts.model.pool.drop_free()  # of the evaluation that checked the job's metrics
     rate, steps = product_flops_per_s(comm, job.dtype), partial(_advance, parts)
-    steps(_WARM_STEPS)
-    count = max(1, int(round_s / timed(comm, steps, _WARM_STEPS)))
+    every = method.average_every if isinstance(method, ModelAveraging) else 1  # which goes on until then
+    warm = ceil(_WARM_STEPS / every) * every
+    steps(warm)
+    count = max(1, int(round_s / timed(comm, steps, warm) / every)) * every
     seconds = np.array([timed(comm, steps, count) for _ in range(rounds)])
-    events = _traced(comm, parts, count)
+    events = traced(comm, steps, count)
     stages = comm.allgather_object(method.pipe.rank if isinstance(method, PipelineParallel) else 0)
     lost = overhead(method, events, stages) if isinstance(method, PipelineParallel) and events else None
     share, lost = comm.broadcast_object((share_of(events), lost))
@@ -139,19 +136,6 @@ def measure_job(job: Job, comm: Communicator, rounds: int = 7, round_s: float = 
 
 def _advance(parts: Assembly, steps: int) -> None:
     parts.method.advance(parts.feed, parts.method.step + steps)
-
-
-def _traced(comm: Communicator, parts: Assembly, count: int) -> list[dict[str, Any]]:
-    """Return the events of some steps, on rank 0; elsewhere none."""
-    folder = tempfile.TemporaryDirectory(prefix="mpitrain-bench-") if comm.rank == 0 else None
-    path = comm.broadcast_object(str(Path(folder.name) / "trace.json") if folder else "")
-    with trace(path, comm):
-        _advance(parts, count)
-    if folder is None:
-        return []
-    with folder:
-        found: list[dict[str, Any]] = json.loads(Path(path).read_bytes())["traceEvents"]
-    return found
 
 
 def _costs(

@@ -15,6 +15,7 @@ from mpitrain.nn import Network
 from mpitrain.nn.costs import cost
 from mpitrain.parallel.buckets import StreamedGradients
 from mpitrain.parallel.lanes import LaneSteps
+from mpitrain.parallel.reproducible import ShardedLaneSteps
 from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import Synchronous
 from mpitrain.train.bench.tasks import Task
@@ -85,7 +86,8 @@ def held(comm: Communicator, pool_nbytes: int, method: Synchronous) -> tuple[dic
     sharers = _sharers(method.comm, common[0])
     params = own + held_bytes(common) / sharers
     lanes = method.lane_grads if isinstance(method, LaneSteps) else []
-    grads = held_bytes([*_arrays([vars(each) for each in (method.grads, *lanes)]), *_sums(method)])
+    whole = [] if isinstance(method, ShardedLaneSteps) else [method.grads]  # lanes are all that it has of these
+    grads = held_bytes([*_arrays([vars(each) for each in (*whole, *lanes)]), *_sums(method)])
     state = held_bytes(array for part in method.parts for array in part.state.values())
     mean = comm.allreduce(np.array([params, grads, state, float(pool_nbytes)]), "mean")
     return dict(zip(KINDS, mean.tolist(), strict=True)), sharers > 1
