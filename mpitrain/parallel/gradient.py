@@ -54,11 +54,6 @@ class GradientSteps(Synchronous):
 
     stage: int = 1
 
-    @property
-    def _owners(self) -> Communicator:
-        """The ranks that hold the same tensors, and divide what is kept of them."""
-        return self.comm
-
     def _allocate(self, layout: Layout) -> None:
         if self._terms and self.stage > 1:
             raise InputError(

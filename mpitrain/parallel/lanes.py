@@ -8,7 +8,6 @@ the uses' sums are then added in their order, because they may come from differe
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from mpitrain._options import check_whole
 from mpitrain._typing import Array
 from mpitrain.arrays import Batch, FlatBuffer, GradientBuffer
 from mpitrain.comm import Communicator
+from mpitrain.comm.lanes import lane_sum
 from mpitrain.data.shares import share
 from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Plan
@@ -31,7 +31,7 @@ from mpitrain.parallel.synchronous import Synchronous, Tally, checked
 
 
 class LaneSteps(Synchronous):
-    """What reproducible methods share; they say how the lanes' gradients become those of a rank's parts.
+    """What reproducible methods share; those that divide more say how lanes' gradients become those of a rank's parts.
 
     Attributes
     ----------
@@ -72,17 +72,18 @@ class LaneSteps(Synchronous):
     def _make_tiles(self) -> Tiles:
         return Tiles(self.parts, self.comm if self.kind == "sharded" else None)
 
-    @abstractmethod
     def _sum_lanes(self, lanes: Sequence[Array]) -> None:
         """Sum the gradients of all ranks' lanes, shape (layout.size,) each, into those of this rank's parts."""
+        lane_sum(self._owners, lanes, self.lanes, layout=self._summed, out=self.parts[0].grads)
 
-    @abstractmethod
     def _sum_use(self, use: str, lanes: Sequence[Array]) -> Array:
         """Sum the gradients of a further use, shape (n,) each, over all ranks' lanes; return what is for `_piece`."""
+        return lane_sum(self._owners, lanes, self.lanes)
 
-    @abstractmethod
     def _piece(self, name: str) -> Array:
         """Return this rank's summed gradient of its part of a tensor, as a flat view."""
+        segment = self._summed[name]
+        return self.parts[0].grads[segment.offset : segment.stop]
 
     def _add_uses(self, lanes: Mapping[str, Sequence[Array]]) -> None:
         """Add what the lanes have of further uses to the gradients of the parts."""

@@ -10,7 +10,7 @@ import numpy as np
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, FlatBuffer, Layout, plain
 from mpitrain.comm import Communicator
-from mpitrain.comm.lanes import lane_reduce_scatter, lane_sum
+from mpitrain.comm.lanes import lane_reduce_scatter
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Part
 from mpitrain.method.tiles import tile_shards
@@ -58,15 +58,6 @@ class ReproducibleDataParallel(LaneSteps, DataParallel):
     ) -> None:
         super().__init__(comm, microbatches=microbatches, allocator=allocator, precision=precision)
         self._deal(lanes)
-
-    def _sum_lanes(self, lanes: Sequence[Array]) -> None:
-        lane_sum(self.comm, lanes, self.lanes, layout=self.params.layout, out=self.grads.flat)
-
-    def _sum_use(self, use: str, lanes: Sequence[Array]) -> Array:
-        return lane_sum(self.comm, lanes, self.lanes)
-
-    def _piece(self, name: str) -> Array:
-        return self.grads.views[name].reshape(-1)
 
 
 class ShardedLaneSteps(LaneSteps, GradientSteps):

@@ -122,6 +122,11 @@ class Synchronous(Method):
         self._private, self._allocator = allocator, allocator or plain
         self._stop = False
 
+    @property
+    def _owners(self) -> Communicator:
+        """The ranks that hold the same tensors."""
+        return self.comm
+
     def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:
         """See `Method.setup`."""
         check_parts(model, optimizer, plan)

@@ -11,7 +11,6 @@ from typing import ClassVar
 from mpitrain._errors import InputError
 from mpitrain.arrays import Allocator, FlatBuffer, Layout
 from mpitrain.comm import Communicator, ProcessMesh
-from mpitrain.comm.local import alone
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Reach
 from mpitrain.method.tiles import Tiles
@@ -57,7 +56,6 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
 
     params: FlatBuffer
     grads: WholeGradients
-    data: Communicator
 
     def __init__(
         self,
@@ -78,29 +76,20 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
         super().__init__(
             where, schedule=schedule, chunks=chunks, microbatches=microbatches, costs=costs, allocator=allocator
         )  # fmt: skip
-        self.data = self.data or alone()
-
-    @property
-    def _owners(self) -> Communicator:
-        return self.data
 
     def _stretches(self, layout: Layout) -> list[Bucket]:
-        assert self._ties
         return buckets_apart(layout, self._ties.shared)
 
     def _reduce_gradients(self) -> None:
         super()._reduce_gradients()
-        assert self._ties
         parts = zip(self.grads.buckets, self.parts, strict=True)
         self._ties.sum({bucket.segments[0].name: part.grads for bucket, part in parts if bucket.segments})
 
     def _over_model(self) -> Reach:
-        assert self._ties
         return self._reach(self.data, self.pipe, elsewhere=self._ties.copies)
 
     @property
     def _saved_elsewhere(self) -> Collection[str]:
-        assert self._ties
         return self._ties.copies
 
 
@@ -121,5 +110,4 @@ class ReproducibleGradientPipelineParallel(ShardedLaneSteps, ReproduciblePipelin
     """
 
     def _make_tiles(self) -> Tiles:
-        assert self._ties
         return Tiles(self.parts, self.comm, self.model.layout, self._ties.copies)

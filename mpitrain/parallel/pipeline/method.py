@@ -29,6 +29,7 @@ from mpitrain.arrays import (
 )
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
+from mpitrain.comm.local import alone
 from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Plan
 from mpitrain.method.precision import Precision
@@ -99,6 +100,7 @@ class PipelineParallel(Synchronous):
 
     params: FlatBuffer
     grads: GradientBuffer
+    _ties: Ties
 
     def __init__(
         self,
@@ -112,7 +114,8 @@ class PipelineParallel(Synchronous):
         allocator: Allocator | None = None,
         precision: Precision | None = None,
     ) -> None:
-        comm, self.pipe, self.data, across = axes(where)
+        comm, self.pipe, data, across = axes(where)
+        self.data = data or alone()
         super().__init__(comm, microbatches, bucket_bytes, allocator, across, precision)
         if schedule not in FAMILIES:
             raise InputError(
@@ -123,7 +126,10 @@ class PipelineParallel(Synchronous):
         self.schedule = FAMILIES[schedule].schedule(self.sizes)
         validate(self.schedule)
         self.costs: Sequence[float] | None = comm.broadcast_object(costs)
-        self._ties: Ties | None = None
+
+    @property
+    def _owners(self) -> Communicator:
+        return self.data
 
     def setup(self, model: Model, optimizer: Optimizer, plan: Plan) -> None:
         """See `Method.setup`.
@@ -150,7 +156,7 @@ class PipelineParallel(Synchronous):
         layers = [part(self._layers, *cut) for cut in pairwise(self._cuts())]
         names = [frozenset(each.name for each in layer.parameters()) for layer in layers]
         used = [frozenset().union(*(names[s] for s in self.sizes.stages_of(rank))) for rank in range(self.sizes.ranks)]
-        if self._ties:
+        if "_ties" in vars(self):
             self._ties.free()
         self._ties = Ties(self.pipe, used, layout.ties)
         self._own = {stage: layers[stage] for stage in self.sizes.stages_of(self.pipe.rank)}
@@ -187,7 +193,6 @@ class PipelineParallel(Synchronous):
 
     def _draw(self, params: FlatBuffer) -> None:
         super()._draw(params)
-        assert self._ties
         self._ties.publish(params)
 
     @property
@@ -197,7 +202,7 @@ class PipelineParallel(Synchronous):
     @property
     def shares(self) -> tuple[tuple[int, int], ...]:
         """The share of this rank's pipeline, see `Synchronous.shares`."""
-        return ((self.data.rank, self.data.size) if self.data else (0, 1),)
+        return ((self.data.rank, self.data.size),)
 
     @property
     def evaluation_shares(self) -> tuple[tuple[int, int], ...]:
@@ -207,7 +212,7 @@ class PipelineParallel(Synchronous):
     def _train_step(self, microbatches: list[Batch]) -> Tally:
         phase = self.comm.phase
         with phase("gradients"):
-            own = self._gradients(microbatches, self.grads, self._reduce if self.data else None)
+            own = self._gradients(microbatches, self.grads, self._reduce if self.data.size > 1 else None)
         with phase("reduce"):
             self._reduce_gradients()
         with phase("check"):
@@ -265,19 +270,16 @@ class PipelineParallel(Synchronous):
 
         In this order: a sum over pipelines may be rounded by where a tensor lies, one over stages is the same on both.
         """
-        assert self._ties
         self._sum_terms()
-        if self.data:
+        if self.data.size > 1:
             reduce_gradients(self.data, self.grads.buffer, self.params.layout.buckets(self.bucket_bytes))
         self._ties.sum(self.grads.views)
 
     def _over_stages(self) -> Reach:
         """Return over which ranks a sum over all stages goes, in which a tied tensor counts once."""
-        assert self._ties
         return self._reach(self.pipe, elsewhere=self._ties.copies)
 
     def _reduce(self, array: Array) -> Array:
-        assert self.data
         self.data.allreduce(array, out=array)
         return array
 
@@ -293,7 +295,7 @@ class PipelineParallel(Synchronous):
             for found in self._sums(round_):
                 own = add_sums(own, found)
         sums: dict[str, Array] | None = self.pipe.broadcast_object(own, self._last_rank)
-        total = self.data.allreduce(something(filled(self.data, sums))) if self.data else something(sums)
+        total = self.data.allreduce(something(filled(self.data, sums)))
         return self.model.metrics(self.across.broadcast(total) if self.across else total)
 
     def _rounds(self, items: Iterable[_T]) -> Iterator[list[_T]]:
@@ -338,8 +340,7 @@ class PipelineParallel(Synchronous):
     @property
     def _saved_elsewhere(self) -> Collection[str]:
         """The tensors of which another rank gives what this one has too."""
-        assert self._ties
-        return self._ties.copies if self.data is None or self.data.rank == 0 else self._ties.owners
+        return self._ties.copies if self.data.rank == 0 else self._ties.owners
 
     def weights_sha256(self) -> str:
         """See `Method.weights_sha256`: tensor by tensor through the first rank."""
@@ -367,7 +368,6 @@ class PipelineParallel(Synchronous):
         return whole_tensor(self.across, segment, part) if self.across else part
 
     def _owner(self, name: str) -> int:
-        assert self._ties
         return self._ties.owners[name]
 
 

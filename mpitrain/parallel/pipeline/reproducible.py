@@ -14,7 +14,6 @@ from mpitrain._errors import InputError
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch
 from mpitrain.comm import Communicator, ProcessMesh
-from mpitrain.comm.lanes import lane_sum
 from mpitrain.comm.local import alone
 from mpitrain.data.shares import share
 from mpitrain.method.evaluation import filled, something
@@ -60,8 +59,7 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         allocator: Allocator | None = None,
         precision: Precision | None = None,
     ) -> None:
-        self._peers, self.lanes = _peers(where), lanes
-        self._dealt = deal(lanes, self._peers, type(self).__name__, "pipeline")
+        self.lanes, self._dealt = lanes, deal(lanes, _pipelines(where), type(self).__name__, "pipeline")
         flow = microbatches * len(self._dealt)
         super().__init__(
             where, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, allocator=allocator,
@@ -81,28 +79,16 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
 
     def _further_uses(self) -> tuple[str, ...]:
         """Return the names of this rank's uses of tied tensors, but for each one's first, which has its place."""
-        assert self._ties
         own = ([use for use, rank in uses if rank == self.pipe.rank] for uses in self._ties.uses.values())
         return tuple(use for uses in own for use in uses[1:])
 
     def _make_tiles(self) -> Tiles:
-        assert self._ties
         return Tiles(self.parts, self.pipe, self.model.layout, self._ties.copies)
 
     def _lane_gradients(self, microbatches: list[Batch]) -> list[Tally]:
         return self._judged(self._flow(microbatches, self._lane_grads, None))
 
-    def _sum_lanes(self, lanes: Sequence[Array]) -> None:
-        lane_sum(self._peers, lanes, self.lanes, layout=self.params.layout, out=self.grads.flat)
-
-    def _sum_use(self, use: str, lanes: Sequence[Array]) -> Array:
-        return lane_sum(self._peers, lanes, self.lanes)
-
-    def _piece(self, name: str) -> Array:
-        return self.grads.views[name].reshape(-1)
-
     def _add_uses(self, lanes: Mapping[str, Sequence[Array]]) -> None:
-        assert self._ties
         further = {use: self._sum_use(use, values) for use, values in lanes.items()}
         for name, uses in self._ties.uses.items():
             own = self._piece(name)
@@ -123,14 +109,14 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
 
     def _totals(self, sums: Sequence[dict[str, Array] | None]) -> dict[str, Array] | None:
         """Return the sums over all lanes, given those of each; None where there are none."""
-        first = filled(self._peers, next((each for each in sums if each is not None), None))
+        first = filled(self.data, next((each for each in sums if each is not None), None))
         if first is None:
             return None
         known = sums if any(sums) else [first, *sums[1:]]
-        return {name: self._over_lanes([each[name] if each else None for each in known], self._peers) for name in first}
+        return {name: self._over_lanes([each[name] if each else None for each in known], self.data) for name in first}
 
 
-def _peers(where: Communicator | ProcessMesh) -> Communicator:
+def _pipelines(where: Communicator | ProcessMesh) -> Communicator:
     """Return the ranks that have the same stages of all pipelines; where there is one pipeline, this rank."""
     if not isinstance(where, ProcessMesh):
         return alone()
