@@ -28,6 +28,9 @@ _SHOW_CURSOR = "\x1b[?25h"
 INTERRUPTED = 130
 """What shells say of a program that Ctrl-C has ended."""
 
+_TWICE = "twice"
+"""What is noted of a second Ctrl-C."""
+
 
 @click.command("run", short_help="Train: run a job file on one rank, on N, or under mpirun and srun.")
 @click.argument("job")
@@ -201,7 +204,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
             sys.stderr.write(_SHOW_CURSOR)  # a rank that was killed had no time to
         if code == 0:
             return int(told.read_text()) if told.exists() else 0
-        return INTERRUPTED if _interrupted(told).exists() else _exit_code(code)
+        return INTERRUPTED if _ended_by_hand(_interrupted(told), code) else _exit_code(code)
 
 
 def _arguments(options: dict[str, Any]) -> list[str]:
@@ -224,8 +227,12 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
 def _forward_signals(child: subprocess.Popen[bytes], interrupted: Path) -> None:
     """Turn the first Ctrl-C into SIGUSR1, which every launcher passes on; let the second end the job."""
 
+    def end(number: int, frame: FrameType | None) -> None:
+        interrupted.write_text(_TWICE)
+        child.terminate()
+
     def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, lambda *_: child.terminate())
+        signal.signal(signal.SIGINT, end)
         click.echo("stopping at the next step; Ctrl-C again to end at once", err=True)
         interrupted.touch()
         child.send_signal(signal.SIGUSR1)
@@ -235,6 +242,11 @@ def _forward_signals(child: subprocess.Popen[bytes], interrupted: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, lambda *_: child.terminate())
+
+
+def _ended_by_hand(interrupted: Path, code: int) -> bool:
+    """Tell whether Ctrl-C ended a job, and not an error while it stopped, which has an exit code of ours."""
+    return interrupted.exists() and (interrupted.read_text() == _TWICE or code not in (1, 2))
 
 
 def _exit_code(code: int) -> int:

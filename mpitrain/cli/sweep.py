@@ -76,7 +76,7 @@ def _sweep(
             click.echo(json.dumps(found))
         else:
             _print_table(found, width)
-    if found["stopped"] == signal.SIGINT.name and any(point["status"] == "stopped" for point in found["points"]):
+    if found["stopped"] == signal.SIGINT.name:
         return INTERRUPTED
     return int(any(point["status"] == "failed" for point in found["points"]))
 

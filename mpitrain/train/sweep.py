@@ -300,4 +300,5 @@ def _summary(
     records = [_record(point, outcomes.get(point.directory)) for point in points]
     records.sort(key=lambda record: inf if record["value"] is None else sign * record["value"])
     told = {"job": points[0].job.name, "ranks": ranks, "metric": metric, "sweep_dir": str(directory)}
-    return {**told, "stopped": stopped, "points": records}
+    cut_short = any(record["status"] == "stopped" for record in records)
+    return {**told, "stopped": stopped if cut_short else None, "points": records}

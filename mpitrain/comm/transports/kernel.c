@@ -155,7 +155,7 @@ static int late(team *t, enum counter which, int64_t number) {
   return 0;
 }
 
-/* ---- Combining: out[i] = left[i] op right[i]; out may be left */
+/* ---- Combining: out[i] = left[i] op right[i]; out may be left or right */
 
 typedef void fold(void *out, const void *left, const void *right, int64_t n);
 typedef void divide(void *values, int64_t n, int64_t divisor);
