@@ -4,6 +4,7 @@ from mpitrain.parallel.averaging import ModelAveraging
 from mpitrain.parallel.data import DataParallel
 from mpitrain.parallel.gradient import GradientParallel, GradientSteps
 from mpitrain.parallel.lanes import LaneSteps
+from mpitrain.parallel.owned import OwnedParameters
 from mpitrain.parallel.pipeline import (
     GradientPipelineParallel,
     PipelineParallel,
@@ -20,6 +21,7 @@ __all__ = [
     "GradientSteps",
     "LaneSteps",
     "ModelAveraging",
+    "OwnedParameters",
     "PipelineParallel",
     "ReproducibleDataParallel",
     "ReproducibleGradientParallel",

@@ -15,8 +15,9 @@ from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Part
 from mpitrain.method.tiles import tile_shards
 from mpitrain.parallel.data import DataParallel
-from mpitrain.parallel.gradient import GradientParallel, GradientSteps
+from mpitrain.parallel.gradient import GradientParallel
 from mpitrain.parallel.lanes import LaneSteps
+from mpitrain.parallel.owned import OwnedParameters
 
 
 class ReproducibleDataParallel(LaneSteps, DataParallel):
@@ -60,7 +61,7 @@ class ReproducibleDataParallel(LaneSteps, DataParallel):
         self._deal(lanes)
 
 
-class ShardedLaneSteps(LaneSteps, GradientSteps):
+class ShardedLaneSteps(LaneSteps, OwnedParameters):
     """What reproducible methods share that divide optimizer state: shards that begin where tiles do, and their sums."""
 
     params: FlatBuffer
