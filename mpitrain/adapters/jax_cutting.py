@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal, Var
 
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
+_CALLS = ("jit", "call", "closed_call", "remat2")
 """Equations that stand for others, which are taken in their place."""
 
 _SMALL = 4
@@ -129,10 +129,10 @@ def _needed(eqns: Sequence[Any], value: Any) -> list[Any]:
 
 
 def _varying(eqns: Iterable[Any], parameters: Iterable[Any]) -> set[Any]:
-    """Return the floating-point variables that depend on parameters."""
+    """Return the floating-point variables that depend on parameters, as far as a derivative goes."""
     found = set(parameters)
     for eqn in eqns:
-        if not found.isdisjoint(_variables(eqn)):
+        if eqn.primitive.name != "stop_gradient" and not found.isdisjoint(_variables(eqn)):
             found.update(var for var in eqn.outvars if _is_floating(var))
     return found
 
@@ -152,8 +152,7 @@ class _Cutter:
     def __init__(
         self, whole: Any, eqns: Sequence[Any], parameters: Mapping[Any, str], layer_of: Callable[[str], str]
     ) -> None:
-        self._whole = whole.replace(debug_info=whole.debug_info._replace(arg_names=None, result_paths=None))
-        self._eqns, self._parameters, self._layer_of = eqns, parameters, layer_of
+        self._whole, self._eqns, self._parameters, self._layer_of = whole, eqns, parameters, layer_of
         self._order = {name: number for number, name in enumerate(parameters.values())}
         self._sizes = Counter[str]()  # of layers, all of which comes with any of their tensors
         for var, name in parameters.items():

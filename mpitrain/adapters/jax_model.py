@@ -50,11 +50,13 @@ class JaxModel(Model):
 
     *Fully sharded* (`GradientParallel`, stage 3): the loss is traced and cut into units, each of which reads the
     tensors of one layer and, beside them, little of others.  A layer is what hangs on one branch of the tree, or one
-    tensor at its top.  Each unit is compiled, those that do the same once for all; its parameters are brought for it,
-    and it is run again in the backward pass, as under ``jax.checkpoint``: what it prints or calls back comes twice.  A
-    loop of JAX's (``lax.scan``) is one unit, with all parameters that it reads.  A rank with an empty batch goes
-    through the units with two samples of zeros, of which nothing is counted.  The values that were handed over are let
-    go when training begins.
+    tensor at its top.  Each unit is compiled; equal blocks once for all, if a block with ``relu``, ``softmax``,
+    ``lax.scan`` or a derivative rule of its own is a function under ``jax.jit``, for JAX makes such rules anew at each
+    call.  A unit's parameters are brought for it, and it is run again in the backward pass, as under
+    ``jax.checkpoint``: what it prints or calls back may come twice.  A function with a derivative rule of its own gets
+    all it needs as arguments.  A loop of JAX's (``lax.scan``) is one unit, with all parameters that it reads.
+    A rank with an empty batch goes through the units with two samples of zeros, of which nothing is counted.  The
+    values that were handed over are let go when the first samples come.
     """
 
     reads_by_layer = True
@@ -69,7 +71,6 @@ class JaxModel(Model):
         self._names = [jax.tree_util.keystr(path, simple=True, separator=".") or "parameters" for path, _ in leaves]
         self._initial = {name: np.array(leaf) for name, (_, leaf) in zip(self._names, leaves, strict=True)}
         self._layout = _layout(self._initial)
-        self._prefixes = {name for name in self._names if any(n != name and n.startswith(name) for n in self._names)}
         self._given = loss
         self._loss = jax.jit(self._sum)
         self._gradient = jax.jit(jax.value_and_grad(self._with_key))
@@ -118,7 +119,7 @@ class JaxModel(Model):
         for name, gradient in zip(self._names, jax.tree_util.tree_leaves(found), strict=True):
             add(grads.tree, name, np.asarray(gradient))
         for name in self._names:
-            self._complete(grads, name)
+            grads.complete(name)
         return float(loss_sum), _count(batch)
 
     def _by_units(self, params: ParameterSource, batch: Batch, grads: Gradients, rng: Key) -> tuple[float, float]:
@@ -129,22 +130,24 @@ class JaxModel(Model):
         left = Counter(name for reads in steps.reads for name in reads)
         for name in self._names:
             if name not in left:
-                self._complete(grads, name)
+                grads.complete(name)
 
         def receive(name: str, gradient: Array) -> None:
             if len(batch):
                 add(grads.tree, name, gradient)
             left[name] -= 1
             if not left[name]:
-                self._complete(grads, name)
+                grads.complete(name)
 
         loss_sum = steps.run(params.tree, arguments, receive)
         return (loss_sum, _count(batch)) if len(batch) else (0.0, 0.0)
 
     def _let_go(self, batch: Batch) -> None:
-        """Hold no parameter whole; the first values tell, before they go, whether the loss is a sum."""
+        """Hold no parameter whole from the first samples on, which tell whether the loss is a sum."""
+        if not len(batch):
+            return
         initial, self._initial = self._initial, {}
-        if initial and len(batch) and not self._is_a_sum:
+        if initial and not self._is_a_sum:
             self._check_sum(self._values(initial), batch)
 
     def _arguments(self, batch: Batch, rng: Key) -> tuple[dict[str, Array], Array, Any]:
@@ -160,10 +163,6 @@ class JaxModel(Model):
 
     def _of_list(self, parameters: list[Any], *arguments: Any) -> Any:
         return self._with_key(self._tree.unflatten(parameters), *arguments)
-
-    def _complete(self, grads: Gradients, name: str) -> None:
-        if name not in self._prefixes:  # else it would complete others too
-            grads.complete(name)
 
     def predict(self, params: FlatBuffer, inputs: Array) -> Array:
         """Return the outputs for ``inputs``, shape (n, …); a new array."""
@@ -210,13 +209,16 @@ class JaxModel(Model):
 
 
 def _scalar(value: Any) -> Any:
-    shape, dtype = jax.numpy.shape(value), jax.numpy.result_type(value)
-    if shape or not jax.numpy.issubdtype(dtype, jax.numpy.floating):
-        raise InputError(
-            "the loss is no number", operation="JaxModel", got=f"{dtype} of shape {shape}",
-            expected="a floating-point scalar, the sum of the losses", remedy="return losses.sum()",
-        )  # fmt: skip
-    return value
+    got = type(value).__name__
+    if jax.tree_util.all_leaves([value]):
+        shape, dtype = jax.numpy.shape(value), jax.numpy.result_type(value)
+        if not shape and jax.numpy.issubdtype(dtype, jax.numpy.floating):
+            return value
+        got = f"{dtype} of shape {shape}"
+    raise InputError(
+        "the loss is no number", operation="JaxModel", got=got,
+        expected="a floating-point scalar, the sum of the losses", remedy="return losses.sum()",
+    )  # fmt: skip
 
 
 def _count(batch: Batch) -> float:

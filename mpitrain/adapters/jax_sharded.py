@@ -5,6 +5,7 @@ Of a forward pass stays what units hand to each other.  Parameters are there whi
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,12 @@ from mpitrain.adapters.tree import find
 
 _RELEASE_S = 10.0
 """How long JAX may keep what it was lent before the method finds that it does (`mpitrain.arrays.Loans`)."""
+
+_CALLING = threading.Lock()
+"""Held while a unit is called: ranks in one process share its functions, and derivative rules keep notes while traced.
+
+Older versions of JAX let two threads trace one function at once.
+"""
 
 Receive = Callable[[str, Array], None]
 """Is handed a gradient by name, which is its alone until it returns."""
@@ -153,7 +160,9 @@ def _with_parameters(tree: Tree, unit: Unit, known: dict[Any, Any], function: Ca
     copies = [np.array(find(tree, name)) for name in unit.reads[: unit.copied]]  # another layer takes their place
     with _Shown(find(tree, name) for name in unit.reads[unit.copied :]) as lent:
         inputs = [*copies, *lent, *(known[var] for var in unit.inputs)]
-        return jax.block_until_ready(function(inputs, *others))
+        with _CALLING:
+            found = function(inputs, *others)
+        return jax.block_until_ready(found)
 
 
 class _Shown:

@@ -86,7 +86,6 @@ class _Reads(TorchFunctionMode):  # type: ignore[misc]  # PyTorch is optional, a
         self._parameters, self._tree = parameters, tree
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._lent: dict[int, str] = {}  # by address, what was lent there last; what came before is held no more
-        self._backwards = False  # whether a backward pass is on
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -94,11 +93,12 @@ class _Reads(TorchFunctionMode):  # type: ignore[misc]  # PyTorch is optional, a
         kwargs = kwargs or {}
         if func in _NOT_READING:
             return func(*args, **kwargs)
-        if func is torch.autograd.backward and not kwargs.get("inputs"):
-            return self._backward(*args, **{**kwargs, "inputs": None})
+        if func is torch.autograd.backward and kwargs.get("inputs") is None:
+            return self._backward(*args, **kwargs)
+        backwards = torch._C._current_graph_task_id() != -1  # a backward pass is on: so asks torch.utils.checkpoint
         read = dict.fromkeys(self._read((*args, *kwargs.values())))
         for name in read:
-            self._parameters[name].data = self._tensor(name).clone() if self._backwards else self._tensor(name)
+            self._parameters[name].data = self._tensor(name).clone() if backwards else self._tensor(name)
         try:
             return func(*args, **kwargs)
         finally:
@@ -108,14 +108,10 @@ class _Reads(TorchFunctionMode):  # type: ignore[misc]  # PyTorch is optional, a
         """Run a backward pass that does see the functions that are called in it.
 
         While a function is handed to a mode, the mode is off.  Backward passes of edges of the graph, instead of
-        tensors, are not handed to it.
+        tensors, are not handed to it.  (Older versions of PyTorch hand it none, and leave it on.)
         """
-        outer, self._backwards = self._backwards, True
-        try:
-            with self:
-                torch.autograd.backward([get_gradient_edge(each) for each in tensors], **options)
-        finally:
-            self._backwards = outer
+        with self:
+            torch.autograd.backward([get_gradient_edge(each) for each in tensors], **options)
 
     def _read(self, values: Iterable[Any]) -> Iterator[str]:
         for value in values:

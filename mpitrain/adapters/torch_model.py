@@ -77,8 +77,6 @@ class TorchModel(Model):
         self._bound: Array | None = None
         self._receive: Callable[[str, Any], None] | None = None
         self._constants = [each for name, each in module.named_buffers() if not self._is_statistic(name)]
-        names = [segment.name for segment in self._layout]
-        self._prefixes = {name for name in names if any(each != name and each.startswith(name) for each in names)}
         for layer in self._statistics.values():
             layer.momentum = 1.0  # then what a forward pass leaves behind is the batch's own statistic
         for name, parameter in self._parameters.items():
@@ -139,7 +137,7 @@ class TorchModel(Model):
             with seeded(rng.child("empty")):
                 outputs = self.module(self._inputs(inputs))
             self._add_statistics(grads.tree, 0.0)
-            self._backward(outputs, torch.zeros_like(outputs), lambda name, grad: self._complete(grads, name))
+            self._backward(outputs, torch.zeros_like(outputs), lambda name, grad: grads.complete(name))
 
     def _backward(self, outputs: Any, gradient: Any, arrived: Callable[[str, Any], None]) -> None:
         self._receive = arrived
@@ -251,11 +249,7 @@ class TorchModel(Model):
 
     def _add(self, grads: Gradients, name: str, grad: Any) -> None:
         add(grads.tree, name, grad.detach().numpy())
-        self._complete(grads, name)
-
-    def _complete(self, grads: Gradients, name: str) -> None:
-        if name not in self._prefixes:  # else it would complete others too
-            grads.complete(name)
+        grads.complete(name)
 
 
 def _shown(outputs: Any) -> Array:

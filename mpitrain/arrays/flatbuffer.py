@@ -82,6 +82,7 @@ class FlatBuffer:
     def complete(self, prefix: str) -> None:
         """Be told that no tensor whose name begins with ``prefix`` will be written to any more in this pass.
 
+        A whole name means that tensor alone, though another's begin with it.
         A model may say so of gradients, layer by layer, as it computes them; here nothing follows from it.
         """
 

@@ -239,7 +239,8 @@ class StreamedGradients(Piecewise):
 
     def _under(self, prefix: str) -> list[str]:
         if prefix not in self._prefixes:
-            self._prefixes[prefix] = [name for name in self._home if name.startswith(prefix)]
+            names = (name for name in self._home if name.startswith(prefix))
+            self._prefixes[prefix] = [prefix] if prefix in self._home else list(names)
         return self._prefixes[prefix]
 
     def _ready(self, name: str) -> Array:

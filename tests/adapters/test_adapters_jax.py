@@ -143,6 +143,8 @@ def test_misuse_is_an_error():
         alone(mean, inputs, labels)
     with pytest.raises(InputError, match=r"the loss is no number; got float64 of shape \(10,\)"):
         alone(JaxModel(lambda params, batch, key: batch["weights"], parameters()), inputs, labels)
+    with pytest.raises(InputError, match="the loss is no number; got NoneType"):
+        alone(JaxModel(lambda params, batch, key: None, parameters()), inputs, labels)
     with pytest.raises(InputError, match="no predict"):
         mean.predict(FlatBuffer(mean.layout), inputs)
     with pytest.raises(DtypeError, match="got float32, float64"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
 
@@ -17,7 +19,8 @@ from jax import numpy as jnp  # noqa: E402
 from mpitrain import Batch, DataParallel, GradientParallel, Key, Plan, optim  # noqa: E402
 from mpitrain._errors import InputError, MismatchError  # noqa: E402
 from mpitrain.adapters import JaxModel  # noqa: E402
-from mpitrain.adapters.jax_sharded import ShardedLoss  # noqa: E402
+from mpitrain.adapters.jax_sharded import ShardedLoss, _with_parameters  # noqa: E402
+from mpitrain.adapters.jax_units import CompiledUnit  # noqa: E402
 from mpitrain.comm import Communicator, LocalWorld  # noqa: E402
 from mpitrain.parallel.buckets import StreamedGradients  # noqa: E402
 
@@ -125,6 +128,14 @@ def partly_constant(params: Any, batch: Any, key: Any) -> Any:
     return chosen(layer(params[4], x), batch)
 
 
+def behind_a_stopped_gradient(params: Any, batch: Any, key: Any) -> Any:
+    """A loop that has no derivative backward, of what a layer before has made."""
+    x = lax.stop_gradient(jnp.tanh(layer(params[0], batch["inputs"])))
+    y = layer(params[1], x)
+    x = lax.while_loop(lambda x: (x > 0.1).any(), lambda x: jnp.where(x > 0.1, x / 2, x), x)
+    return chosen(layer(params[2], x + y), batch)
+
+
 def flat(params: Any, batch: Any, key: Any) -> Any:
     return chosen(jnp.tanh(batch["inputs"] @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"], batch)
 
@@ -144,12 +155,16 @@ KINDS: dict[str, tuple[Callable[..., Any], Any]] = {
     "decoder": (decoder, decoder_parameters()),
     "penalised": (penalised, dense()),
     "partly constant": (partly_constant, dense(4)),
+    "behind a stopped gradient": (behind_a_stopped_gradient, dense(2)),
     "flat": (flat, dict(zip(("w1", "b1", "w2", "b2"), weights((8, 8), (8,), (8, 3), (3,)), strict=True))),
     "a number alone": (lambda params, batch, key: params["x"] * batch["weights"].sum(), {"x": np.array(2.0)}),
 }  # fmt: skip
 
 
-FEW = [(3, "layers"), (3, "layers that differ by a number"), (3, "in a loop")]
+FEW = [
+    (3, "layers"), (3, "layers that differ by a number"), (3, "in a loop"), (3, "decoder"), (3, "partly constant"),
+    (3, "behind a stopped gradient"),
+]  # fmt: skip
 MORE = [(size, kind) for kind in KINDS for size in (1, 2, 3, 4) if (size, kind) not in FEW]
 CASES = [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 """Three ranks are uneven, and one has no sample."""
@@ -257,7 +272,7 @@ def test_gradients_are_complete_as_soon_as_they_can_be(monkeypatch):
     monkeypatch.setattr(StreamedGradients, "complete", lambda grads, name: found.append(name))
     function, parameters = KINDS["partly constant"]
     LocalWorld(1, timeout_s=60).run(lambda comm: trained(comm, JaxModel(function, parameters)) and None)
-    assert [name.partition(".")[0] for name in found] == [each for each in "01432" for _ in range(3)]
+    assert [name.partition(".")[0] for name in found] == [each for each in "01243" for _ in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -273,14 +288,15 @@ def compilations():
     return found
 
 
-def test_nothing_is_traced_or_compiled_twice_and_equal_layers_once(compilations):
+@pytest.mark.parametrize("function", [plain, KINDS["jitted"][0]], ids=["plain", "a derivative rule under jit"])
+def test_nothing_is_traced_or_compiled_twice_and_equal_layers_once(compilations, function):
 
     def compiled(layers: int, steps: int) -> tuple[int, int]:
         before, calls = len(compilations), list[str]()
 
         def counted(params: Any, batch: Any, key: Any) -> Any:
             calls.append("")
-            return plain(params, batch, key)
+            return function(params, batch, key)
 
         LocalWorld(1, timeout_s=60).run(lambda comm: trained(comm, JaxModel(counted, dense(layers)), steps) and None)
         return len(compilations) - before, len(calls)
@@ -297,7 +313,7 @@ class OnePlace(Mapping[str, Any]):
 
     def __init__(self, values: Mapping[str, np.ndarray]) -> None:
         (shape,) = {each.shape for each in values.values()}
-        self.values_of, self.place = values, np.empty((*shape[:-1], shape[-1] + 8))[..., : shape[-1]]
+        self.values_of = values
         memory = np.empty(np.prod(shape) + 8)
         self.place = memory[-memory.ctypes.data // 8 % 8 :][: np.prod(shape)].reshape(shape)  # as JAX shares it
 
@@ -340,6 +356,49 @@ def test_memory_may_be_overwritten_as_soon_as_a_unit_is_done():
         assert value == pytest.approx(float(expected), rel=1e-12)
         for name, gradient in zip(names, gradients, strict=True):
             np.testing.assert_allclose(found[name], gradient, rtol=0, atol=1e-9 * np.abs(gradient).max())
+
+
+def test_ranks_of_one_process_trace_one_after_the_other():
+    """A derivative rule, in what they share, keeps notes while it is traced."""
+    inside, most = 0, 0
+
+    @jax.custom_vjp
+    def halved(x: Any) -> Any:
+        return x / 2
+
+    def forward(x: Any) -> tuple[Any, None]:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.05)
+        inside -= 1
+        return halved(x), None
+
+    halved.defvjp(forward, lambda _, dy: (dy / 2,))
+
+    values, x = {"a": weights((8, 8))[0]}, np.ones((2, 8))
+    shapes = [jax.ShapeDtypeStruct((8, 8), x.dtype)]
+    steps = ShardedLoss(lambda parameters, x: halved(x @ parameters[0]).sum(), "a", shapes, str).steps([x])
+    (unit,), known = steps._program.units, dict.fromkeys(steps._program.arguments, x)
+    compiled = CompiledUnit(unit.jaxpr, [0], [0])
+    assert not most
+    with ThreadPoolExecutor(2) as ranks:
+        last, backward = (
+            ranks.submit(_with_parameters, OnePlace(values), unit, known, *function)
+            for function in ((compiled.last,), (compiled.backward, [np.ones(())]))
+        )
+        for gradient in (last.result()[1][0], backward.result()[0]):
+            assert np.array_equal(gradient, np.ones((8, 8)))
+    assert most == 1
+
+
+def test_the_first_samples_tell_whether_the_loss_is_a_sum():
+    """Not a share without any, though another rank of the process has it."""
+    model, (inputs, labels) = JaxModel(MISUSE["a mean"][0], dense()), samples()
+    model._let_go(Batch(inputs[:0], labels[:0], np.arange(0)))
+    with pytest.raises(InputError, match="the loss is a mean over the batch"):
+        model._let_go(Batch(inputs, labels, np.arange(ROWS)))
+    assert not model._initial
 
 
 MORE_PAIRS = [((3, 3), (2, 2)), ((2, 1), (3, 3)), ((4, 3), (3, 3))]
@@ -422,6 +481,10 @@ MISUSE = {
     "no number": (
         lambda params, batch, key: layer(params[-1], batch["inputs"]),
         InputError, r"the loss is no number; got float64 of shape \(., 8\); expected a floating-point scalar",
+    ),
+    "more than a number": (
+        lambda *given: (plain(*given), {}),
+        InputError, "the loss is no number; got tuple; expected a floating-point scalar",
     ),
     "another way": (by_size_of_batch, MismatchError, "ranks called different collectives"),
 }  # fmt: skip

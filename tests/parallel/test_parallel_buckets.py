@@ -126,6 +126,21 @@ def test_a_bucket_is_reduced_once_complete_and_not_before_its_turn():
     LocalWorld(2).run(check)
 
 
+def test_a_whole_name_completes_that_tensor_alone():
+    layout = Layout.build([Segment("w", (4,)), Segment("w2", (4,))], np.float64)
+
+    def check(comm: Communicator) -> None:
+        grads = StreamedGradients(comm, layout, 1, plain, plain)
+        leaf(grads, "w")[...] = 1
+        grads.complete("w")
+        assert reductions(comm) == 0
+        leaf(grads, "w2")[...] = 2
+        grads.complete("w2")
+        assert reductions(comm) == 2
+
+    LocalWorld(2).run(check)
+
+
 class Spy(Network):
     """Notes, when a layer's forward pass is over, how many reductions there have been at each completion."""
 
