@@ -153,6 +153,7 @@ def test_all_others_must_wait_in_the_same_communicator(case: CaseMaker) -> None:
     )
     assert not case(_Told(_in("/1", "/2")), BARRIER).finds()
     assert not case(_Told(_in("/1")), BARRIER).finds()
+    assert not case(_Told(_in("/1", "/1", operation="recv")), BARRIER).finds()
 
 
 def test_a_part_says_whose_ranks_it_names(case: CaseMaker) -> None:
@@ -201,6 +202,27 @@ def test_this_rank_must_wait_in_the_same_call_too(case: CaseMaker) -> None:
         waits.watch.aside = partial(lambda count: (Doing("barrier", np.zeros(0)), count), returned)
         assert waits.find(1000.0) is None
     assert waits.find(1000.0) is not None
+
+
+def test_this_rank_may_go_on_while_others_are_asked(case: CaseMaker) -> None:
+    waits = case(_Told(_in("/1", "/1")), BARRIER)
+    hear = waits.channel.hear
+
+    def hear_late(ranks: list[int], patience_s: float) -> dict[int, Answer]:
+        waits.watch.count += 1
+        return hear(ranks, patience_s)
+
+    assert waits.find() is None
+    waits.channel.hear = hear_late  # type: ignore[method-assign]
+    assert waits.find(1000.0) is None
+
+
+def test_calls_of_the_short_way_are_counted_apart() -> None:
+    watch = Watch("world", name="/1")
+    watch.current = call = Doing("barrier", np.zeros(0))
+    told = absence.waiting(watch)
+    watch.current, watch.aside = None, lambda: (call, 0)
+    assert absence.waiting(watch) not in (None, told)
 
 
 def test_who_does_not_answer_or_is_in_a_call_after_its_end_is_no_proof(case: CaseMaker) -> None:
