@@ -22,11 +22,13 @@ from typing import Any
 
 from mpi4py import MPI
 
-from mpitrain.comm.watchdog import DEFAULT_TIMEOUT_S, print_stacks, watchdog
+from mpitrain.comm.absence import Answer
+from mpitrain.comm.watchdog import print_stacks, watchdog
 
 _POLL_S = 0.002
 _FIRST_NAP_S = 0.0001
 _LONGEST_NAP_S = 0.05
+_PID = os.getpid()
 _channels: set[Channel]
 
 
@@ -50,8 +52,8 @@ class Channel:
         Ranks that have ended, and how.
     alarmed : float
         When another rank last began to end the job, on the monotonic clock.
-    waits : dict of int to list of str
-        Names of the communicators in which ranks were in a call when they last answered.
+    any_thread : bool
+        Threads other than the main one may use MPI, and so this.
 
     Notes
     -----
@@ -66,16 +68,15 @@ class Channel:
         self.checks = False
         self.left: dict[int, str] = {}
         self.alarmed = self._asked = float("-inf")
-        self.waits: dict[int, list[str]] = {}
         self._leaving = False
         self._homes: list[tuple[str, int]] = comm.allgather(_home())
         self._lock = threading.RLock()
         self.open = True
         self._sending: list[tuple[MPI.Request, bytes]] = []
         self._notes: dict[tuple[int, str], dict[str, Any]] = {}
-        self._answers: dict[int, str] = {}
-        # Without this, MPI must be left to the main thread.
-        self._any_thread = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self._answers: dict[int, Answer] = {}
+        self._questions = 0
+        self.any_thread = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         _channels.add(self)
 
     def post(self, ranks: Sequence[int], key: str, note: dict[str, Any]) -> None:
@@ -97,7 +98,7 @@ class Channel:
 
     def answer(self) -> None:
         """Listen, from a thread that is not the main one."""
-        if self._any_thread:
+        if self.any_thread:
             self.listen()
 
     def inquire(self, ranks: Sequence[int], patience_s: float, alarm: bool = False) -> dict[int, str]:
@@ -112,20 +113,27 @@ class Channel:
         alarm : bool
             This rank will end the job: each is to print the stacks of its process first.
         """
-        for rank in ranks:
-            self._answers.pop(rank, None)
-        if self._any_thread or threading.current_thread() is threading.main_thread():
-            self._say([rank for rank in ranks if rank not in self.left], {"ask": alarm})
-            deadline = time.monotonic() + patience_s
-            while time.monotonic() < deadline and not self.left.keys() | self._answers.keys() >= set(ranks):
-                self.listen()
-                time.sleep(_POLL_S)
-        return {rank: self.left.get(rank) or self._answers.get(rank) or self._silence(rank) for rank in ranks}
+        heard = self.hear(ranks, patience_s, alarm)
+        texts = {rank: answer.text for rank, answer in heard.items()}
+        return {rank: self.left.get(rank) or texts.get(rank) or self._silence(rank) for rank in ranks}
+
+    def hear(self, ranks: Sequence[int], patience_s: float, alarm: bool = False) -> dict[int, Answer]:
+        """Return the answers that come, as `inquire`: to this question, never to an earlier one."""
+        if not (self.any_thread or threading.current_thread() is threading.main_thread()):
+            return {}
+        with self._lock:
+            self._questions = number = self._questions + 1
+        self._say(ranks, {"ask": alarm, "number": number})
+        deadline = time.monotonic() + patience_s
+        while not (heard := self._heard(ranks, number)).keys() >= set(ranks) and time.monotonic() < deadline:
+            self.listen()
+            time.sleep(_POLL_S)
+        return heard
 
     def departed(self, every_s: float) -> dict[int, str]:
         """Return the ranks that are known to have ended, and how; at most every so many seconds, ask rank 0."""
         now = time.monotonic()
-        if self._any_thread and now - self._asked > every_s:
+        if now - self._asked > every_s:
             self._asked = now
             self._say([0], {"who": "left"})
         return self.left
@@ -156,6 +164,10 @@ class Channel:
         """End all ranks of the job."""
         MPI.COMM_WORLD.Abort(1)
 
+    def _heard(self, ranks: Sequence[int], number: int) -> dict[int, Answer]:
+        found = {rank: self._answers.get(rank) for rank in ranks}
+        return {rank: answer for rank, answer in found.items() if answer is not None and answer.question >= number}
+
     def _say(self, ranks: Sequence[int], message: dict[str, Any]) -> None:
         data = json.dumps(message).encode()
         with self._lock:
@@ -167,13 +179,13 @@ class Channel:
         match message:
             case {"key": key, "note": note}:
                 self._notes[source, key] = note
-            case {"ask": alarm}:
-                self._say([source], {"answer": self.status(), "waits": watchdog.waits()})
+            case {"ask": alarm, "number": number}:
+                self._say([source], {"answer": Answer(number, self.status(), watchdog.waits(self))})
                 if alarm:
                     self.alarmed = time.monotonic()
                     print_stacks(self)
-            case {"answer": text, "waits": names}:
-                self._answers[source], self.waits[source] = text, names
+            case {"answer": answer}:
+                self._answers[source] = Answer(*answer)
             case {"left": how}:
                 self.left[source] = how
             case {"who": _}:
@@ -205,21 +217,27 @@ def _home() -> tuple[str, int]:
 
 def _ending() -> str:
     error = getattr(sys, "last_value", None)  # set before an uncaught error is printed
-    return f"has ended by {type(error).__name__}: {error}" if error is not None else "has exited"
+    if error is None:
+        return "has exited"
+    return f"has ended by {type(error).__name__}: {error}".split("\n")[0]  # one line for each rank
 
 
 def _leave_all() -> None:
-    watchdog.stop()
-    channels = [channel for channel in _channels if channel.open and channel.size > 1]
-    _answer_until([channel.start_leaving() for channel in channels], channels)
-    for channel in _channels:
-        channel.close()
+    if os.getpid() != _PID:  # a forked child must not speak for its parent
+        return
+    try:
+        watchdog.stop()
+        channels = [channel for channel in _channels if channel.open and channel.size > 1]
+        _answer_until([channel.start_leaving() for channel in channels], channels)
+    finally:  # after Ctrl-C too, since a second beginning of this would meet nobody
+        for channel in _channels:
+            channel.close()
 
 
 def _answer_until(all_leave: list[MPI.Request], channels: list[Channel]) -> None:
-    """Answer other ranks until they end too, or for so long that MPI had better wait for them."""
-    deadline, nap_s = time.monotonic() + DEFAULT_TIMEOUT_S, _FIRST_NAP_S
-    while not MPI.Request.Testall(all_leave) and time.monotonic() < deadline:
+    """Answer other ranks until they end too: as long as ``MPI_Finalize``, which then comes, would wait for them."""
+    nap_s = _FIRST_NAP_S
+    while not MPI.Request.Testall(all_leave):
         for channel in channels:
             channel.listen()
         time.sleep(nap_s)

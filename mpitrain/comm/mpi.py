@@ -77,7 +77,7 @@ class MpiCommunicator(Communicator):
     def __init__(
         self, comm: MPI.Intracomm, ledger: Ledger, channel: Channel, name: str = "", timeout_s: float | None = None
     ) -> None:  # fmt: skip
-        watch = Watch(ledger.axis, channel, timeout_s, name, partial(_members, comm, channel.group))
+        watch = Watch(ledger.axis, channel, timeout_s, name, _members(comm, channel.group))
         super().__init__(comm.Get_rank(), comm.Get_size(), ledger, watch)
         self._channel, self._name, self._splits, self._checkers = channel, name, 0, 0
         self._windows: list[MPI.Win] = []
@@ -246,9 +246,8 @@ class MpiCommunicator(Communicator):
         return child
 
     def _new_checker(self) -> Checker:
-        members = _members(self._comm, self._channel.group)
         self._checkers += 1  # a note of one that was switched off must not be taken for one of the next
-        return Checker(self._channel, f"{self._name}@{self._checkers}", members, self.rank, self._watch)
+        return Checker(self._channel, f"{self._name}@{self._checkers}", self._watch.members, self.rank, self._watch)
 
     def abort(self, code: int = 1) -> NoReturn:
         """End all ranks of the job at once, with this exit code."""

@@ -79,6 +79,8 @@ def dump(*objects: Any, lengths: Array | None = None) -> Array:
         try:
             pickle.dump(obj, stream, protocol=pickle.HIGHEST_PROTOCOL)
         except (pickle.PicklingError, TypeError, AttributeError) as error:  # as pickle says that it cannot
+            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                raise  # from a method of the object's own, whose author needs the traceback
             raise InputError("the object cannot be pickled", got=str(error)) from error
         if lengths is not None:
             lengths[i] = stream.tell() - begun

@@ -165,7 +165,8 @@ def _ordered(items: list[Any], costs: Sequence[float] | None) -> list[_Task]:
 def _pickled(what: str, value: Any) -> Array:
     try:
         return objects.dump(value)
-    except Exception as error:  # pickle raises what the object's own methods raise
+    except Exception as raised:  # pickle raises what the object's own methods raise
+        error = raised.__cause__ or raised if isinstance(raised, InputError) else raised
         raise InputError(
             f"{what} cannot be sent between ranks: {type(error).__name__}: {error}", operation="map_tasks",
             got=type(value).__name__, remedy="hand over what it is made from, e.g. numbers, arrays or a path",

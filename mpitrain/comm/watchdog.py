@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from mpitrain import _env
@@ -61,8 +61,8 @@ class Watch:
         The user's timeout; ``MPITRAIN_TIMEOUT_S`` if None, and without that the default.
     name : str
         Of the communicator, as its other ranks have it.
-    members : callable, optional
-        Returns its ranks, as the channel numbers them.
+    members : sequence of int, optional
+        Its ranks, as the channel numbers them.
 
     Attributes
     ----------
@@ -76,11 +76,13 @@ class Watch:
         Debug mode is waiting for the other ranks, with a deadline of its own.
     debug : bool
         Debug mode is on.
+    heard : absence.Heard, optional
+        What other ranks last said about a call that takes long.
     """
 
     def __init__(
         self, axis: str, channel: Channel | None = None, chosen_s: float | None = None, name: str = "",
-        members: Callable[[], list[int]] = list,
+        members: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.axis, self.channel, self.name, self.members = axis, channel, name, members
         given = _env.timeout_s()
@@ -89,6 +91,7 @@ class Watch:
         self.aside: Callable[[], tuple[object, int] | None] | None = None
         self.count = 0
         self.checking = self.debug = False
+        self.heard: absence.Heard | None = None
         self._seen: tuple[str | int, int] = (0, 0)
         self._since = 0.0
         if channel is not None:
@@ -201,9 +204,10 @@ class Watchdog:
         found = "outside of communicators" + (f", at {call_site(main)}" if main else "")
         return found + (f"; its last call: {self.last}" if self.last else "")
 
-    def waits(self) -> list[str]:
-        """Return the names of the communicators in which this process is in a call."""
-        return [watch.name for watch in self._all() if watch.present()[0] is not None]
+    def waits(self, channel: Channel) -> list[list[Any]]:
+        """Return the calls that this process waits in, on communicators of a channel's family."""
+        found = (absence.waiting(watch) for watch in self._all() if watch.channel is channel)
+        return [each for each in found if each is not None]
 
     def stacks(self) -> str:
         """Return the stacks of all threads of this process but its own."""

@@ -13,7 +13,7 @@ import pytest
 
 from mpitrain import LocalWorld, Outcome, map_tasks, trace
 from mpitrain._errors import DataError, InputError, PeerError, TaskError
-from mpitrain.comm import Communicator
+from mpitrain.comm import Communicator, objects
 from mpitrain.comm.launch import library
 from mpitrain.comm.local import alone
 
@@ -78,6 +78,21 @@ class Stubborn:
         return (int, ("no number",))
 
 
+class Broken:
+    """Cannot be pickled for a mistake of its own."""
+
+    def __getstate__(self):
+        raise AttributeError("no such field")
+
+
+def test_a_mistake_in_an_objects_own_method_keeps_its_traceback():
+    with pytest.raises(AttributeError, match="no such field") as caught:
+        objects.dump(Broken())
+    assert caught.traceback[-1].name == "__getstate__"
+    with pytest.raises(InputError, match="the object cannot be pickled; got "):
+        objects.dump(lambda: 0)
+
+
 def _misbehave(how):
     match how:
         case "raise":
@@ -107,6 +122,7 @@ def test_a_task_that_fails_is_an_outcome_beside_the_others(world):
     assert found["exit"].error.endswith("SystemExit: 3")
     assert found["unpicklable"].error.startswith("map_tasks: what it returned cannot be sent between ranks: ")
     assert "\n" not in found["unpicklable"].error
+    assert "InputError" not in found["unpicklable"].error  # said once
     assert found["stubborn"].error.startswith("what it returned cannot be unpickled: ValueError: ")
     with pytest.raises(TaskError, match=r"(?s)item 'raise' failed on rank \d: Traceback.*ValueError: no such point"):
         _ = found["raise"].value
