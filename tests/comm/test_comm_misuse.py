@@ -82,7 +82,7 @@ PLAIN = {
     "is stopped inside": ["barrier() has waited for 2", "rank {odd}: is stopped"],
     "loops": ["barrier() has waited for 2", "rank {odd}: outside of communicators, at", "in loop"],
     "finalises": ENDED,
-    "calls another": ["barrier() has waited for 2", "rank {odd}: in allgather(float64[6]) at"],
+    "calls another": [" has waited for 2", ": in barrier() at", "rank {odd}: in allgather(float64[6]) at"],
 }
 """Without debug mode, the watchdog waits first; but for ranks that have ended, which say so."""
 

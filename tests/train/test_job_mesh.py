@@ -178,15 +178,20 @@ def axes(comm: Communicator, job: Job) -> tuple[dict[str, int], str]:
 @pytest.mark.parametrize(
     ("settings", "size", "expected", "words"),
     [
-        (["mesh.pipe=2"], 2, {"pipe": 2}, "data 1 × pipe 2"),
+        (["mesh.pipe=2"], 2, {"data": 1, "pipe": 2}, "data 1 × pipe 2"),
         (["mesh.pipe=2"], 4, {"data": 2, "pipe": 2}, "data 2 × pipe 2"),
-        (['method.kind="pipeline"'], 3, {"pipe": 3}, "data 1 × pipe 3"),
+        (['method.kind="pipeline"'], 3, {"data": 1, "pipe": 3}, "data 1 × pipe 3"),
         (['method.kind="pipeline"', "mesh.data=2"], 4, {"data": 2, "pipe": 2}, "data 2 × pipe 2"),
         (['method.kind="pipeline"', "mesh.pipe=2", "mesh.data=2"], 4, {"data": 2, "pipe": 2}, "data 2 × pipe 2"),
         (["mesh.pipe=2", "mesh.data=2", 'method.kind="gradient"'], 4, {"data": 2, "pipe": 2}, "data 2 × pipe 2"),
-        (["mesh.pipe=2", "mesh.tensor=2"], 4, {"pipe": 2, "tensor": 2}, "data 1 × pipe 2 × tensor 2"),
-        (["mesh.pipe=2", 'method.schedule="zb-h1"', "method.microbatches=2"], 2, {"pipe": 2}, "data 1 × pipe 2"),
-        (['method.kind="pipeline"'], 1, {"pipe": 1}, "data 1 × pipe 1"),
+        (["mesh.pipe=2", "mesh.tensor=2"], 4, {"data": 1, "pipe": 2, "tensor": 2}, "data 1 × pipe 2 × tensor 2"),
+        (
+            ["mesh.pipe=2", 'method.schedule="zb-h1"', "method.microbatches=2"],
+            2,
+            {"data": 1, "pipe": 2},
+            "data 1 × pipe 2",
+        ),
+        (['method.kind="pipeline"'], 1, {"data": 1, "pipe": 1}, "data 1 × pipe 1"),
     ],
 )
 def test_a_line_cuts_the_model_into_stages(
