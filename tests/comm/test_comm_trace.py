@@ -167,7 +167,7 @@ def test_clocks_that_differ_are_aligned(tmp_path: Path, monkeypatch: pytest.Monk
     rows = [[e for e in events if e["name"] == "barrier" and e["pid"] == rank] for rank in range(3)]
     for same in zip(*rows, strict=True):
         ends = [e["ts"] + e["dur"] for e in same]
-        assert max(ends) - min(ends) < 10_000  # µs; threads take turns
+        assert max(ends) - min(ends) < 25_000  # µs; threads take turns, and drift uncorrected is 80 ms
         assert max(e["ts"] for e in same) < min(ends) + 2_000
 
 
