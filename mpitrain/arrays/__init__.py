@@ -3,12 +3,12 @@
 from mpitrain.arrays.batch import Batch
 from mpitrain.arrays.fixed_point import FixedPoint, exponents
 from mpitrain.arrays.flatbuffer import Allocator, FlatBuffer, device, nest, plain
-from mpitrain.arrays.gradients import GradientBuffer, Gradients, GradientTree, unwritten
+from mpitrain.arrays.gradients import GradientBuffer, GradientTree, unwritten
 from mpitrain.arrays.layout import Box, Group, Layout, Segment, Shard
 from mpitrain.arrays.loans import Loans
 from mpitrain.arrays.namespace import by_device, is_cupy, namespace, to_host
-from mpitrain.arrays.parameters import ParameterSource, ParameterTree
 from mpitrain.arrays.random import Key, philox4x32
+from mpitrain.arrays.tensors import Gradients, ParameterSource, ParameterTree
 
 __all__ = [
     "Allocator",

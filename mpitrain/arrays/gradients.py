@@ -1,56 +1,18 @@
-"""What a model adds its gradients to: as a method sees it, not all of them need exist at the same time.
-
-A `FlatBuffer` is the simplest.  Others make a tensor ready when it is first asked for.
-"""
+"""Gradients that are zeroed when they are first added to, or never, where a layer overwrites them instead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from mpitrain._typing import Array, Tree
 from mpitrain.arrays.flatbuffer import Allocator, FlatBuffer, nest, plain
 from mpitrain.arrays.layout import Layout
+from mpitrain.arrays.tensors import LazyTree
 
 
-class Gradients(Protocol):
-    """Where a model adds its gradients; `FlatBuffer` says what each member is."""
-
-    @property
-    def layout(self) -> Layout:
-        """What lies where."""
-        ...
-
-    @property
-    def flat(self) -> Array:
-        """Everything, shape (layout.size,); an InputError where it is never there all at once."""
-        ...
-
-    @property
-    def views(self) -> Mapping[str, Array]:
-        """Every tensor under each of its names; an InputError as above."""
-        ...
-
-    @property
-    def tree(self) -> Tree:
-        """The tensors, nested along the dots of their names."""
-        ...
-
-    def zero(self) -> None:
-        """Begin a step: every gradient is zero."""
-        ...
-
-    def complete(self, prefix: str) -> None:
-        """See `FlatBuffer.complete`."""
-        ...
-
-    def end_pass(self) -> None:
-        """See `FlatBuffer.end_pass`."""
-        ...
-
-
-class GradientTree(Mapping[str, Any]):
-    """Gradients nested along the dots of their names, each made ready when it is asked for.
+class GradientTree(LazyTree):
+    """Gradients, each of which is made ready when it is asked for.
 
     Parameters
     ----------
@@ -65,37 +27,31 @@ class GradientTree(Mapping[str, Any]):
     def __init__(
         self, names: Mapping[str, Any], ready: Callable[[str], Array], unwritten: Callable[[str], Array | None]
     ) -> None:
-        self._ready, self._unwritten = ready, unwritten
-        self._nodes = {
-            key: node if isinstance(node, str) else GradientTree(node, ready, unwritten) for key, node in names.items()
-        }
+        self._unwritten = unwritten
+        super().__init__(names, ready)
 
-    def __getitem__(self, key: str) -> Any:
-        node = self._nodes[key]
-        return self._ready(node) if isinstance(node, str) else node
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._nodes)
-
-    def __len__(self) -> int:
-        return len(self._nodes)
+    def _below(self, names: Mapping[str, Any]) -> GradientTree:
+        return GradientTree(names, self._fetch, self._unwritten)
 
     def unwritten(self, key: str) -> Array | None:
-        """Return a gradient whose values mean nothing yet, all of which the caller overwrites; None if they do."""
+        """Return the gradient for the caller to overwrite, if nothing was added to it yet; else None.
+
+        What the array holds at first means nothing: the caller has to set all of it.
+        """
         node = self._nodes[key]
         return self._unwritten(node) if isinstance(node, str) else None
 
 
 def unwritten(grads: Tree, key: str) -> Array | None:
-    """Return a gradient that may be overwritten instead of added to, as `GradientTree.unwritten` does.
+    """Return a gradient that may be overwritten instead of added to, see `GradientTree.unwritten`.
 
-    Where it can, a layer saves a pass that zeroes, and one that adds.  None for gradients of any other kind.
+    A layer that overwrites saves a pass that zeroes and a pass that adds.  None for gradients of any other kind.
     """
     return grads.unwritten(key) if isinstance(grads, GradientTree) else None
 
 
 class GradientBuffer:
-    """All gradients of a model, none of which is zeroed before it is needed; see `Gradients`.
+    """All gradients of a model in one memory, each zeroed no sooner than it is needed; see `Gradients`.
 
     Parameters
     ----------
@@ -108,14 +64,14 @@ class GradientBuffer:
     def __init__(self, layout: Layout, allocator: Allocator = plain) -> None:
         self.layout = layout
         self._buffer = FlatBuffer(layout, allocator)
-        self._unset: set[str] = set()  # nothing was added to in this step
+        self._unset: set[str] = set()  # names of those to which nothing was added in this step
         self._padding = [self._buffer.flat[start:stop] for start, stop in layout.padding()]
         names = {name: layout.ties.get(name, name) for name in self._buffer.views}
         self._tree = GradientTree(nest(names), self._ready, self._unwritten)
 
     @property
     def buffer(self) -> FlatBuffer:
-        """The same memory as an ordinary buffer, after which nothing is unwritten any more."""
+        """The same memory as an ordinary buffer; what nothing was added to is zeroed first."""
         for name in self._unset:
             self._buffer.views[name][...] = 0
         self._unset.clear()
