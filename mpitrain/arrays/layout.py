@@ -21,13 +21,11 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import DType, Shape
+from mpitrain.arrays.box import Box, box_size, inside
 
 Group = Literal["decay", "no_decay", "statistics"]
 """``decay``: weights, shrunk by weight decay.  ``no_decay``: biases and normalisation scales.  ``statistics``: not
 trained; running averages that travel with the gradients (see `Segment.rate`)."""
-
-Box = tuple[tuple[int, int], ...]
-"""A ``(start, stop)`` per axis of the global tensor."""
 
 ALIGNMENT_BYTES = 64
 """Each tensor starts on a cache line."""
@@ -69,10 +67,7 @@ class Segment:
             object.__setattr__(self, "box", tuple((0, n) for n in self.global_shape))
         if self.group not in get_args(Group):
             raise InputError("unknown parameter group", got=self.group, expected=" or ".join(get_args(Group)))
-        inside = len(self.box) == len(self.global_shape) and all(
-            0 <= start <= stop <= n for (start, stop), n in zip(self.box, self.global_shape, strict=False)
-        )
-        if not inside:
+        if not inside(self.box, self.global_shape):
             raise InputError(f"tensor {self.name!r}: box lies outside", got=self.box, expected=self.global_shape)
 
     @property
@@ -88,7 +83,7 @@ class Segment:
     @property
     def size(self) -> int:
         """Number of elements held here."""
-        return prod(self.shape)
+        return box_size(self.box)
 
     @property
     def stop(self) -> int:
@@ -132,13 +127,8 @@ class Layout:
         """
         dtype = np.dtype(dtype)
         order = get_args(Group)
-        ordered = sorted(segments, key=lambda s: order.index(s.group))
-        step = max(1, ALIGNMENT_BYTES // dtype.itemsize)
-        placed, offset = [], 0
-        for segment in ordered:
-            placed.append(replace(segment, offset=offset))
-            offset += -(-segment.size // step) * step
-        layout = cls(tuple(placed), dtype, offset, dict(ties or {}))
+        placed, size = _placed(sorted(segments, key=lambda s: order.index(s.group)), 0, dtype)
+        layout = cls(placed, dtype, size, dict(ties or {}))
         layout._check_names()
         return layout
 
@@ -205,13 +195,10 @@ class Layout:
 
     def untied(self, aliases: Iterable[str]) -> Layout:
         """Return this layout with a place of its own for each of some further names, behind all that it has."""
-        step = max(1, ALIGNMENT_BYTES // self.dtype.itemsize)
-        placed, offset = list(self.segments), self.size
-        for alias in aliases:
-            placed.append(replace(self[alias], name=alias, offset=offset))
-            offset += -(-placed[-1].size // step) * step
-        ties = {alias: name for alias, name in self.ties.items() if alias not in {each.name for each in placed}}
-        return Layout(tuple(placed), self.dtype, offset, ties)
+        parted = {alias: self[alias] for alias in aliases}
+        added, size = _placed((replace(each, name=alias) for alias, each in parted.items()), self.size, self.dtype)
+        ties = {alias: name for alias, name in self.ties.items() if alias not in parted}
+        return Layout((*self.segments, *added), self.dtype, size, ties)
 
     def shard(self, start: int, stop: int) -> Shard:
         """Return the part ``[start, stop)`` of the flat range."""
@@ -223,7 +210,7 @@ class Layout:
 
     def shards(self, parts: int) -> tuple[Shard, ...]:
         """Cut the flat range into ``parts`` contiguous shards of nearly equal size, each on a cache line."""
-        step = max(1, ALIGNMENT_BYTES // self.dtype.itemsize)
+        step = _line(self.dtype)
         lines = -(-self.size // step)
         cuts = [min(self.size, lines * part // parts * step) for part in range(parts + 1)]
         return tuple(Shard(self, start, stop) for start, stop in pairwise(cuts))
@@ -250,6 +237,20 @@ class Layout:
     def fingerprint(self) -> str:
         """Return a SHA-256 of the manifest: equal where two models have the same tensors."""
         return hashlib.sha256(json.dumps(self.manifest(), sort_keys=True).encode()).hexdigest()
+
+
+def _placed(segments: Iterable[Segment], offset: int, dtype: DType) -> tuple[tuple[Segment, ...], int]:
+    """Lay segments out from ``offset`` on, each on a cache line; return them, and where the next one would begin."""
+    placed, step = [], _line(dtype)
+    for segment in segments:
+        placed.append(replace(segment, offset=offset))
+        offset += -(-segment.size // step) * step
+    return tuple(placed), offset
+
+
+def _line(dtype: DType) -> int:
+    """Return the number of elements on a cache line."""
+    return max(1, ALIGNMENT_BYTES // dtype.itemsize)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mpitrain._errors import InputError
 from mpitrain._options import check_whole
 from mpitrain._typing import Array, Shape
 from mpitrain.arrays import kernel
-from mpitrain.arrays.layout import Box
+from mpitrain.arrays.box import Box
 from mpitrain.arrays.namespace import namespace
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

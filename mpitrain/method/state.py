@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from mpitrain._errors import CheckpointError, InputError
 from mpitrain._typing import Array, Shape
 from mpitrain.arrays import Box, Segment, Shard, namespace
+from mpitrain.arrays.box import box_size, boxed, inside
 
 Kind = Literal["sharded", "replicated", "summed"]
 """What becomes of a tensor when the number of ranks changes.  ``sharded``: the ranks' pieces tile it, and are cut
@@ -92,16 +92,6 @@ class State:
     scalars: dict[str, Any] = field(default_factory=dict)
 
 
-def inside(box: Box, shape: Shape) -> bool:
-    """Tell whether ``box`` lies in a tensor of ``shape``."""
-    return len(box) == len(shape) and all(0 <= start <= stop <= n for (start, stop), n in zip(box, shape, strict=True))
-
-
-def box_size(box: Box) -> int:
-    """Return the number of elements of a box."""
-    return prod(stop - start for start, stop in box)
-
-
 def pieces_of(prefix: str, flat: Array, shard: Shard, kind: Kind = "sharded") -> tuple[Piece, ...]:
     """Describe a shard of a layout's flat range as pieces of tensors, without copying.
 
@@ -151,8 +141,7 @@ def fill(prefix: str, flat: Array, shard: Shard, read: Read) -> None:
             raise CheckpointError(f"tensor {name!r}: wrong shape", got=whole.shape, expected=segment.global_shape)
         if not np.can_cast(whole.dtype, flat.dtype, "safe"):
             raise CheckpointError(f"tensor {name!r}: values would be rounded", got=whole.dtype, expected=flat.dtype)
-        box = whole[tuple(slice(*bounds) for bounds in segment.box)]
-        flat[where] = xp.asarray(box.reshape(-1)[start:stop])
+        flat[where] = xp.asarray(boxed(whole, segment.box).reshape(-1)[start:stop])
 
 
 def _spans(shard: Shard) -> Iterator[tuple[Segment, slice, tuple[int, int]]]:

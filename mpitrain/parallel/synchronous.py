@@ -20,13 +20,14 @@ from mpitrain._errors import InputError, MismatchError
 from mpitrain._options import check_kind, check_whole
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, plain
+from mpitrain.arrays.box import box_size
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
 from mpitrain.data import Batches
 from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.precision import Precision
-from mpitrain.method.state import Kind, Piece, Read, State, box_size, fill, pieces_of
+from mpitrain.method.state import Kind, Piece, Read, State, fill, pieces_of
 from mpitrain.method.steps import Part, Reach, add_sums, check_finite, verify_replicas
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite

@@ -6,8 +6,8 @@ import numpy as np
 
 from mpitrain._typing import Array
 from mpitrain.arrays import Segment, to_host
+from mpitrain.arrays.box import box_size, boxed
 from mpitrain.comm import Communicator
-from mpitrain.method.state import box_size
 
 
 def whole_tensor(comm: Communicator, segment: Segment, part: Array) -> Array:
@@ -32,7 +32,7 @@ def whole_tensor(comm: Communicator, segment: Segment, part: Array) -> Array:
     values = comm.allgather(to_host(part).reshape(-1), counts=[box_size(box) for box in boxes])
     whole, begin = np.empty(segment.global_shape, values.dtype), 0
     for box in boxes:
-        place = whole[tuple(slice(*bounds) for bounds in box)]
+        place = boxed(whole, box)
         place[...] = values[begin : begin + place.size].reshape(place.shape)
         begin += place.size
     return whole

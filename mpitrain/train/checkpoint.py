@@ -22,11 +22,12 @@ import numpy as np
 
 from mpitrain._errors import CheckpointError, InputError, MpitrainError
 from mpitrain._typing import Array
-from mpitrain.arrays import Box, Layout, to_host
+from mpitrain.arrays import Layout, to_host
+from mpitrain.arrays.box import box_size, boxed
 from mpitrain.arrays.dtypes import accumulator
 from mpitrain.comm import Communicator
 from mpitrain.comm.guard import agree
-from mpitrain.method.state import Piece, State, box_size
+from mpitrain.method.state import Piece, State
 from mpitrain.train.manifest import (
     FORMAT,
     MANIFEST,
@@ -273,7 +274,7 @@ class Checkpoint:
             for piece in tensor.pieces:
                 if piece.box == box:
                     part[slice(*piece.flat)] = self._map(piece, tensor)
-            view = _boxed(whole, box)
+            view = boxed(whole, box)
             view[...] = part.reshape(view.shape)
         return whole
 
@@ -285,7 +286,7 @@ class Checkpoint:
             if piece.rank == self._rank if same else self._rank == 0:
                 part = np.zeros(box_size(piece.box), total.dtype)
                 part[slice(*piece.flat)] = self._map(piece, tensor)
-                view = _boxed(total, piece.box)
+                view = boxed(total, piece.box)
                 view += part.reshape(view.shape)
         return total.astype(dtype, copy=False)
 
@@ -295,12 +296,6 @@ class Checkpoint:
             return np.memmap(file, dtype_of(tensor.dtype), "r", piece.offset, (piece.size,))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: changed since it was checked", got=str(error)) from error
-
-
-def _boxed(whole: Array, box: Box) -> Array:
-    where: tuple[Any, ...] = (*(slice(*bounds) for bounds in box), ...)  # the ellipsis keeps a scalar an array
-    view: Array = whole[where]
-    return view
 
 
 def _together(comm: Communicator | None) -> AbstractContextManager[None]:

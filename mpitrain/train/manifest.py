@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mpitrain._errors import CheckpointError, InputError
 from mpitrain._typing import DType
 from mpitrain.arrays import Box
-from mpitrain.method.state import Kind, box_size, inside
+from mpitrain.arrays.box import box_size, inside
+from mpitrain.method.state import Kind
 
 MANIFEST = "manifest.json"
 FORMAT = "mpitrain-checkpoint"

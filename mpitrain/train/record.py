@@ -16,6 +16,7 @@ import numpy as np
 
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Shard, plain, to_host
+from mpitrain.arrays.box import boxed
 from mpitrain.comm import Communicator
 from mpitrain.method.state import Piece, pieces_of
 from mpitrain.optim import Optimizer, State
@@ -170,9 +171,9 @@ def _whole(everyones: Sequence[list[Piece]]) -> dict[str, Array]:
         name = _place(piece)[0]
         whole = found.setdefault(name, np.zeros(piece.global_shape, piece.array.dtype))
         known = seen.setdefault(name, np.zeros(piece.global_shape, bool))
-        box, span = tuple(slice(*bounds) for bounds in piece.box), slice(*piece.span)
-        values, filled = whole[box].reshape(-1), known[box].reshape(-1)  # copies, unless the box is everything
+        there, seen_there, span = boxed(whole, piece.box), boxed(known, piece.box), slice(*piece.span)
+        values, filled = there.reshape(-1), seen_there.reshape(-1)  # copies, unless the box is everything
         other = filled[span] & (values[span] != piece.array)
         values[span], filled[span] = np.where(other, np.nan, piece.array), True
-        whole[box], known[box] = values.reshape(whole[box].shape), filled.reshape(known[box].shape)
+        there[...], seen_there[...] = values.reshape(there.shape), filled.reshape(there.shape)
     return found

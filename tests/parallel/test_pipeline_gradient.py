@@ -27,11 +27,11 @@ from pipeline_cases import MODELS, Case, serial, tensors, united, whole_params
 from mpitrain import nn
 from mpitrain._errors import InputError, NonFiniteError
 from mpitrain.arrays import FlatBuffer, Shard
+from mpitrain.arrays.box import box_size
 from mpitrain.comm import Communicator, Count, LocalWorld, ProcessMesh
 from mpitrain.comm.tuning import Key, Row, Table
 from mpitrain.data import Dataset
 from mpitrain.method import Precision
-from mpitrain.method.state import box_size
 from mpitrain.nn import Network
 from mpitrain.optim import SGD, Optimizer, make_optimizer
 from mpitrain.parallel import (
