@@ -14,7 +14,7 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from mpitrain._errors import InputError
-from mpitrain._names import did_you_mean
+from mpitrain._names import choose, did_you_mean
 
 _LONGEST = 60
 
@@ -166,12 +166,8 @@ def construct(kind: str, registry: Mapping[str, type[T]], name: str, options: Ma
     InputError
         The name or an option is unknown, a needed option is missing, or a value is not allowed.
     """
-    if name not in registry:
-        raise InputError(
-            f"unknown {kind}", got=repr(name), expected=" or ".join(sorted(registry)),
-            remedy=did_you_mean(str(name), registry),
-        )  # fmt: skip
-    known = {found.name: found.default is MISSING for found in fields(registry[name])}
+    made = choose(registry, kind, name)
+    known = {found.name: found.default is MISSING for found in fields(made)}
     unknown = sorted(set(options) - set(known))
     if unknown:
         allowed = ", ".join(sorted(known)) or "none"
@@ -180,4 +176,4 @@ def construct(kind: str, registry: Mapping[str, type[T]], name: str, options: Ma
     missing = sorted(key for key, needed in known.items() if needed and key not in options)
     if missing:
         raise InputError(f"{kind} {name}: an option is missing", got=sorted(options) or "none", expected=missing)
-    return registry[name](**options)
+    return made(**options)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import InputError
+from mpitrain._names import choose
 from mpitrain._typing import Array, DType
 from mpitrain.arrays import Batch, Key
 from mpitrain.arrays.dtypes import floating
 from mpitrain.data.dataset import Dataset
-from mpitrain.data.registry import choose
 from mpitrain.data.sampling import SAMPLINGS, importance_factors, importance_probabilities
 from mpitrain.data.shares import share, share_sizes
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import InputError
+from mpitrain._names import choose
 from mpitrain._typing import Array
 from mpitrain.arrays import Key
 from mpitrain.data.dataset import Dataset
-from mpitrain.data.registry import call, choose
+from mpitrain.data.options import call
 from mpitrain.data.shares import apportion, share_sizes
 
 

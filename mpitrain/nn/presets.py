@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mpitrain._errors import InputError
+from mpitrain._names import choose
 from mpitrain.nn import checks
-from mpitrain.nn.activations import ACTIVATIONS, Activation
+from mpitrain.nn.activations import ACTIVATIONS
 from mpitrain.nn.batchnorm import BatchNorm
 from mpitrain.nn.containers import Sequential
 from mpitrain.nn.conv import Conv2d
@@ -120,14 +121,8 @@ def bigram(vocabulary: int) -> Layer:
 def _hidden(size: int, activation: str, dropout: float, batch_norm: bool) -> list[Layer]:
     """Return what follows a hidden linear layer or convolution."""
     layers: list[Layer] = [BatchNorm(size)] if batch_norm else []
-    layers.append(_activation(activation))
+    layers.append(choose(ACTIVATIONS, "activation", activation)())
     return [*layers, Dropout(dropout)] if dropout else layers
-
-
-def _activation(name: str) -> Activation:
-    if name not in ACTIVATIONS:
-        raise InputError("unknown activation", got=repr(name), expected=" or ".join(sorted(ACTIVATIONS)))
-    return ACTIVATIONS[name]()
 
 
 def _image(shape: Sequence[int]) -> tuple[int, int, int]:

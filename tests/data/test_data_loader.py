@@ -186,7 +186,7 @@ def test_importance_factors_keep_the_mean_unbiased():
         ({"owner": np.zeros(5, int)}, r"not one owner for each row; got int64 of shape \(5,\); .*\(23,\)"),
         ({"owner": np.zeros(ROWS)}, r"not one owner for each row; got float64"),
         ({"owner": np.arange(ROWS), "size": 2}, r"a row's owner is no rank; got owners 0 to 22; expected 0 to 1"),
-        ({"sampling": "shufle"}, r"unknown sampling; got 'shufle'; .*did you mean 'shuffle'\?"),
+        ({"sampling": "shufle"}, r"unknown sampling; got 'shufle'; .*did you mean \"shuffle\"\?"),
         ({"sampling": "importance"}, r"importance sampling: no weights; expected sampling_weights"),
         ({"sampling_weights": np.ones(ROWS)}, r"sampling_weights are for importance sampling; got sampling 'shuffle'"),
         (

@@ -120,7 +120,7 @@ def test_random_by_name_is_the_pure_function():
 
 def test_bad_partitions():
     whole = labelled([0, 1])
-    with pytest.raises(InputError, match=r"unknown partition; got 'blocks'; expected .*did you mean 'block'\?"):
+    with pytest.raises(InputError, match=r"unknown partition; got 'blocks'; expected .*did you mean \"block\"\?"):
         partition("blocks", whole, 2, seed=0)
     with pytest.raises(InputError, match=r"partition 'weighted': the option 'capacities' is missing"):
         partition("weighted", whole, 2, seed=0)

@@ -67,9 +67,9 @@ def test_without_scikit_learn(monkeypatch):
 
 
 def test_unknown_names_and_options():
-    with pytest.raises(InputError, match=r"unknown data set; got 'digit'; expected .*; did you mean 'digits'\?"):
+    with pytest.raises(InputError, match=r"unknown data set; got 'digit'; expected .*; did you mean \"digits\"\?"):
         load("digit")
-    with pytest.raises(InputError, match=r"data set 'digits': unknown option; got 'flatt'.*did you mean 'flat'\?"):
+    with pytest.raises(InputError, match=r"data set 'digits': unknown option; got 'flatt'.*did you mean \"flat\"\?"):
         load("digits", {"flatt": True})
     with pytest.raises(InputError, match=r"data set 'wine': unknown option; got 'flat'; expected none"):
         load("wine", {"flat": True})

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mpitrain._names import choose
 from mpitrain.data.dataset import Dataset
-from mpitrain.data.registry import call, choose
+from mpitrain.data.options import call
 from mpitrain.data.sources.numpy_files import npy, npz
 from mpitrain.data.sources.scikit import breast_cancer, diabetes, digits, wine
 from mpitrain.data.sources.table import csv

@@ -1,30 +1,15 @@
-"""Calls what a registry holds under a name, so that a wrong name or option is one clear message."""
+"""Calls a function with options that a user wrote, so that a wrong option is one clear message."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
 from mpitrain._errors import InputError
+from mpitrain._names import did_you_mean
 
 T = TypeVar("T")
-
-
-def choose(registry: Mapping[str, T], what: str, name: str) -> T:
-    """Return ``registry[name]``.
-
-    Raises
-    ------
-    InputError
-        There is no such name; what there is, and what comes near, is said.
-    """
-    if name in registry:
-        return registry[name]
-    raise InputError(
-        f"unknown {what}", got=repr(name), expected=" or ".join(sorted(registry)), remedy=_nearest(name, registry)
-    )
 
 
 def call(function: Callable[..., T], what: str, *args: Any, options: Mapping[str, Any]) -> T:
@@ -40,7 +25,7 @@ def call(function: Callable[..., T], what: str, *args: Any, options: Mapping[str
     expected = " or ".join(sorted(allowed)) or "none"
     for name in options:
         if name not in allowed:
-            remedy = _nearest(name, allowed)
+            remedy = did_you_mean(str(name), allowed)
             raise InputError(f"{what}: unknown option", got=repr(name), expected=expected, remedy=remedy)
     for name, required in allowed.items():
         if required and name not in options:
@@ -61,8 +46,3 @@ def _check_types(function: Callable[..., Any], what: str, options: Mapping[str, 
             raise InputError(
                 f"{what}: the option {name!r} is unusable", got=repr(value), expected=" or ".join(reasons)
             ) from error
-
-
-def _nearest(name: str, names: Mapping[str, Any]) -> str | None:
-    found = get_close_matches(str(name), names, n=1)
-    return f"did you mean {found[0]!r}?" if found else None
