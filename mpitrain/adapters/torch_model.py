@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpitrain._errors import DtypeError, InputError
+from mpitrain._errors import InputError
 from mpitrain._typing import Array, Tree
 from mpitrain.adapters.torch_gathering import can_gather, gathering, layer_of, send_away
 from mpitrain.adapters.torch_layout import layout_of, statistics_of
@@ -18,6 +18,7 @@ from mpitrain.adapters.torch_loss import TorchLoss, tensor
 from mpitrain.adapters.torch_random import seeded
 from mpitrain.adapters.tree import add
 from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource
+from mpitrain.arrays.dtypes import floating
 from mpitrain.nn import Loss, Model, Pool, Reduce
 
 _PREDICT_ROWS = 256
@@ -35,7 +36,7 @@ class TorchModel(Model):
     loss : Loss or callable
         One of `mpitrain.nn`, or a function of PyTorch's that gives one loss per sample, see `TorchLoss`.
     dtype : dtype, optional
-        To which the module is converted first.
+        To which the module is converted first: float32 or float64, of NumPy or of PyTorch.
 
     Raises
     ------
@@ -259,7 +260,6 @@ def _shown(outputs: Any) -> Array:
 
 
 def _torch_dtype(dtype: Any) -> Any:
-    name = np.dtype(dtype).name
-    if name not in ("float32", "float64"):
-        raise DtypeError("TorchModel: no such dtype", got=name, expected="float32 or float64")
-    return getattr(torch, name)
+    """Return PyTorch's dtype for one of NumPy's, its name, or itself."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    return getattr(torch, floating(name, "TorchModel").name)

@@ -86,10 +86,10 @@ class DistributedOptimizer:
     ) -> None:  # fmt: skip
         names = trained(model, optimizer)
         check_same_tensors(model.named_parameters(), comm, _OPERATION)
+        self._layout = layout_of(model, names)
         check_same_values(model.named_parameters(), comm, _OPERATION)
         self.optimizer, self.model, self.comm, self.steps = optimizer, model, comm, 0
         self._wanted = _one_of(reduction)
-        self._layout = layout_of(model, names)
         self._grads = FlatBuffer(self._layout, comm.empty)
         self._slots = [GradientSlot(model, each.name, self._grads.views[each.name], self._arrived)
                        for each in self._layout]  # fmt: skip

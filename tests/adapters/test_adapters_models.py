@@ -246,6 +246,16 @@ def test_what_no_checkpoint_would_hold_is_refused():
     assert TorchModel(mixed, nn.CrossEntropy(), np.float64).layout.dtype == np.float64
 
 
+def test_a_module_is_converted_to_a_dtype_of_numpy_or_pytorch():
+    for dtype in ("float64", np.float64, torch.float64):
+        module = torch.nn.Linear(2, 2)
+        assert TorchModel(module, nn.CrossEntropy(), dtype).layout.dtype == np.float64
+        assert module.weight.dtype == torch.float64
+    for dtype, problem in ((torch.float16, "models do not compute in this dtype; got float16"), ("flt", "not a dtype")):
+        with pytest.raises(DtypeError, match=problem):
+            TorchModel(torch.nn.Linear(2, 2), nn.CrossEntropy(), dtype)
+
+
 JOB = """
 [data]
 source = "digits"

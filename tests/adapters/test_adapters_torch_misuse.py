@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="needs PyTorch")
 from adapter_cases import loss_sum, mean_gradients, mlp, samples, seeded  # noqa: E402
 
 import mpitrain.torch as mt  # noqa: E402
-from mpitrain._errors import CheckpointError, DtypeError, InputError, NonFiniteError  # noqa: E402
+from mpitrain._errors import CheckpointError, DtypeError, InputError, MismatchError, NonFiniteError  # noqa: E402
 from mpitrain.comm import LocalWorld  # noqa: E402
 
 ROWS = 10
@@ -301,12 +301,17 @@ def test_what_cannot_be_trained_is_refused():
     def rank(comm):
         module, other = seeded(mlp), seeded(mlp)
         mixed = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).double())
-        half = torch.nn.Linear(2, 2).half()
+        half, brain = torch.nn.Linear(2, 2).half(), torch.nn.Linear(2, 2).bfloat16()  # NumPy has only one of these
+        nowhere = torch.nn.Linear(2, 2, device="meta")
         for make, error, words in (
             (lambda: mt.DistributedOptimizer(torch.optim.SGD(mixed.parameters()), mixed, comm), DtypeError,
              "torch.float32 on cpu, torch.float64 on cpu"),
             (lambda: mt.DistributedOptimizer(torch.optim.SGD(half.parameters()), half, comm), DtypeError,
              "torch.float16 on cpu"),
+            (lambda: mt.DistributedOptimizer(torch.optim.SGD(brain.parameters()), brain, comm), DtypeError,
+             "torch.bfloat16 on cpu"),
+            (lambda: mt.DistributedOptimizer(torch.optim.SGD(nowhere.parameters()), nowhere, comm), DtypeError,
+             "torch.float32 on meta"),
             (lambda: mt.DistributedOptimizer(torch.optim.SGD(other.parameters()), module, comm), InputError,
              "the module has not; got 4 in parameter group 0"),
             (lambda: mt.DistributedOptimizer(torch.optim.LBFGS(module.parameters()), module, comm, shard=True),
@@ -320,6 +325,23 @@ def test_what_cannot_be_trained_is_refused():
                 make()
 
     LocalWorld(1).run(rank)
+
+
+def test_frozen_parameters_may_be_of_any_dtype():
+    """They are compared between ranks, and otherwise left alone."""
+
+    def rank(comm):
+        module = torch.nn.Linear(2, 2)
+        module.table = torch.nn.Parameter(torch.full((3,), 1.0 + differs * comm.rank).bfloat16(), requires_grad=False)
+        with torch.no_grad():
+            module.weight.fill_(0.5), module.bias.fill_(0.0)
+        return mt.DistributedOptimizer(torch.optim.SGD(module.parameters(), lr=0.1), module, comm).steps
+
+    differs = False
+    assert LocalWorld(2).run(rank) == [0, 0]
+    differs = True
+    with pytest.raises(MismatchError, match=r"other values than rank 0's on ranks \[1\]"):
+        LocalWorld(2).run(rank)
 
 
 def test_sparse_gradients_are_refused():
