@@ -89,23 +89,29 @@ class Trainer:
         self._recorded: dict[str, int] = {}  # newest step in the metrics file by kind; on rank 0
         self._on_phase, self._name_signal = on_phase, name_signal
         self._asked: str | None = None  # why this rank was asked to stop
+        self._start_clock()
 
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint of this or another number of ranks."""
         self.method.load(saved.scalars["method"], saved.read)
         self.standing = Standing(**saved.scalars["standing"])
+        self._start_clock()
 
     def run(self) -> str:
         """Train to the end, or until something stops it; save; return why it stopped."""
         if self.comm.rank == 0:
             self._recorded = {record["kind"]: record["step"] for record in self.run_dir.read_metrics()}
-        self._began = time.monotonic() - self.standing.seconds
+        self._start_clock()
         self.observer.on_start(self.parts.title, self.parts.steps, self.method.step)
         try:
             with self._stop_on_signals(), self._stop_after_wall_time():
                 return self._loop()
         finally:
             self.observer.on_end()
+
+    def _start_clock(self) -> None:
+        """Count on from the seconds that were trained before."""
+        self._began = time.monotonic() - self.standing.seconds
 
     @property
     def completed(self) -> bool:

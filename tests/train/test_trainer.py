@@ -130,6 +130,23 @@ def test_asked_to_stop_and_resumed_is_uninterrupted(load, tmp_path, changes, sch
     without_clock(metrics(tmp_path / "parts"))
 
 
+def test_a_trainer_evaluates_before_it_trains(load, tmp_path):
+    """Of research code, which evaluates when it likes; the seconds that were trained before are kept."""
+    job = load()
+    train(job, run_dir=tmp_path / "whole")
+
+    def run(comm):
+        directory = RunDirectory.create(comm, job.name, path=tmp_path / "run")
+        trainer = Trainer(job, comm, assemble(job, comm), directory)
+        first = trainer.evaluate("test")
+        saved = checkpoint.load(checkpoint.latest(tmp_path / "whole" / "checkpoints"), comm)
+        trainer.restore(saved)
+        assert trainer.evaluate("test")["loss"] < first["loss"]
+        return trainer.standing.seconds >= saved.scalars["standing"]["seconds"] > 0
+
+    assert LocalWorld(2, timeout_s=PATIENCE_S).run(run) == [True, True]
+
+
 def test_resuming_what_is_complete_changes_nothing(load, tmp_path):
     job = load(data__valid=0.2)
     first = train(job, run_dir=tmp_path / "run")
