@@ -14,7 +14,7 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from mpitrain._errors import InputError
-from mpitrain._names import choose, did_you_mean
+from mpitrain._names import did_you_mean
 
 _LONGEST = 60
 
@@ -155,10 +155,27 @@ class Checked:
                 check(self.name, found.name, getattr(self, found.name), found.metadata["allowed"])
 
 
-T = TypeVar("T", bound=Checked)
+T = TypeVar("T")
+C = TypeVar("C", bound=Checked)
 
 
-def construct(kind: str, registry: Mapping[str, type[T]], name: str, options: Mapping[str, Any]) -> T:
+def choose(registry: Mapping[str, T], what: str, name: str) -> T:
+    """Return ``registry[name]``.
+
+    Raises
+    ------
+    InputError
+        There is no such name; the message lists those that there are, and the nearest one.
+    """
+    if name in registry:
+        return registry[name]
+    raise InputError(
+        f"unknown {what}", got=repr(name), expected=" or ".join(sorted(registry)),
+        remedy=did_you_mean(str(name), registry),
+    )  # fmt: skip
+
+
+def construct(kind: str, registry: Mapping[str, type[C]], name: str, options: Mapping[str, Any]) -> C:
     """Make the object that ``name`` stands for in ``registry``.
 
     Raises

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import InputError
-from mpitrain._names import choose
+from mpitrain._options import choose
 from mpitrain._typing import Array, DType
 from mpitrain.arrays import Batch, Key
 from mpitrain.arrays.dtypes import floating

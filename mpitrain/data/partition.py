@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import InputError
-from mpitrain._names import choose
+from mpitrain._options import choose
 from mpitrain._typing import Array
 from mpitrain.arrays import Key
 from mpitrain.data.dataset import Dataset

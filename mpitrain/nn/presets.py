@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mpitrain._errors import InputError
-from mpitrain._names import choose
+from mpitrain._options import choose
 from mpitrain.nn import checks
 from mpitrain.nn.activations import ACTIVATIONS
 from mpitrain.nn.batchnorm import BatchNorm

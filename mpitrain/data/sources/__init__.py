@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mpitrain._names import choose
+from mpitrain._options import choose
 from mpitrain.data.dataset import Dataset
 from mpitrain.data.options import call
 from mpitrain.data.sources.numpy_files import npy, npz
