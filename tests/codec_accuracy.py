@@ -10,8 +10,9 @@ from accuracy import JOBS, RANKS, run
 from mpitrain.arrays import FlatBuffer, Key
 from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.comm.codecs import CompressedSum, make_codec
-from mpitrain.train.assembly import build_model, load_samples
 from mpitrain.train.job import Job
+from mpitrain.train.models import build_model
+from mpitrain.train.samples import load_samples
 
 JOB = "digits_cnn"
 SEEDS = (0, 1, 2, 3, 4)

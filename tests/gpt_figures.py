@@ -27,9 +27,10 @@ import mpitrain
 from mpitrain import nn
 from mpitrain.data import load
 from mpitrain.train import Job
-from mpitrain.train.assembly import Samples, assemble, load_samples
+from mpitrain.train.assembly import assemble
 from mpitrain.train.facts import Facts
 from mpitrain.train.rundir import RunDirectory
+from mpitrain.train.samples import Samples, load_samples
 
 JOB = Path(__file__).parents[1] / "jobs" / "gpt_pydoc.toml"
 ORDER = 5

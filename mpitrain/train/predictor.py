@@ -14,9 +14,9 @@ from mpitrain._typing import Array
 from mpitrain.arrays import FlatBuffer
 from mpitrain.method.state import fill
 from mpitrain.train import checkpoint
-from mpitrain.train.assembly import build_model
 from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
+from mpitrain.train.models import build_model
 from mpitrain.train.rundir import RunDirectory
 
 

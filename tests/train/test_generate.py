@@ -14,9 +14,9 @@ from mpitrain._errors import DataError, InputError, JobError
 from mpitrain.comm import LocalWorld
 from mpitrain.data.windows import windows
 from mpitrain.train import Job, train_job
-from mpitrain.train.assembly import build_model
 from mpitrain.train.facts import Facts
 from mpitrain.train.generate import draw, generate
+from mpitrain.train.models import build_model
 from mpitrain.train.predictor import Predictor
 
 TEXT = "abcdefgh" * 40

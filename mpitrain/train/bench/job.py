@@ -18,7 +18,7 @@ from mpitrain.comm.bench.results import Quantiles
 from mpitrain.nn import Network
 from mpitrain.nn.costs import training_flops
 from mpitrain.parallel import ModelAveraging, PipelineParallel, Synchronous
-from mpitrain.train.assembly import Assembly, assemble, build_model
+from mpitrain.train.assembly import Assembly, assemble
 from mpitrain.train.bench.communication import share_of, traced
 from mpitrain.train.bench.contest import timed
 from mpitrain.train.bench.expected import expected
@@ -26,6 +26,7 @@ from mpitrain.train.bench.memory import KINDS, Memory, held
 from mpitrain.train.bench.overhead import Overhead, overhead
 from mpitrain.train.bench.ranks import product_flops_per_s
 from mpitrain.train.job import Job
+from mpitrain.train.models import build_model
 from mpitrain.train.session import settle_arithmetic
 
 _EVER = 10**9

@@ -7,8 +7,10 @@ goes wrong in it becomes one line that names the file and the line of the file.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -17,15 +19,13 @@ from mpitrain._errors import JobError
 from mpitrain._names import did_you_mean
 
 
-def load_object(spec: str, base_dir: Path) -> Any:
+def load_object(spec: str) -> Any:
     """Run a Python file and return one of its objects.
 
     Parameters
     ----------
     spec : str
-        ``"file.py:name"``.
-    base_dir : Path
-        Where a relative file starts from.
+        ``"file.py:name"``; a relative file is looked for in the current folder.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def load_object(spec: str, base_dir: Path) -> Any:
     file, colon, name = spec.rpartition(":")
     if not (colon and file and name.isidentifier()):
         raise JobError("does not name an object", operation="build", got=spec, expected='"file.py:name"')
-    path = base_dir / file
+    path = Path(file)
     module = _run(path, _read(path))
     if not hasattr(module, name):
         names = [other for other in vars(module) if not other.startswith("_")]
@@ -49,6 +49,23 @@ def load_object(spec: str, base_dir: Path) -> Any:
             remedy=did_you_mean(name, names),
         )  # fmt: skip
     return getattr(module, name)
+
+
+def call_object(spec: str, options: Mapping[str, Any]) -> Any:
+    """Return what the function ``"file.py:name"`` gives for options.
+
+    Raises
+    ------
+    JobError
+        See `load_object`; or the function does not take these options.
+    """
+    function = load_object(spec)
+    try:
+        inspect.signature(function).bind(**options)
+    except (TypeError, ValueError) as error:
+        got = ", ".join(options) or "no options"
+        raise JobError(f"cannot be called with the job's options: {error}", operation=spec, got=got) from error
+    return function(**options)
 
 
 def _read(path: Path) -> bytes:
