@@ -26,7 +26,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"mpitrain\..*\._\w+"),  # private bases
     (
         r"py:class",
-        r"mpitrain\.(_options|comm\.(calls|collectives|engine|ledger|messages|plan|shard_plans|watchdog)|parallel\.tensor\.shared_input|train\.(job|assembly|cadence|checkpoint|samples))\..*",
+        r"mpitrain\.(_options|comm\.(calls|collectives|engine|ledger|messages|plan|shard_plans|watchdog)|parallel\.tensor\.shared_input|train\.(job|assembly|cadence|checkpoint|samples|signals))\..*",
     ),
     (r"py:exc", r"\w+Error"),  # listed in one place, `mpitrain._errors`
     (r"py:.*", r"shape"),

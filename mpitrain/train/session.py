@@ -23,7 +23,8 @@ from mpitrain.train.job import Job
 from mpitrain.train.observer import Observer
 from mpitrain.train.report import write_report
 from mpitrain.train.rundir import RunDirectory
-from mpitrain.train.trainer import NameSignal, Trainer, own_name
+from mpitrain.train.signals import NameSignal, own_name
+from mpitrain.train.trainer import Trainer
 
 _MAY_CHANGE = (
     "name",

@@ -10,10 +10,8 @@ import hashlib
 import json
 import re
 import signal
-import threading
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import inf
@@ -30,8 +28,8 @@ from mpitrain.train.job.file import read_value
 from mpitrain.train.job.train import lower_is_better
 from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.session import differences, train_job
+from mpitrain.train.signals import NameSignal, own_name, stop_on_signals
 from mpitrain.train.storage import disk, write_atomic
-from mpitrain.train.trainer import STOP_SIGNALS, NameSignal, own_name
 
 _LONGEST_NAME = 120
 
@@ -206,7 +204,7 @@ def _run(
         if on_point is not None:
             on_point(_record(outcome.item, outcome))
 
-    with _stop_on_signals(stop):
+    with stop_on_signals(stop.hear):
         found = map_tasks(lambda point: _train(point, threads, stop), points, comm, on_outcome=tell)
     return {outcome.item.directory: outcome for outcome in found}
 
@@ -244,28 +242,6 @@ class Stop:
         """Take note of a signal, and return its name."""
         self.by = self.name(number)
         return self.by
-
-
-@contextmanager
-def _stop_on_signals(stop: Stop) -> Iterator[None]:
-    """Let the signals that stop a run stop the sweep between two runs; a second one does what it did before."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may, and no other is interrupted
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-    def ask(number: int, frame: object) -> None:
-        stop.hear(signal.Signals(number))
-        if number != signal.SIGUSR1:  # of which launchers may send two
-            signal.signal(number, before[signal.Signals(number)])
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _record(point: Point, outcome: Outcome | None) -> dict[str, Any]:

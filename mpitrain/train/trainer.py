@@ -9,11 +9,10 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite, prod
-from types import FrameType
 from typing import Any
 
 from mpitrain.comm import Communicator
@@ -26,17 +25,7 @@ from mpitrain.train.job import Job
 from mpitrain.train.job.train import lower_is_better
 from mpitrain.train.observer import Observer
 from mpitrain.train.rundir import RunDirectory
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C, what launchers send to the ranks when they get it, and what Slurm is told to send ahead of a time limit."""
-
-NameSignal = Callable[[signal.Signals], str]
-"""Returns what a signal is called in the reason of a stop: who started the ranks may have sent it for another."""
-
-
-def own_name(number: signal.Signals) -> str:
-    """Return a signal's own name."""
-    return number.name
+from mpitrain.train.signals import NameSignal, own_name, stop_on_signals
 
 
 @dataclass
@@ -104,7 +93,7 @@ class Trainer:
         self._start_clock()
         self.observer.on_start(self.parts.title, self.parts.steps, self.method.step)
         try:
-            with self._stop_on_signals(), self._stop_after_wall_time():
+            with stop_on_signals(self._stop_by_signal), self._stop_after_wall_time():
                 return self._loop()
         finally:
             self.observer.on_end()
@@ -226,30 +215,8 @@ class Trainer:
         self._asked = reason
         self.method.request_stop()
 
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """Let signals ask for a stop; only the main thread may, so elsewhere (LocalWorld) they do not.
-
-        A second Ctrl-C does what it did before.  That is not so for SIGUSR1, of which launchers may send two.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            found = signal.Signals(number)
-            self.ask_to_stop(f"stopped by {self._name_signal(found)}")
-            if found != signal.SIGUSR1:
-                signal.signal(found, before[found])
-
-        for number in STOP_SIGNALS:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _stop_by_signal(self, number: signal.Signals) -> None:
+        self.ask_to_stop(f"stopped by {self._name_signal(number)}")
 
     @contextmanager
     def _stop_after_wall_time(self) -> Iterator[None]:
