@@ -15,6 +15,7 @@ from mpitrain.adapters.jax_sharded import ShardedLoss
 from mpitrain.adapters.tree import add
 from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, Segment
 from mpitrain.nn import Model, Reduce
+from mpitrain.nn.loss import labels_or_samples, mean
 
 Parameters = Any
 """A tree of arrays: dictionaries, lists, tuples, data classes that JAX knows."""
@@ -120,7 +121,7 @@ class JaxModel(Model):
             add(grads.tree, name, np.asarray(gradient))
         for name in self._names:
             grads.complete(name)
-        return float(loss_sum), _count(batch)
+        return float(loss_sum), labels_or_samples(batch)
 
     def _by_units(self, params: ParameterSource, batch: Batch, grads: Gradients, rng: Key) -> tuple[float, float]:
         """Do so where parameters are brought as they are read; all ranks take the same way, with samples or without."""
@@ -140,7 +141,7 @@ class JaxModel(Model):
                 grads.complete(name)
 
         loss_sum = steps.run(params.tree, arguments, receive)
-        return (loss_sum, _count(batch)) if len(batch) else (0.0, 0.0)
+        return (loss_sum, labels_or_samples(batch)) if len(batch) else (0.0, 0.0)
 
     def _let_go(self, batch: Batch) -> None:
         """Hold no parameter whole from the first samples on, which tell whether the loss is a sum."""
@@ -173,12 +174,11 @@ class JaxModel(Model):
     def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
         """Return ``count`` and ``loss`` of the batch."""
         loss = float(self._loss(self._values(params.views), self._fields(batch), None)) if len(batch) else 0.0
-        return {"count": np.array(_count(batch)), "loss": np.array(loss)}
+        return {"count": np.array(labels_or_samples(batch)), "loss": np.array(loss)}
 
     def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
         """Return ``loss``."""
-        count = float(sums["count"])
-        return {"loss": float(sums["loss"]) / count if count else float("nan")}
+        return {"loss": mean(sums, "loss")}
 
     def _values(self, values: Mapping[str, Array]) -> Parameters:
         return self._tree.unflatten([values[name] for name in self._names])
@@ -219,10 +219,6 @@ def _scalar(value: Any) -> Any:
         "the loss is no number", operation="JaxModel", got=got,
         expected="a floating-point scalar, the sum of the losses", remedy="return losses.sum()",
     )  # fmt: skip
-
-
-def _count(batch: Batch) -> float:
-    return float(batch.targets.size if batch.targets.dtype.kind in "iu" else len(batch))
 
 
 def _nothing(batch: Batch) -> Batch:

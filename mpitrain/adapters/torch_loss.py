@@ -12,6 +12,7 @@ from mpitrain._errors import DataError, InputError
 from mpitrain._typing import Array, Shape
 from mpitrain.arrays import Batch
 from mpitrain.nn import Loss
+from mpitrain.nn.loss import labels_or_samples, mean
 
 
 class TorchLoss(Loss):
@@ -33,7 +34,7 @@ class TorchLoss(Loss):
 
     def count(self, batch: Batch) -> float:
         """Return the number of labels, or of samples where targets are not integers."""
-        return float(batch.targets.size if batch.targets.dtype.kind in "iu" else len(batch))
+        return labels_or_samples(batch)
 
     def check(self, outputs_shape: Shape, targets: Array) -> None:
         """Require as many targets as outputs."""
@@ -62,8 +63,7 @@ class TorchLoss(Loss):
 
     def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
         """Return ``loss``."""
-        count = float(sums["count"])
-        return {"loss": float(sums["loss"]) / count if count else float("nan")}
+        return {"loss": mean(sums, "loss")}
 
 
 def tensor(values: Array, dtype: Any) -> Any:

@@ -211,8 +211,8 @@ def as_reals(values: Array) -> Array:
 
 def _chunks(array: Array, pieces: Pieces) -> Iterator[tuple[int, slice]]:
     """Cut pieces into slices that stay in cache; on a GPU, where launching kernels costs more, they stay whole."""
+    step = _chunk_size(array)
     for number, part in pieces:
-        step = _chunk_size(array)
         for start in range(part.start, part.stop, step):
             yield number, slice(start, min(start + step, part.stop))
 

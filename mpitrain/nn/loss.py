@@ -106,6 +106,11 @@ def mean(sums: Mapping[str, Array], name: str) -> float:
     return float(sums[name]) / count if count else float("nan")
 
 
+def labels_or_samples(batch: Batch) -> float:
+    """Return the number of labels of a batch whose targets are integers, else the number of samples."""
+    return float(batch.targets.size if batch.targets.dtype.kind in "iu" else len(batch))
+
+
 def same_shape(loss: str, outputs_shape: Shape, targets: Array) -> None:
     """Require one target per output; (n,) will do for outputs (n, 1)."""
     if targets.shape != outputs_shape and (*targets.shape, 1) != outputs_shape:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpitrain._typing import Array
-from mpitrain.arrays import is_cupy, namespace
+from mpitrain.arrays import Shard, is_cupy, namespace
 
 CHUNK_BYTES = 128 * 1024
 """Parameters, gradients, two slots and scratch of one chunk fit a 1 MiB cache."""
@@ -24,6 +24,14 @@ def chunks(where: slice, array: Array) -> Iterator[slice]:
     """Cut the stretch ``where`` of ``array`` into slices that stay in cache."""
     length = max(1, _length(array))
     return (slice(start, min(start + length, where.stop)) for start in range(where.start, where.stop, length))
+
+
+def trained_chunks(shard: Shard, array: Array) -> Iterator[tuple[int, slice]]:
+    """Yield the number of each trained tensor of a shard, with each chunk of it in ``array``, of the shard's size."""
+    for number, piece in shard.pieces:
+        if shard.layout.segments[number].group != "statistics":
+            for chunk in chunks(piece, array):
+                yield number, chunk
 
 
 def scratch(like: Array, dtype: object = None) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 from mpitrain._options import POSITIVE, check
 from mpitrain._typing import Array
 from mpitrain.arrays import Shard, namespace
-from mpitrain.optim.chunks import chunks, scratch, sum_of_squares
+from mpitrain.optim.chunks import chunks, scratch, sum_of_squares, trained_chunks
 
 
 def finite(grads: Array) -> bool:
@@ -55,8 +55,8 @@ def squared_norm(grads: Array, shard: Shard, without: Container[int] = ()) -> fl
         Summed in float64; to be added up over the owners of the other shards.
     """
     wide = scratch(grads, np.float64)
-    pieces = _trained_pieces(grads, shard, without) if without else _trained(grads, shard)
-    return float(sum(sum_of_squares(grads[chunk], wide) for chunk in pieces))
+    parts = _but_for(without, grads, shard) if without else _trained(grads, shard)
+    return float(sum(sum_of_squares(grads[chunk], wide) for chunk in parts))
 
 
 def scale(grads: Array, shard: Shard, factor: float) -> None:
@@ -79,13 +79,11 @@ def clip_value(grads: Array, shard: Shard, limit: float) -> None:
         xp.clip(grads[chunk], -limit, limit, out=grads[chunk])
 
 
-def _trained_pieces(grads: Array, shard: Shard, without: Container[int]) -> Iterator[slice]:
-    """Yield chunks of the tensors that are trained, but for some."""
-    for number, piece in shard.pieces:
-        if number not in without and shard.layout.segments[number].group != "statistics":
-            yield from chunks(piece, grads)
+def _but_for(without: Container[int], grads: Array, shard: Shard) -> Iterator[slice]:
+    """Yield chunks of what is trained, tensor by tensor, some tensors left out."""
+    return (chunk for number, chunk in trained_chunks(shard, grads) if number not in without)
 
 
 def _trained(grads: Array, shard: Shard) -> Iterator[slice]:
-    """Yield chunks of what is trained."""
+    """Yield chunks of what is trained, in runs of several tensors."""
     return (chunk for group, run in shard.runs if group != "statistics" for chunk in chunks(run, grads))

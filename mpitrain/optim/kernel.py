@@ -16,7 +16,7 @@ import numpy as np
 
 from mpitrain import _env
 from mpitrain._typing import Array, DType
-from mpitrain.arrays.compiled import load
+from mpitrain.arrays.compiled import address, load
 from mpitrain.optim.terms import Terms
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
@@ -67,7 +67,7 @@ def adam(p: Array, terms: Terms, m: Array, v: Array, settings: AdamSettings) -> 
     if loop is None:
         return False
     settings.count = terms.count
-    loop(_address(p), byref(_sources(terms)), _address(m), _address(v), p.size, byref(settings))
+    loop(address(p), byref(_sources(terms)), address(m), address(v), p.size, byref(settings))
     return True
 
 
@@ -77,7 +77,7 @@ def add(sums: Array, terms: Terms) -> None:
     if loop is None:
         sums += terms.sum()
     else:
-        loop(_address(sums), byref(_sources(terms)), sums.size)
+        loop(address(sums), byref(_sources(terms)), sums.size)
 
 
 def _loop(what: str, arrays: tuple[Array, ...]) -> Callable[..., Any] | None:
@@ -100,9 +100,5 @@ def _compiled(what: str, dtype: DType) -> Callable[..., Any] | None:
 
 
 def _sources(terms: Terms) -> _Sources:
-    addresses = (c_void_p * len(terms.arrays))(*map(_address, terms.arrays))
+    addresses = (c_void_p * len(terms.arrays))(*map(address, terms.arrays))
     return _Sources(addresses, len(addresses), terms.own, terms.parameters_are_read)
-
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])

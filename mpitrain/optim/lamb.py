@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from mpitrain._options import EPSILON, Choice, option
 from mpitrain._typing import Array
 from mpitrain.arrays import Shard, namespace, to_host
 from mpitrain.optim.adam import AdamW
-from mpitrain.optim.chunks import chunks, scratch, sum_of_squares
+from mpitrain.optim.chunks import scratch, sum_of_squares, trained_chunks
 from mpitrain.optim.elementwise import check_shard, follow_statistics
 from mpitrain.optim.optimizer import State
 from mpitrain.optim.terms import Terms
@@ -57,7 +56,7 @@ class LAMB(AdamW):
         xp = namespace(params)
         norms: Array = xp.zeros((len(shard.layout), 2), np.float64)
         u, work, wide = scratch(params), scratch(params), scratch(params, np.float64)
-        for number, chunk in _trained(shard, params):
+        for number, chunk in trained_chunks(shard, params):
             p, size = params[chunk], chunk.stop - chunk.start
             self._follow(state["m"][chunk], state["v"][chunk], grads[chunk], work[:size])
             self._proposal(shard, number, chunk, params, state, step, u[:size], work[:size])
@@ -85,7 +84,7 @@ class LAMB(AdamW):
         check_shard(params, Terms((grads,)), state, step, shard)
         ratios = self._ratios(shard, totals)
         u, work = scratch(params), scratch(params)
-        for number, chunk in _trained(shard, params):
+        for number, chunk in trained_chunks(shard, params):
             size = chunk.stop - chunk.start
             self._proposal(shard, number, chunk, params, state, step, u[:size], work[:size])
             u[:size] *= lr * ratios[number]
@@ -121,11 +120,3 @@ class LAMB(AdamW):
         adapted = np.array([self.adapt == "trained" or segment.group == "decay" for segment in shard.layout])
         ratios = np.divide(p, u, out=np.ones_like(p), where=adapted & (p > 0) & (u > 0))
         return [float(ratio) for ratio in ratios]
-
-
-def _trained(shard: Shard, params: Array) -> Iterator[tuple[int, slice]]:
-    """Yield each chunk of the shard's trained tensors, with the tensor's number."""
-    for number, piece in shard.pieces:
-        if shard.layout.segments[number].group != "statistics":
-            for chunk in chunks(piece, params):
-                yield number, chunk

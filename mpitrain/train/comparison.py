@@ -33,15 +33,15 @@ class Difference:
     what : {"gradient", "gradient norm", "weights", "loss"}
         What was compared.
     tensor : str
-        Of which tensor; empty: of the whole model.
+        Name of the tensor; empty for the whole model.
     step : int
-        After, or at, how many steps.
+        Number of the step whose loss or gradient this is, or after which the weights were compared.
     size : float
         The norm of the difference; NaN where ranks do not agree among themselves.
     relative : float
-        That, by what it is measured by.
+        ``size`` divided by the norm of what was expected, or by a hundredth of the whole model's if that is larger.
     tolerance : float
-        Up to where ``relative`` counts as equal.
+        The largest ``relative`` that counts as equal.
     """
 
     what: str
@@ -64,11 +64,11 @@ class Comparison:
     Parameters
     ----------
     gradients, weights : sequence of Difference
-        Of each tensor: of the first step's gradient, and of the weights after the last.
+        One for each tensor: of its gradient in the first step, and of its values after the last.
     norms : sequence of Difference
-        Of the norms of each tensor's gradient, step by step from the second on.
+        One for each step from the second on and each tensor: of the norm of its gradient.
     losses, totals : sequence of Difference
-        Of each step's loss, and of its whole gradient's norm.
+        One for each step: of its loss, and of the norm of its whole gradient.
     """
 
     gradients: Sequence[Difference]
@@ -79,7 +79,7 @@ class Comparison:
 
     @property
     def first(self) -> Difference | None:
-        """What differs first: tensors as training meets them, then numbers of the whole; None if nothing does."""
+        """The first that is beyond its tolerance: of the tensors in the order of training, then of the whole model."""
         found = (*self.gradients, *self.norms, *self.weights, *self.losses, *self.totals)
         return next((each for each in found if not each.within), None)
 
@@ -90,7 +90,7 @@ def worst(found: Sequence[Difference]) -> Difference:
 
 
 def default_tolerance(record: Record, reproducible: bool) -> float:
-    """Return up to what relative difference records of a job count as equal: none if it is reproducible."""
+    """Return the largest relative difference that counts as equal, by the dtype of a job; 0 if it is reproducible."""
     if reproducible:
         return 0.0
     return max(TOLERANCES.get(array.dtype.name, 0.0) for array in record.weights.values())
@@ -111,20 +111,16 @@ def compare(found: Record, expected: Record, tolerance: float) -> Comparison:
     _check_alike(found, expected)
     steps, of_norms = len(expected.losses), max(tolerance, _NORM_ROUNDING)
     wholes = np.sqrt(sum(np.square(norms) for norms in expected.norms.values()))
-    norms = {
-        step: [
-            _numbers(
-                "gradient norm", name, step, found.norms[name][step - 1], norm[step - 1], of_norms, wholes[step - 1]
-            )
-            for name, norm in expected.norms.items()
-        ]
-        for step in range(2, steps + 1)
-    }
     totals = np.sqrt(sum(np.square(norms) for norms in found.norms.values()))
+    by_step = [
+        _numbers("gradient norm", name, step, found.norms[name][step - 1], norms[step - 1], of_norms, wholes[step - 1])
+        for step in range(2, steps + 1)
+        for name, norms in expected.norms.items()
+    ]
     return Comparison(
         list(_tensors("gradient", 1, found.gradient, expected.gradient, tolerance)),
         list(_tensors("weights", steps, found.weights, expected.weights, tolerance)),
-        [each for of_step in norms.values() for each in of_step],
+        by_step,
         list(_series("loss", found.losses, expected.losses, tolerance)),
         list(_series("gradient norm", totals, wholes, of_norms)),
     )
