@@ -20,7 +20,8 @@ _CALLS = ("jit", "call", "closed_call", "remat2")
 """Equations that stand for others, which are taken in their place."""
 
 _SMALL = 4
-"""By how much less than the others counts as little: what is kept of parameters, what a unit reads of other layers."""
+"""What is at least so many times smaller counts as little: values made of parameters that may be kept between units,
+and the parameters of other layers that a unit may read beside those of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +31,9 @@ class Unit:
     Parameters
     ----------
     reads : tuple of str
-        Parameters by name, those of one layer behind each other, the layer with most of them last.
+        Names of the parameters that it reads, layer by layer, the largest layer last.
     copied : int
-        How many of these are not the last layer's.
+        How many of them belong to the other layers, and are copied.
     inputs, outputs : tuple of Var
         Further inputs, and what later units or the caller want.
     jaxpr : Jaxpr
@@ -57,9 +58,9 @@ class Program:
     arguments : tuple of Var
         The function's arguments that are no parameters.
     constants : dict of Var to array
-        What it has from elsewhere.
+        Arrays that the function refers to without being handed them.
     varying : set of Var
-        What changes smoothly with parameters, which are among it.
+        The parameters, and the floating-point variables that have a derivative with respect to them.
     """
 
     units: tuple[Unit, ...]

@@ -124,7 +124,10 @@ class JaxModel(Model):
         return float(loss_sum), labels_or_samples(batch)
 
     def _by_units(self, params: ParameterSource, batch: Batch, grads: Gradients, rng: Key) -> tuple[float, float]:
-        """Do so where parameters are brought as they are read; all ranks take the same way, with samples or without."""
+        """Compute the gradients unit by unit, with parameters brought as they are read.
+
+        All ranks run the same units in the same order, also those without samples, or they would wait for each other.
+        """
         self._let_go(batch)
         arguments = self._arguments(batch if len(batch) else _nothing(batch), rng)
         steps = self._sharded.steps(arguments)
@@ -144,7 +147,7 @@ class JaxModel(Model):
         return (loss_sum, labels_or_samples(batch)) if len(batch) else (0.0, 0.0)
 
     def _let_go(self, batch: Batch) -> None:
-        """Hold no parameter whole from the first samples on, which tell whether the loss is a sum."""
+        """Drop the initial values, of which every rank has all, once samples have shown that the loss is a sum."""
         if not len(batch):
             return
         initial, self._initial = self._initial, {}

@@ -1,6 +1,6 @@
 """A JAX loss and its gradient while a method keeps the parameters divided: they are brought unit by unit.
 
-Of a forward pass stays what units hand to each other.  Parameters are there while one unit runs.
+Between the passes only what one unit hands to another is kept.  A unit's parameters are in memory only while it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mpitrain.adapters.jax_units import CompiledUnit, Compiler
 from mpitrain.adapters.tree import find
 
 _RELEASE_S = 10.0
-"""How long JAX may keep what it was lent before the method finds that it does (`mpitrain.arrays.Loans`)."""
+"""How long to wait until JAX lets go of what it was lent; then the method reports it (`mpitrain.arrays.Loans`)."""
 
 _CALLING = threading.Lock()
 """Held while a unit is called: ranks in one process share its functions, and derivative rules keep notes while traced.

@@ -14,11 +14,11 @@ def load(path: Path, version_of: str, version: int) -> ctypes.CDLL | None:
     Parameters
     ----------
     path : Path
-        Where it would be.
+        Its file, which need not be there.
     version_of : str
-        Its function that returns the version of its calls.
+        Name of the function in it that returns the version of its interface.
     version : int
-        The one that is wanted.
+        The version that the caller was written for.
 
     Returns
     -------

@@ -40,7 +40,7 @@ def accumulator(dtype: DType) -> DType:
 
 @cache
 def storage(dtype: DType) -> DType:
-    """Return the type of the same width as which values travel: what MPI has no name for goes as unsigned words."""
+    """Return the type of the same width under which values are sent: unsigned words where MPI lacks the type itself."""
     if is_half(dtype):
         return np.dtype(np.uint16)
     return np.dtype(np.uint8) if dtype.kind == "b" else dtype

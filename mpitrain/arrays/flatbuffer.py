@@ -80,14 +80,14 @@ class FlatBuffer:
         self.flat[...] = 0
 
     def complete(self, prefix: str) -> None:
-        """Be told that no tensor whose name begins with ``prefix`` will be written to any more in this pass.
+        """Take note that this pass is done with every tensor whose name begins with ``prefix``.
 
-        A whole name means that tensor alone, though another's begin with it.
-        A model may say so of gradients, layer by layer, as it computes them; here nothing follows from it.
+        A prefix that is itself the name of a tensor means that tensor alone.  A model may call this layer by layer, as
+        it finishes their gradients, so that a method can reduce them early.  A plain buffer does nothing.
         """
 
     def end_pass(self) -> None:
-        """Be told that all gradients of a microbatch are there; here nothing follows from it."""
+        """Take note that all gradients of a microbatch have been added.  A plain buffer does nothing."""
 
     def sha256(self) -> str:
         """Return a hash of the values of all tensors, in the order of their names; padding does not count."""

@@ -1,7 +1,4 @@
-"""Arrays that are lent for a while: the owner can tell whether somebody still holds one, or a view of one.
-
-It must not know why that matters.
-"""
+"""Arrays that are lent for a while: the owner can tell whether somebody still holds one, or a view of one."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ class Loans:
         return lent if lent.dtype == array.dtype else lent.view(array.dtype)
 
     def held(self, names: Iterable[str]) -> list[str]:
-        """Return those of which a view is held by anything but cycles that the garbage collector has yet to find."""
+        """Return those names whose arrays, or views of them, somebody still holds; garbage is collected first."""
         if not any(name in self._loans for name in names):
             return []
         gc.collect()
@@ -53,9 +50,9 @@ class Loans:
 
 
 class _Loan:
-    """Shows an array's memory by the protocol of its library, and stays for as long as anyone uses that.
+    """The base of a lent array: shows its memory by the array protocol of NumPy or CuPy, and lives while it is used.
 
-    16-bit floats are shown as words: the protocols have no name for bfloat16.
+    16-bit floats are shown as unsigned words, since neither protocol has a name for bfloat16.
     """
 
     def __init__(self, array: Array) -> None:

@@ -18,7 +18,7 @@ from mpitrain.arrays.namespace import is_cupy
 
 
 class HalfProducts:
-    """NumPy or CuPy, all of it, but for ``matmul``.
+    """NumPy or CuPy with another ``matmul``; everything else is the library's own.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class HalfProducts:
         Parameters
         ----------
         out : array, optional
-            Where it is written; of float32, it takes the rounded values.
+            Where it is written.  It may be float32; the values are those that were rounded to 16 bits.
         """
         if not is_half(right.dtype):
             found: Array = self._xp.matmul(left, right, out=out)

@@ -122,7 +122,7 @@ def _train(
 
 
 def sender(exit_code: Path | None) -> Callable[[signal.Signals], str]:
-    """Return what names the signal that was sent to the job: `launch` passes Ctrl-C on as another one.
+    """Return a function that names the signal a user sent: `launch` passes Ctrl-C on as SIGUSR1.
 
     Parameters
     ----------
@@ -153,7 +153,13 @@ def check_job_file(job: str, ranks: int) -> None:
 
 
 def hand_over(comm: Communicator, leaving: SystemExit, path: Path) -> bool:
-    """Tell the parent the exit code in a file: launchers comment on any other than 0, at length.  Collective."""
+    """Write the exit code to a file for the parent, since launchers print pages about any other than 0.  Collective.
+
+    Returns
+    -------
+    bool
+        Whether it was written, so that this rank may end with 0.
+    """
     written = False
     if comm.rank == 0:
         with suppress(OSError):  # the parent may be on another node

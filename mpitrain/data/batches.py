@@ -56,7 +56,7 @@ class Batches:
         check_whole("Batches", "seed", self.seed, 0)
 
     def __str__(self) -> str:
-        """Say what they are, in words that are the same where the batches are, but for weights and options."""
+        """Describe the batches in one line: rows, seed, sampling and owners (not the weights or options of these)."""
         rest = f", {self.sampling}" + f", owners {self.owners}" * bool(self.owners) + ", drop_last" * self.drop_last
         rows = f"{len(self.dataset)} rows of {self.dataset.name}"
         return f"batches of {self.batch_size} of {rows}, seed {self.seed}{rest}"

@@ -43,7 +43,7 @@ class Dataset:
     tokens : bool
         The inputs are numbers of tokens, for an embedding: they stay integers.  True of every sequence.
     overlap : int
-        How many of the rows after it share values with a row, as overlapping windows of a text do.
+        With how many of the rows that follow it a row shares values: 0, unless rows are overlapping windows of a text.
 
     Raises
     ------

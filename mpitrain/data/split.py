@@ -67,8 +67,8 @@ def split_end(dataset: Dataset, test: float = 0.2) -> tuple[Dataset, Dataset]:
     Returns
     -------
     train, test : Dataset
-        Rows in their order in ``dataset``.  Of rows that overlap, those are left out that share values with both
-        sides, and on the test side all that share values with one that is taken: each token is predicted once.
+        Rows in their order in ``dataset``.  Where rows overlap (windows of a text), those that share tokens with both
+        sides are left out, and the test rows are thinned until none overlap, so that each token is predicted once.
 
     Raises
     ------

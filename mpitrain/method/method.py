@@ -56,9 +56,9 @@ class Progress:
     stop_requested : bool
         Some rank was asked to stop (`Method.request_stop`).
     skipped : int
-        Of all units done, those that changed nothing, for float16 had overflowed (`Precision`).
+        How many units since training began changed nothing, because gradients overflowed in float16 (`Precision`).
     loss_scale : float, optional
-        Of the next step; None where the loss is not scaled.
+        What the next step's loss is multiplied by; None where it is not scaled.
     """
 
     step: int
@@ -116,7 +116,7 @@ class Method(ABC):
     params: ParameterSource
     step: int
     skipped: int = 0
-    """Of these steps, those that changed nothing."""
+    """How many of these steps changed nothing, because gradients overflowed in float16."""
 
     @property
     def loss_scale(self) -> float | None:
@@ -148,9 +148,9 @@ class Method(ABC):
         """Return the model's outputs for ``inputs``, shape (n, …), the same on all ranks."""
 
     def whole(self) -> FlatBuffer:
-        """Return all parameters that this rank's model has, to be read until `advance`.
+        """Return all parameters of this rank's model; read only, and valid until `advance`.  Collective.
 
-        Collective.  Where a rank holds them at all times it is those (`params`), else they are gathered.
+        They are `params` themselves where each rank holds all of its model, and are gathered where it does not.
         """
         found = self.params
         assert isinstance(found, FlatBuffer)  # else a method overrides this one

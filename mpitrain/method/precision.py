@@ -39,11 +39,11 @@ class Precision(Checked):
         batch is as many times larger than its mean as there are samples (or tokens): 2¹⁶ for a mean is 2¹⁰ for a sum of
         64.
     growth_factor, growth_interval
-        The scale grows by this factor after so many steps in a row without overflow.
+        The scale is multiplied by the factor after that many steps in a row without overflow.
     backoff_factor : float
-        By which it is multiplied after an overflow; that step is skipped.
+        What the scale is multiplied by after an overflow; that step is skipped.
     most_skips : int
-        So many skipped steps in a row are not taken for a search of the scale any more, but for an error.
+        After this many skipped steps in a row training ends with an error: no scale would help.
 
     Notes
     -----
@@ -77,12 +77,12 @@ class Precision(Checked):
         return LossScaler(self) if self.compute == "float16" else None
 
     def check(self, model: Model, memory: Array) -> MixedModel:
-        """Return a model that can be trained so, in memory like ``memory``.
+        """Return ``model`` if it can be trained in this precision, with parameters in memory like ``memory``.
 
         Raises
         ------
         DtypeError
-            The memory is a CPU's, and ``emulate`` is not set; or the GPU's library has not the type.
+            The memory is a CPU's, and ``emulate`` is not set; or the GPU's library lacks the type.
         InputError
             The model computes in its own type only, or that is not float32.
         """
@@ -141,7 +141,7 @@ class LossScaler:
         self.steps = self.skips = 0
 
     def judge(self, good: bool, step: int) -> None:
-        """Be told whether all gradients of ``step``, counted from 1, were finite; those of all ranks alike.
+        """Adapt the scale to whether all ranks' gradients of ``step``, counted from 1, were finite.
 
         Raises
         ------

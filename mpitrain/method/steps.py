@@ -55,14 +55,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Reach:
-    """Where else the parts of a model are that a rank does not update.
+    """How a rank gets sums over the whole model, of which it updates some parts and other ranks the rest.
 
     Parameters
     ----------
     groups : tuple of Communicator
-        Sums over all of them, one after the other, are sums over all parts of the model.
+        A sum over the first, then the second and so on is a sum over all parts of the model.
     elsewhere : frozenset of int
-        Numbers of tensors that this rank updates, but another one counts, which updates them as well.
+        Numbers of tensors that this rank leaves out of sums.  Another rank updates the same tensors and counts them.
     """
 
     groups: tuple[Communicator, ...] = ()

@@ -30,9 +30,9 @@ class Tiles:
     comm : Communicator, optional
         Whose ranks hold the other shards; None if these parts are everything.
     whole : Layout, optional
-        Of the model, if the parts' is of some of its tensors only.
+        The whole model's, if the layout of ``parts`` has only some of its tensors.
     elsewhere : collection of str
-        Tensors that this rank updates, but another one counts, which updates them as well.
+        Tensors that this rank leaves out of sums.  Another rank updates the same tensors and counts them.
     """
 
     def __init__(

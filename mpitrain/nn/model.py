@@ -21,12 +21,13 @@ class Model(ABC):
     """
 
     reads_by_layer: bool = False
-    """Whether `loss_and_gradients` reads parameters through ``params.tree`` alone, those of one layer (`layer_of`) at a
-    time, holds on to none of them, and goes through the layers in the same order on all ranks, whatever the batch.
-    Then a method need not have all parameters at once."""
+    """Whether a method may keep the parameters divided and bring them layer by layer (`layer_of`).
+
+    That needs a `loss_and_gradients` that reads parameters through ``params.tree`` alone, one layer at a time; that
+    keeps none of their arrays; and that takes the layers in the same order on all ranks, whatever the batch."""
 
     def layer_of(self, name: str) -> str:
-        """Return the layer with whose other tensors one is read: its prefix unless overridden."""
+        """Return the layer that a tensor belongs to, whose tensors are read together: its prefix unless overridden."""
         return name.rpartition(".")[0]
 
     @property

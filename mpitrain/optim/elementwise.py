@@ -55,7 +55,7 @@ class Elementwise(Checked, Optimizer):
 
     @property
     def takes_terms(self) -> bool:
-        """Whether `update_mean` is there: not for a subclass that walks over shards by itself."""
+        """Whether the optimizer has an `update_mean`: not a subclass that brings its own `update` or `partials`."""
         return type(self).update is Elementwise.update and type(self).partials is Optimizer.partials
 
     def update_mean(self, params: Array, terms: Terms, state: State, lr: float, step: int, shard: Shard) -> None:
@@ -77,7 +77,7 @@ class Elementwise(Checked, Optimizer):
         follow_statistics(params, terms, shard)
 
     def _trained(self, shard: Shard) -> list[tuple[bool, slice]]:
-        """Return the stretches that are updated in one rule, and whether they decay: without decay, groups are one."""
+        """Return the longest stretches of trained elements that one rule updates, and whether each decays."""
         found: list[tuple[bool, slice]] = []
         for group, run in shard.runs:
             decays = group == "decay" and self.weight_decay > 0

@@ -10,7 +10,7 @@ from mpitrain.arrays import Allocator, Shard, plain
 from mpitrain.optim.terms import Terms
 
 APART_BYTES = 11 * 128
-"""From slot to slot: some third of a page, and whole lines of any cache."""
+"""How much further into its page each slot begins than the one before: about a third of a page, whole cache lines."""
 
 State = dict[str, Array]
 """Arrays of the shard's size, one per slot: ``{"m": …, "v": …}``."""
@@ -83,7 +83,7 @@ class Optimizer(ABC):
 
     @property
     def takes_terms(self) -> bool:
-        """Whether `update_mean` is there."""
+        """Whether the optimizer has an `update_mean`."""
         return False
 
     def update_mean(self, params: Array, terms: Terms, state: State, lr: float, step: int, shard: Shard) -> None:

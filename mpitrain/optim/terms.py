@@ -1,7 +1,7 @@
-"""A mean gradient that is not there yet: the terms it is the sum of, and what that is divided by.
+"""A mean gradient that has not been computed: the terms that are to be summed, and the count to divide by.
 
-An optimizer that takes it sums on the way, in the pass that updates; so gradients of several ranks are read once, where
-they lie, and neither their sum nor their mean is ever written.  It knows nothing of ranks but in which order they come.
+An optimizer that takes `Terms` sums and divides while it updates.  So the gradients of several ranks are read once,
+where they lie, and neither their sum nor their mean is ever written to memory.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from mpitrain.arrays import namespace
 
 @dataclass(frozen=True)
 class Terms:
-    """What gradients are made of.
+    """Gradients as a sum of arrays, divided by a count.
 
     Parameters
     ----------
     arrays : tuple of array, each of shape (n,)
-        Are added up in this order.  Those of other ranks are only read.
+        The terms, which are added up in this order.  Those of other ranks are only read.
     count : float
-        The sum is divided by it, rounded to the arrays' dtype.
+        What the sum is divided by; it is rounded to the arrays' dtype first.
     own : int
         Which of the arrays is this rank's.
     parameters_are_read : bool
@@ -50,7 +50,7 @@ class Terms:
         return total
 
     def mean(self, out: Array) -> Array:
-        """Return the sum, divided: in ``out``, shape (n,), or a single term that is to be divided by 1 as it is."""
+        """Return the mean, written to ``out``, shape (n,); where it is the only term (`is_mean`), that array itself."""
         if self.is_mean:
             return self.arrays[0]
         out[...] = self.arrays[0]
@@ -61,5 +61,5 @@ class Terms:
 
     @property
     def is_mean(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the mean is the only term: one array, and a count of 1."""
         return len(self.arrays) == 1 and self.count == 1

@@ -46,10 +46,10 @@ class ReplicatedMemory:
         self._own_finite = True
 
     def check(self) -> None:
-        """Parameters may be changed at any time."""
+        """Do nothing: a rank's own parameters may be changed at any time."""
 
     def note(self) -> None:
-        """Take edited parameters as they are."""
+        """Do nothing: changes are not watched."""
 
     def reduce(self) -> None:
         """Sum over ranks; collective."""
@@ -83,12 +83,12 @@ class ReplicatedMemory:
 
 
 class ShardedMemory:
-    """Each rank sums and updates a shard; the parameters are one memory for the ranks of a node that share it.
-
-    Parameters and attributes as of `ReplicatedMemory`; also:
+    """Each rank sums and updates a shard; ranks of a node that share memory have one copy of the parameters.
 
     Parameters
     ----------
+    optimizer, grads, comm
+        As for `ReplicatedMemory`, whose attributes it has too.
     names : list of list of str
         The trained parameters of each group of the optimizer.
     params : list of torch.nn.Parameter
@@ -125,11 +125,11 @@ class ShardedMemory:
         self.note()
 
     def note(self) -> None:
-        """Take edited parameters as they are."""
+        """Take the parameters as they are now for what `check` expects."""
         self._versions = [parameter._version for parameter in self._params]
 
     def check(self) -> None:
-        """Require that the parameters are where, and what, the last step left.
+        """Require that the parameters lie where they did, and are unchanged, since the last step.
 
         Raises
         ------

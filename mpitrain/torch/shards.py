@@ -1,8 +1,8 @@
 """An optimizer of PyTorch's that updates a shard of the flat range, and is saved as if it updated whole tensors.
 
-Its parameter groups keep their hyperparameters, which learning-rate schedulers may change; in place of their tensors
-stands the stretch of this rank's shard that belongs to the group.  That is the same only for rules which treat each
-element by itself.
+Its parameter groups keep their hyperparameters, which learning-rate schedulers may change.  Their tensors are replaced
+by the one stretch of this rank's shard that belongs to the group.  The result is the same only for rules that treat
+each element by itself.
 """
 
 from __future__ import annotations

@@ -38,10 +38,10 @@ class Record:
     losses : array of float64, shape (steps,)
         Mean loss of each step.
     norms : dict of str to array of float64, shape (steps,)
-        Of each tensor, the norm of its gradient at each step.
+        By tensor, the norm of its gradient at each step.
     gradient, weights : dict of str to array
-        Of each tensor, the gradient of the first step and the values after the last; NaN where ranks that hold the same
-        part do not agree.
+        By tensor, its gradient in the first step and its values after the last; NaN wherever two ranks that hold the
+        same part do not agree.
     """
 
     losses: Array
@@ -92,14 +92,14 @@ def record(job: Job, comm: Communicator, steps: int) -> Record | None:
 
 
 class _Watch(Optimizer):
-    """An optimizer that keeps what it is handed, and else is the one that it was made of.
+    """An optimizer that records the gradients it is handed, and leaves the update to another.
 
     Attributes
     ----------
     first : list of Piece
         This rank's gradients of the first step.
     squares : list of dict
-        Of each step, the squared norm of each piece.
+        For each step, the squared norm of each piece of the gradient.
     """
 
     def __init__(self, of: Optimizer) -> None:
@@ -143,7 +143,7 @@ def _place(piece: Piece) -> _Place:
 
 
 def _counted(squares: list[dict[_Place, float]], parts: Assembly) -> list[dict[_Place, float]]:
-    """Leave out tensors that another rank has too, perhaps in other pieces, and counts: see `Synchronous`."""
+    """Leave out the whole tensors that every rank of a divided model has: its first rank counts them."""
     across = parts.method.across if isinstance(parts.method, Synchronous) else None
     if across is None or across.rank == 0:
         return squares

@@ -155,7 +155,7 @@ def _recording(comm: Communicator, trainer: Trainer, directory: RunDirectory) ->
 
 
 def _check_same_job(job: Job, resume: Path) -> None:
-    """Refuse to continue a run with a job whose trajectory would be another one."""
+    """Refuse to continue a run with a job that would train differently."""
     changed = differences(job, resume)
     if changed:
         raise JobError(

@@ -45,7 +45,7 @@ class Point:
     text : str
         The resolved job file.
     directory : Path
-        Of its run.
+        Its run directory.
     """
 
     settings: dict[str, Any]
@@ -119,7 +119,7 @@ def sweep_job(
     comm : Communicator
         The ranks.
     directory : Path
-        Of the sweep.  Points that are done there are not run again, those that are not go on.
+        Where the sweep is kept.  Points that are done there are not run again, and unfinished ones go on.
     on_point : callable, optional
         Told the record of each point on rank 0 when it ends.
     name_signal : callable

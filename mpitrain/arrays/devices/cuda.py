@@ -131,7 +131,7 @@ class CudaStream(Stream):
 
     @contextmanager
     def _current(self) -> Iterator[Any]:
-        """Make device and stream CuPy's current ones; every device has a default stream, and they share a number."""
+        """Make device and stream CuPy's current ones: the default stream has the same number on every device."""
         cupy = by_device("gpu")
         with cupy.cuda.Device(self.device), self.handle:
             yield cupy

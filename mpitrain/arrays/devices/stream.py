@@ -1,8 +1,9 @@
 """A device as the collectives see it: a stream of work that takes effect later.  No library is named or imported here.
 
-Nothing but `Stream.synchronize` and `Event.synchronize` waits.  Everything else is queued and takes effect in the
-order of its stream; of what another stream was given, only once it was told to wait for an event of that stream.  The
-host may read what a stream writes, and write over what it reads, only after it has waited.
+Only `Stream.synchronize` and `Event.synchronize` block.  All other calls queue work and return.  The work of one stream
+takes effect in the order in which it was queued.  Between two streams there is no order, unless one of them is told to
+wait for an event of the other.  The host must synchronise before it reads what a stream writes, or overwrites what a
+stream reads.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Operand:
     shape : tuple of int
         Its extents.
     memory : device array or None
-        Its own memory on a device on which work can be queued, in its shape, as the words that travel.
+        Its own memory, in its shape and as the words that are sent, if it lies on a device on which work can be queued.
     """
 
     __slots__ = ("dtype", "given", "library", "memory", "shape", "view")
@@ -143,7 +143,7 @@ class Library(ABC):
         raise NotImplementedError
 
     def wrote(self, out: Any) -> None:
-        """Hear that the memory of ``out`` has been written to."""
+        """Take note that the memory of ``out`` has been written to; nothing to do unless overridden."""
         return
 
 
