@@ -9,7 +9,7 @@ from mpitrain.arrays.layout import Group, Layout, Segment, Shard
 from mpitrain.arrays.loans import Loans
 from mpitrain.arrays.namespace import by_device, is_cupy, namespace, to_host
 from mpitrain.arrays.random import Key, philox4x32
-from mpitrain.arrays.tensors import Gradients, ParameterSource, ParameterTree
+from mpitrain.arrays.tensors import Gradients, LazyTree, ParameterSource, ParameterTree, Tensors
 
 __all__ = [
     "Allocator",
@@ -23,11 +23,13 @@ __all__ = [
     "Group",
     "Key",
     "Layout",
+    "LazyTree",
     "Loans",
     "ParameterSource",
     "ParameterTree",
     "Segment",
     "Shard",
+    "Tensors",
     "by_device",
     "device",
     "exponents",
