@@ -1,7 +1,7 @@
 """What the synchronous methods share: the walk over steps, the gradient of a rank's share, evaluation, and the state.
 
-A method is left to say where parameters, gradients and optimizer state lie (`Synchronous._allocate`), and how the
-gradients of all ranks become an update (`Synchronous._train_step`).
+A method is left to say where parameters, gradients and optimizer state lie (`Synchronous._allocate`), how the gradients
+of all ranks are summed (`Synchronous._reduce_gradients`), and how all get what was updated (`Synchronous._hand_out`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from mpitrain._errors import InputError, MismatchError
 from mpitrain._options import check_kind, check_whole
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, plain
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, is_cupy, plain
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
 from mpitrain.data import Batches
@@ -27,9 +27,20 @@ from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, Piece, Read, State, box_size, fill, pieces_of
-from mpitrain.method.steps import Part, Reach, add_sums, check_finite, verify_replicas
+from mpitrain.method.steps import (
+    Part,
+    Reach,
+    add_sums,
+    all_finite,
+    check_finite,
+    clip,
+    divide,
+    update,
+    verify_replicas,
+)
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite
+from mpitrain.parallel import in_place
 from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.whole import whole_tensor
 
@@ -190,10 +201,6 @@ class Synchronous(Method):
         )
         return Reach((*groups, self.across) if self.across else groups, frozenset(numbers))
 
-    @abstractmethod
-    def _train_step(self, microbatches: list[Batch]) -> Tally:
-        """Take one step; return its sums over all ranks."""
-
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
@@ -267,6 +274,63 @@ class Synchronous(Method):
         """Tell whether parameters and optimizer state are now the same on all ranks."""
         return True
 
+    def _train_step(self, microbatches: list[Batch]) -> Tally:
+        """Take one step; return its sums over all ranks."""
+        phase = self.comm.phase
+        with phase("gradients"):
+            own = self._gradients(microbatches, self.grads, self._reduce)
+        if isinstance(self.grads, CommonGradients):
+            return self._step_in_place(self.grads, own, microbatches)
+        total = self._reduced(own)
+        with phase("check"):
+            total = self._agreed(total)
+            taken = self._is_taken(not total.bad, microbatches)
+        self.step += 1
+        if not taken:
+            return total.untrained()
+        with phase("update"):
+            self._update(total.count)
+        self._hand_out()
+        return total
+
+    def _reduced(self, own: Tally) -> Tally:
+        """Sum the gradients over all ranks; return the sum of their tallies, which tells whether all is finite."""
+        with self.comm.phase("reduce"):
+            self._reduce_gradients()
+        with self.comm.phase("check"):
+            return self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts))))
+
+    @abstractmethod
+    def _reduce_gradients(self) -> None:
+        """Sum the gradients of all ranks into those of this rank's parts.  Collective."""
+
+    def _update(self, count: float) -> None:
+        """Divide, clip and update; in one pass where nothing is clipped."""
+        if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
+            for part in self.parts:
+                terms = Terms((part.grads,), self._scale * count, parameters_are_read=self._parameters_are_read)
+                self._update_mean(part, terms)
+            return
+        divide(self.parts, self._scale * count)
+        clip(self.parts, self.plan, self._over_model())
+        update(self.optimizer, self.parts, self.plan, self.updates, self._over_tensors())
+
+    @property
+    def _parameters_are_read(self) -> bool:
+        """Whether other ranks read the parameters that this rank updates, where they lie."""
+        return False
+
+    def _over_model(self) -> Reach:
+        """Return over which ranks a sum over the whole model goes."""
+        return self._reach()
+
+    def _over_tensors(self) -> Reach:
+        """Return over which ranks a sum over each whole tensor goes."""
+        return self._reach()
+
+    def _hand_out(self) -> None:
+        """Let all ranks have what was updated, and what was read of them: nothing to do where each updates all."""
+
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
         """Sum the gradients of this rank's samples, times the scale of this step, into ``grads``."""
         grads.zero()
@@ -297,9 +361,7 @@ class Synchronous(Method):
         """Return a context in which float16 may overflow, for that is looked for, without a warning."""
         return np.errstate(over="ignore", invalid="ignore") if self._scaler else nullcontext()
 
-    def _step_in_place(
-        self, grads: CommonGradients, own: Tally, microbatches: list[Batch], parameters_are_read: bool
-    ) -> Tally:
+    def _step_in_place(self, grads: CommonGradients, own: Tally, microbatches: list[Batch]) -> Tally:
         """Take the rest of a step: all ranks' gradients are summed, divided and used in one pass."""
         phase, (part,) = self.comm.phase, self.parts
         with phase("check"):
@@ -308,12 +370,13 @@ class Synchronous(Method):
         with phase("reduce"):
             grads.reduce()
             total = self._agreed(self._sum(own))
-        terms = grads.terms(total.count, parameters_are_read)
+        terms = grads.terms(total.count, self._parameters_are_read)
         if total.bad:
             self._check_sums(replace(part, grads=terms.sum()), own, microbatches)
         self.step += 1
         with phase("update"):
             self._update_mean(part, terms)
+        self._hand_out()
         return total
 
     def _update_mean(self, part: Part, terms: Terms) -> None:
@@ -343,7 +406,7 @@ class Synchronous(Method):
         return replace(total, stops=stops, bad=bad)
 
     def _reduce(self, array: Array) -> Array:
-        self.comm.allreduce(array, out=array)
+        self._owners.allreduce(array, out=array)
         return array
 
     def _is_taken(self, good: bool, microbatches: list[Batch]) -> bool:
