@@ -22,7 +22,8 @@ from mpitrain.nn.model import Reduce
 from mpitrain.optim import State as OptimizerState
 from mpitrain.parallel import in_place
 from mpitrain.parallel.in_place import CommonGradients
-from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous
+from mpitrain.parallel.tally import Tally
 
 
 class DataParallel(Synchronous):

@@ -22,7 +22,8 @@ from mpitrain.parallel.buckets import StreamedGradients, WholeGradients
 from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.owned import OwnedParameters
 from mpitrain.parallel.sharded import ShardedParameters
-from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Tally
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES
+from mpitrain.parallel.tally import Tally
 
 
 class GradientSteps(OwnedParameters):

@@ -27,7 +27,9 @@ from mpitrain.method.steps import Part, add_sums, check_finite, clip, divide, up
 from mpitrain.method.tiles import Tiles
 from mpitrain.nn.model import Model
 from mpitrain.optim import Optimizer, finite
-from mpitrain.parallel.synchronous import Synchronous, Tally, checked
+from mpitrain.parallel.checks import checked
+from mpitrain.parallel.synchronous import Synchronous
+from mpitrain.parallel.tally import Tally
 
 
 class LaneSteps(Synchronous):

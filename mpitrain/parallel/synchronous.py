@@ -6,11 +6,10 @@ of all ranks are summed (`Synchronous._reduce_gradients`), and how all get what 
 
 from __future__ import annotations
 
-import reprlib
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,34 +40,13 @@ from mpitrain.method.steps import (
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite
 from mpitrain.parallel import in_place
+from mpitrain.parallel.checks import check_parts, checked, two_numbers
 from mpitrain.parallel.in_place import CommonGradients
+from mpitrain.parallel.tally import Tally
 from mpitrain.parallel.whole import whole_tensor
 
 DEFAULT_BUCKET_BYTES = 4 << 20
 COMMUNICATOR = "a Communicator, e.g. mpitrain.world(); Communicator.from_mpi(comm) makes one of mpi4py's"
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What the ranks sum at each step besides the gradients; it also carries what they must agree on."""
-
-    loss: float = 0.0  # sum of the samples' losses
-    count: float = 0.0  # what it is to be divided by
-    samples: float = 0.0
-    stops: float = 0.0  # ranks that were asked to stop
-    bad: float = 0.0  # ranks whose own loss or gradient is not finite
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(a + b for a, b in zip(self.numbers, other.numbers, strict=True)))
-
-    @property
-    def numbers(self) -> tuple[float, ...]:
-        """All of them, in this order."""
-        return self.loss, self.count, self.samples, self.stops, self.bad
-
-    def untrained(self) -> Tally:
-        """Return that of a step that was skipped: nothing was learnt from its samples."""
-        return Tally(stops=self.stops)
 
 
 class _NotSetUpError(InputError, AttributeError):
@@ -339,7 +317,7 @@ class Synchronous(Method):
         loss_sum = count = 0.0
         for number, batch in enumerate(microbatches):
             key = rng.child(f"microbatch{number}")
-            loss, weight = _two_numbers(self._pass(batch, grads, key, reduce))
+            loss, weight = two_numbers(self._pass(batch, grads, key, reduce))
             loss_sum, count = loss_sum + loss, count + weight
             grads.end_pass()
         samples = sum(len(batch) for batch in microbatches)
@@ -489,32 +467,3 @@ class Synchronous(Method):
         """See `Method.load_parameters`."""
         for part in self.parts:
             fill("params", part.params, part.shard, read)
-
-
-def checked(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield batches, once it is seen that they are some."""
-    expected = "batches, as evaluation_batches(dataset, 64, comm.rank, comm.size) gives"
-    check_kind("evaluate", "batches", batches, Iterable, expected)
-    for batch in batches:
-        check_kind("evaluate", "one of batches", batch, Batch, expected)
-        yield batch
-
-
-def check_parts(model: object, optimizer: object, plan: object) -> None:
-    """Raise an InputError unless a method can be set up with these."""
-    models = "a Model, e.g. Network(layer, loss), mpitrain.adapters.TorchModel(module, loss) or JaxModel(…)"
-    check_kind("setup", "model", model, Model, models)
-    check_kind("setup", "optimizer", optimizer, Optimizer, "an Optimizer of mpitrain.optim, e.g. Adam()")
-    check_kind("setup", "plan", plan, Plan, "a Plan(Key(seed=0), Constant(lr=1e-3), steps=100)")
-
-
-def _two_numbers(found: Any) -> tuple[float, float]:
-    """Return what a model, perhaps a user's, gave as loss and count."""
-    try:
-        loss_sum, count = map(float, found)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            "the model's loss_and_gradients gave no loss", got=reprlib.repr(found),
-            expected="(loss_sum, count), two numbers",
-        ) from error  # fmt: skip
-    return loss_sum, count

@@ -39,6 +39,7 @@ from mpitrain.nn import Network, Sequential
 from mpitrain.nn.cutting import part, units
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer
+from mpitrain.parallel.checks import check_parts, checked
 from mpitrain.parallel.pipeline.cuts import partition
 from mpitrain.parallel.pipeline.executor import Executor
 from mpitrain.parallel.pipeline.links import Links
@@ -47,7 +48,8 @@ from mpitrain.parallel.pipeline.schedules import FAMILIES
 from mpitrain.parallel.pipeline.stages import Microbatch, Stages
 from mpitrain.parallel.pipeline.ties import Ties
 from mpitrain.parallel.pipeline.validator import validate
-from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally, check_parts, checked
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous
+from mpitrain.parallel.tally import Tally
 from mpitrain.parallel.whole import whole_tensor
 
 _T = TypeVar("_T")
