@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ _BOOL: DType = np.dtype(bool)
 
 
 class _Pool2d(Layer):
-    """What the two have in common: the geometry, and how shares of the gradient come together.
+    """What the two have in common: the geometry, the walk over windows, and how shares of the gradient come together.
 
     All pixels at one place of their windows are one strided view, so that the work is a few array operations for
     each place, whether windows overlap or not.
@@ -27,10 +28,16 @@ class _Pool2d(Layer):
         self.kernel_size = checks.pair(f"{name}: kernel_size", kernel_size)
         self.stride = self.kernel_size if stride is None else checks.pair(f"{name}: stride", stride)
 
-    def _output(self, x: Array, context: Context) -> Array:
+    def _folded(self, x: Array, fold: Callable[..., Any], context: Context) -> Array:
+        """Return the pixels of each window, folded into one by a binary ufunc."""
         checks.images(type(self).__name__, x, self.kernel_size)
         size = output_size(x.shape, self.kernel_size, self.stride)
-        return context.take((x.shape[0], *size, x.shape[3]), x.dtype)
+        y = context.take((x.shape[0], *size, x.shape[3]), x.dtype)
+        first, *others = self._places(x, y.shape)
+        y[...] = first
+        for place in others:
+            fold(y, place, out=y)
+        return y
 
     def _places(self, x: Array, output_shape: Shape) -> list[Array]:
         return [window(x, row, column, output_shape, self.stride) for row, column in offsets(self.kernel_size)]
@@ -75,11 +82,7 @@ class MaxPool2d(_Pool2d):
     def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
         """Return the maxima."""
         context = call.context()
-        y = self._output(x, context)
-        first, *others = self._places(x, y.shape)
-        y[...] = first
-        for place in others:
-            call.xp.maximum(y, place, out=y)
+        y = self._folded(x, call.xp.maximum, context)
         context["x"], context["y"] = x, y
         return y, context
 
@@ -112,11 +115,7 @@ class AvgPool2d(_Pool2d):
     def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
         """Return the means."""
         context = call.context()
-        y = self._output(x, context)
-        first, *others = self._places(x, y.shape)
-        y[...] = first
-        for place in others:
-            y += place
+        y = self._folded(x, call.xp.add, context)
         y /= self.kernel_size[0] * self.kernel_size[1]
         context["x"] = x
         return y, context
