@@ -14,7 +14,7 @@ from mpitrain.arrays import Layout, Segment
 from mpitrain.comm import LocalWorld
 from mpitrain.method.state import State, pieces_of
 from mpitrain.train.checkpoint import load, save, verify
-from mpitrain.train.manifest import seal, unseal
+from mpitrain.train.checkpoint.manifest import seal, unseal
 
 LAYOUT = Layout.build([Segment("weight", (40,)), Segment("bias", (4,), group="no_decay")])
 

@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from mpitrain._errors import CheckpointError
-from mpitrain.train.manifest import MANIFEST, Best, Score, read_manifest
+from mpitrain.train.checkpoint.manifest import MANIFEST, Best, Score, read_manifest
 from mpitrain.train.storage import disk, sync_directory, write_atomic
 
 _BEST = "best.json"
