@@ -42,7 +42,7 @@ def command(ranks: int | None, exit_code: Path | None, **options: Any) -> None:
     told at the end, with exit code 1, and the others are kept.  Started again, a sweep goes on with what is not done.
     """
     from mpitrain.train import Job
-    from mpitrain.train.sweep import parse_grid
+    from mpitrain.train.grid import parse_grid
 
     check_no_launcher(ranks)
     check_job_file(options["job"], ranks or 1)
@@ -67,7 +67,8 @@ def _sweep(
     quiet: bool, as_json: bool, width: int | None, name_signal: Callable[[signal.Signals], str],
 ) -> int:  # fmt: skip
     from mpitrain.train import load_job
-    from mpitrain.train.sweep import parse_grid, sweep_job
+    from mpitrain.train.grid import parse_grid
+    from mpitrain.train.sweep import sweep_job
 
     directory = sweep_dir or Path("sweeps") / load_job(job, overrides, comm).name
     found = sweep_job(job, overrides, parse_grid(grids), comm, directory, None if quiet else _tell, name_signal)

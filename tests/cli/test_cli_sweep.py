@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from mpitrain._errors import JobError
 from mpitrain.comm.local import alone
 from mpitrain.train import sweep_job
-from mpitrain.train.sweep import parse_grid
+from mpitrain.train.grid import parse_grid
 
 SMALL = JOB.replace("hidden = [12]", "hidden = [6]").replace("steps = 24", "steps = 12")
 GRID_TEXTS = ("optimizer.lr=0.05,0.001,1e30", "model.hidden=[5],[4, 3]")
