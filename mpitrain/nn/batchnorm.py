@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from mpitrain._errors import InputError
+from mpitrain._options import Interval
 from mpitrain._typing import Array, Tree
 from mpitrain.nn import checks
 from mpitrain.nn.initial import ones, zeros
@@ -42,9 +42,7 @@ class BatchNorm(Layer):
 
     def __init__(self, features: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         self.features = checks.positive("BatchNorm: features", features)
-        if not 0 <= momentum <= 1:
-            raise InputError("BatchNorm: momentum is wrong", got=momentum, expected="a number in [0, 1]")
-        self.momentum = momentum
+        self.momentum = checks.number("BatchNorm: momentum", momentum, Interval(0, 1, "[]"))
         self.eps = checks.epsilon("BatchNorm: eps", eps)
 
     def parameters(self) -> Sequence[Parameter]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mpitrain._errors import InputError
+from mpitrain._options import FRACTION, POSITIVE, Interval
 from mpitrain._typing import Array, Shape
 
 
@@ -20,18 +21,21 @@ def at_least(what: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def number(what: str, value: Any, allowed: Interval) -> float:
+    """Return ``value``, a number of Python's or NumPy's, if it lies in an interval."""
+    if not allowed.admits(value):
+        raise InputError(f"{what} is wrong", got=repr(value), expected=allowed)
+    return float(value)
+
+
 def fraction(what: str, value: Any) -> float:
     """Return ``value`` if it lies in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise InputError(f"{what} is wrong", got=repr(value), expected="a number in [0, 1)")
-    return float(value)
+    return number(what, value, FRACTION)
 
 
 def epsilon(what: str, value: Any) -> float:
-    """Return ``value`` if it is a number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise InputError(f"{what} is wrong", got=repr(value), expected="a number above 0")
-    return float(value)
+    """Return ``value`` if it is a finite number above 0."""
+    return number(what, value, POSITIVE)
 
 
 def pair(what: str, value: Any, least: int = 1) -> tuple[int, int]:

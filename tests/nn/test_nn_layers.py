@@ -210,7 +210,11 @@ def test_pool_keeps_shapes_and_dtypes_apart():
         (lambda: nn.Conv2d(1, 2, 3, stride=0), "Conv2d: stride is wrong; got 0"),
         (lambda: nn.MaxPool2d(2.5), "MaxPool2d: kernel_size is wrong; got 2.5"),
         (lambda: nn.AvgPool2d(2, stride=True), "AvgPool2d: stride is wrong; got True"),
-        (lambda: nn.LayerNorm(2, eps=-1), "LayerNorm: eps is wrong; got -1; expected a number above 0"),
+        (lambda: nn.LayerNorm(2, eps=-1), r"LayerNorm: eps is wrong; got -1; expected a number in \(0, inf\)"),
+        (lambda: nn.LayerNorm(2, eps=float("inf")), "LayerNorm: eps is wrong; got inf"),
+        (lambda: nn.BatchNorm(2, momentum="0.1"), r"momentum is wrong; got '0.1'; expected a number in \[0, 1\]"),
+        (lambda: nn.BatchNorm(2, momentum=True), "BatchNorm: momentum is wrong; got True"),
+        (lambda: nn.Dropout(1), r"Dropout: p is wrong; got 1; expected a number in \[0, 1\)"),
         (lambda: nn.Embedding(3, 0), "Embedding: features is wrong"),
         (lambda: nn.CrossEntropy(label_smoothing=1), "CrossEntropy: label_smoothing is wrong; got 1"),
         (lambda: nn.CrossEntropy(0.1, "byte"), "with smoothing, the loss is not the length of a code; got unit 'byte'"),
@@ -223,6 +227,12 @@ def test_pool_keeps_shapes_and_dtypes_apart():
 def test_wrong_options_are_named(build, message):
     with pytest.raises(InputError, match=message):
         build()
+
+
+def test_options_may_be_numbers_of_numpy():
+    assert nn.Dropout(np.float32(0.25)).p == 0.25
+    assert nn.LayerNorm(np.int64(2), eps=np.float32(0.5)).eps == 0.5
+    assert nn.BatchNorm(2, momentum=np.float16(0.5)).momentum == 0.5
 
 
 def _params(layer):
