@@ -32,7 +32,16 @@ class Tokenizer:
 
     @classmethod
     def of(cls, content: bytes, unit: Unit) -> Tokenizer:
-        """Return the tokenizer of the tokens that ``content`` has, in sorted order."""
+        """Return the tokenizer of the characters or bytes that ``content`` has, in sorted order.
+
+        Raises
+        ------
+        InputError
+            The unit is another: which tokens a tokenizer of the user's has, a text does not show.
+        UnicodeDecodeError
+            The content is not text.
+        """
+        check_unit("Tokenizer.of", unit, tuple(_NAMES))
         names = np.unique(_codes(content, unit)).tolist()
         return cls(unit, tuple(map(_NAMES[unit], names)))
 

@@ -34,7 +34,7 @@ def generate(
     Raises
     ------
     InputError
-        The run is not one on text, or the prompt has no token.
+        The run is not one on text, or the prompt has no token, or is not text in UTF-8.
     DataError
         The prompt has a token that is not in the run's vocabulary.
 
@@ -46,7 +46,10 @@ def generate(
     if facts.task != "sequence" or not facts.class_names:
         raise InputError("the run's model is not one of text", operation="generate", got=f"a {facts.task}")
     tokenizer = Tokenizer(predictor.job.data.unit, facts.class_names)
-    tokens = tokenizer.encode(prompt.encode(), "generate: prompt").tolist()
+    try:  # the command line hands on bytes that are not UTF-8 as surrogates
+        tokens = tokenizer.encode(prompt.encode(errors="surrogateescape"), "generate: prompt").tolist()
+    except UnicodeError as error:
+        raise InputError("the prompt is not text in UTF-8", operation="generate", got=ascii(prompt)) from error
     if not tokens:
         raise InputError("the prompt is empty", operation="generate", expected="at least one token")
     key, start = Key(seed).child("generate"), len(tokens)

@@ -137,7 +137,7 @@ def _page(
 </head>
 <body>
 <h1>{escape(name)}</h1>
-<p class="state">{escape(_state(run, records, result))}</p>
+<p class="state">{escape(_state(records, result))}</p>
 {_tiles(result)}
 {_facts(run, records, result)}
 <h2>Curves</h2>
@@ -152,7 +152,7 @@ def _page(
 """
 
 
-def _state(run: RunDirectory, records: list[dict[str, Any]], result: Mapping[str, Any]) -> str:
+def _state(records: list[dict[str, Any]], result: Mapping[str, Any]) -> str:
     if result:
         reason = result.get("stopped")
         return f"Finished: {reason}" if reason else "Finished"

@@ -101,6 +101,8 @@ def test_tokens_of_ones_own(tmp_path: Path):
 def test_what_cannot_be_gone_on_with(letters: Predictor):
     with pytest.raises(DataError, match=r"generate: prompt: the text has tokens that are not in .*; got 'X'"):
         generate(letters, "aX", 3)
+    with pytest.raises(InputError, match=r"generate: the prompt is not text in UTF-8; got 'a\\udcff'"):
+        generate(letters, "a\udcff", 5)
     with pytest.raises(InputError, match="generate: the prompt is empty; expected at least one token"):
         generate(letters, "", 3)
     digits = copy(letters)
