@@ -107,7 +107,7 @@ def kernel() -> bool:
 
 
 def ranks_per_node() -> str | None:
-    """Return ``MPITRAIN_RANKS_PER_NODE``: into parts of how many ranks each node is cut, to try many nodes on one."""
+    """Return ``MPITRAIN_RANKS_PER_NODE``: how many ranks count as a node, to try several nodes on one machine."""
     return os.environ.get("MPITRAIN_RANKS_PER_NODE") or None
 
 

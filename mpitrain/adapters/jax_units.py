@@ -83,7 +83,7 @@ class Compiler:
 
 
 def _signature(jaxpr: Any) -> tuple[Any, ...]:
-    """Return what two jaxprs have in common that do the same: all but the identity of their variables."""
+    """Return a value that is equal for jaxprs that do the same: their equations, with variables numbered in order."""
     numbers = {var: number for number, var in enumerate(jaxpr.invars)}
     rows: list[Any] = [tuple(var.aval for var in jaxpr.invars)]
     for eqn in jaxpr.eqns:

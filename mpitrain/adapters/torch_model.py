@@ -178,7 +178,7 @@ class TorchModel(Model):
         return path in self._statistics and leaf in ("running_mean", "running_var", "num_batches_tracked")
 
     def _brought(self, params: ParameterSource) -> AbstractContextManager[None]:
-        """Have the parameters at hand, all at once or as they are read."""
+        """Return a context in which the module has its parameters: all of them, or each while it is read."""
         if isinstance(params, FlatBuffer):
             self._bind(params)
             return nullcontext()
@@ -187,7 +187,7 @@ class TorchModel(Model):
         return gathering(self._parameters, params.tree)
 
     def _let_go(self) -> None:
-        """Hold no parameter whole, nor the first values."""
+        """Drop all parameters and the initial values: a method that divides parameters has no room for them."""
         send_away(self._parameters.values())
         for layer in self._statistics.values():  # a training pass reads none
             layer.running_mean, layer.running_var = map(torch.zeros_like, (layer.running_mean, layer.running_var))
@@ -215,7 +215,9 @@ class TorchModel(Model):
 
     @contextmanager
     def _batch_statistics(self) -> Iterator[None]:
-        """Let passes leave the batch's statistics in the layers: backward ones too, for they may compute layers again.
+        """Give layers buffers of their own for the batch's statistics, and put the running ones back afterwards.
+
+        Backward passes belong inside as well, as ``torch.utils.checkpoint`` computes layers again in them.
 
         Raises
         ------

@@ -1,7 +1,7 @@
 """Which rank owns which row of a data set.
 
-Each way is a pure function, the same on every rank, that gives each row exactly one owner; a part may be empty.  The
-result of training does not depend on the owners: only where the work is done does.
+Each way is a pure function, the same on every rank, that gives each row exactly one owner; a part may be empty.  Where
+gradients are reduced at every step, owners decide where the work is done, and not what comes out of training.
 """
 
 from __future__ import annotations

@@ -42,5 +42,5 @@ def part(layer: Sequential, start: int, stop: int) -> Sequential:
 
 
 def _divides(layer: Layer) -> TypeGuard[Sequential]:
-    """Tell whether a layer is its children one after another, which a subclass may have changed."""
+    """Tell whether a layer runs its children one after another: a `Sequential` whose `forward` is not overridden."""
     return isinstance(layer, Sequential) and type(layer).forward is Sequential.forward

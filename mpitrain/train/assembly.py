@@ -89,7 +89,7 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     Parameters
     ----------
     optimizer : Optimizer, optional
-        Taken instead of the job's own (`job_optimizer`), e.g. one that looks on.
+        Used in place of the job's own (`job_optimizer`), e.g. one that records what it is handed.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def _check_lanes(job: Job, feed: Batches) -> None:
 
 
 def _check_metrics(job: Job, parts: Assembly, batches: Iterator[Batch]) -> None:
-    """Refuse, before the first step, names of metrics that an evaluation of one batch does not give."""
+    """Refuse, before the first step, metrics that the model does not give, as one evaluated batch shows."""
     stop = job.train.stop
     named = {"train.checkpoint.best": job.train.checkpoint.best}
     named |= {"train.stop.metric": stop.metric} if stop.patience else {}

@@ -57,7 +57,7 @@ def _run(mpi_library: str) -> dict[str, Any]:
 
 
 def _node() -> dict[str, Any]:
-    """Describe what this rank runs on; a node is told by its first rank."""
+    """Describe what this rank runs on; of the ranks of a node, the first one's description is kept."""
     return {
         "host": socket.gethostname(),
         "cpu": cpu_model(),

@@ -23,7 +23,7 @@ Fingerprint = dict[str, str]
 
 
 def fingerprint(in_bfloat16: bool = False) -> Fingerprint:
-    """Return the fingerprint of this process; of a job that computes in bfloat16, with what rounds to it."""
+    """Return the fingerprint of this process; for bfloat16, with the version of ``ml_dtypes``, which rounds to it."""
     found = {
         "processor": platform.machine(),
         "CPU features": _cpu_features(),
@@ -42,7 +42,7 @@ def agreed_fingerprint(comm: Communicator, own: Fingerprint) -> Fingerprint:
     Raises
     ------
     MismatchError
-        They have not one; it names the ranks, and what differs.
+        The ranks' fingerprints differ; the message names the ranks, and what differs.
     """
     everyones: list[Fingerprint] = comm.allgather_object(own)
     differing = [key for key in own if len({each[key] for each in everyones}) > 1]
@@ -69,7 +69,7 @@ def _by_rank(values: list[str]) -> str:
 
 
 def _cpu_features() -> str:
-    """Return the sets of instructions for which NumPy has loops of their own, and takes them."""
+    """Return the instruction sets (AVX2 …) of this processor for which NumPy has loops."""
     found = np.show_config(mode="dicts")
     sets = found.get("SIMD Extensions", {}) if isinstance(found, dict) else {}
     return " ".join([*sets.get("baseline", ()), *sets.get("found", ())]) or "unknown"

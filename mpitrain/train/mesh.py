@@ -12,7 +12,7 @@ from mpitrain.train.job import Job
 
 @dataclass(frozen=True)
 class Axes:
-    """What a rank is in along each axis of the mesh.
+    """The groups of this rank along the axes of the mesh.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class Axes:
 
     @property
     def words(self) -> str:
-        """The lengths of the axes, if the model is divided among several ranks."""
+        """The lengths of the axes in words, e.g. ``data 2 × tensor 2``; empty if only the data are divided."""
         pipe = {"pipe": self.pipes["pipe"]} if self.pipes else {}
         groups = {"data": self.data, **pipe, **({"tensor": self.tensor} if self.tensor else {})}
         return " × ".join(f"{name} {group.size}" for name, group in groups.items()) if len(groups) > 1 else ""
@@ -59,7 +59,7 @@ def axes_of(job: Job, comm: Communicator) -> Axes:
 
 
 def _lengths(job: Job, ranks: int) -> dict[str, int]:
-    """Return the lengths of the axes that the job has, those of neighbouring ranks last."""
+    """Return the lengths of the job's axes, outermost first: neighbouring ranks lie along the last."""
     mesh, tensor = job.mesh, {"tensor": job.mesh.tensor}
     if not job.in_stages:
         return {"data": mesh.data or _left(ranks, tensor), **tensor}
@@ -72,7 +72,7 @@ def _lengths(job: Job, ranks: int) -> dict[str, int]:
 
 
 def _left(ranks: int, lengths: dict[str, int]) -> int:
-    """Return the length of an axis that the others leave."""
+    """Return the length that is left for an axis when the others have theirs."""
     others = prod(lengths.values())
     if ranks % others:
         raise JobError(

@@ -130,7 +130,7 @@ def _line(axes: Axes, kind: str, steps: Sequence[int], values: Sequence[float]) 
 
 
 def _mean(axes: Axes, steps: Sequence[int], values: Sequence[float]) -> None:
-    """Draw the running mean of the line drawn last, which steps back; each mean stands in the middle of its window."""
+    """Draw the running mean of the line drawn last, and make that line fainter; windows are centred on their steps."""
     axes.lines[-1].set(linewidth=0.7, alpha=0.5)
     width = 2 * (len(values) // (2 * _MANY_POINTS)) + 1
     total = np.cumsum([0.0, *values])

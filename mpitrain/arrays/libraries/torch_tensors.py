@@ -64,7 +64,7 @@ class TorchTensors(Library):
         return _tensor(values).to(like.device)
 
     def show(self, values: Array) -> Any:
-        """Return a tensor over read-only memory, which a tensor cannot say of itself."""
+        """Return a tensor over read-only memory, which nothing then protects: tensors have no flag that says so."""
         view = values.view()
         view.flags.writeable = True
         return _tensor(view)
@@ -141,7 +141,7 @@ def _memory(x: Any, dtype: DType) -> Array:
 
 
 def _adopt(words: Array, dtype: DType) -> Any:
-    """Return a tensor over words of a device; small and unsigned types pass as signed integers, which all can say."""
+    """Return a tensor over words of a device; types that DLPack may lack are handed over as signed integers."""
     torch = _torch()
     if dtype.kind in "fc" and words.dtype == dtype:
         return torch.from_dlpack(words)
