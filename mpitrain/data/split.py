@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mpitrain._errors import DataError, InputError
+from mpitrain._options import Interval
 from mpitrain._typing import Array
 from mpitrain.arrays import Key
 from mpitrain.data.dataset import Dataset
@@ -41,12 +42,7 @@ def split(dataset: Dataset, test: float = 0.2, *, seed: int, stratified: bool | 
     """
     _check_apart(dataset)
     rows = len(dataset)
-    held_out = round(test * rows) if 0 < test < 1 else 0
-    if not 0 < held_out < rows:
-        raise InputError(
-            "split: one side would be empty", got=f"test = {test} of {rows} rows",
-            expected="a fraction between 0 and 1 that leaves a row on each side",
-        )  # fmt: skip
+    held_out = _held_out(rows, test)
     order = Key(seed, "split").permutation(rows)
     wanted = _strata(dataset, order, held_out) if _stratify(dataset, stratified) else order[:held_out]
     is_test = np.zeros(rows, bool)
@@ -75,13 +71,7 @@ def split_end(dataset: Dataset, test: float = 0.2) -> tuple[Dataset, Dataset]:
     InputError
         One side would be empty.
     """
-    rows = len(dataset)
-    first = rows - (round(test * rows) if 0 < test < 1 else 0)
-    if not dataset.overlap < first < rows:
-        raise InputError(
-            "split: one side would be empty", got=f"test = {test} of {rows} rows",
-            expected="a fraction between 0 and 1 that leaves a row on each side",
-        )  # fmt: skip
+    first = len(dataset) - _held_out(len(dataset), test, dataset.overlap)
     return dataset.part(slice(first - dataset.overlap)), dataset.part(slice(first, None, dataset.overlap + 1))
 
 
@@ -99,7 +89,7 @@ def folds(
     """
     _check_apart(dataset)
     rows = len(dataset)
-    if not 2 <= k <= rows:
+    if not Interval(2, rows, "[]", whole=True).admits(k):
         raise InputError("folds: number of folds out of range", got=k, expected=f"2 to the number of rows, {rows}")
     order = Key(seed, "folds").permutation(rows)
     if _stratify(dataset, stratified):
@@ -107,6 +97,17 @@ def folds(
     fold = np.empty(rows, np.int64)
     fold[order] = np.arange(rows) % k  # dealt out class by class, as cards are
     return ((dataset.take(np.flatnonzero(fold != i)), dataset.take(np.flatnonzero(fold == i))) for i in range(k))
+
+
+def _held_out(rows: int, test: float, lost: int = 0) -> int:
+    """Return how many rows are tested on; ``lost`` are left out on the other side, which keeps at least one."""
+    found = round(test * rows) if Interval(0, 1, "()").admits(test) else 0
+    if not 0 < found < rows - lost:
+        raise InputError(
+            "split: one side would be empty", got=f"test = {test!r} of {rows} rows",
+            expected="a fraction between 0 and 1 that leaves a row on each side",
+        )  # fmt: skip
+    return found
 
 
 def _check_apart(dataset: Dataset) -> None:

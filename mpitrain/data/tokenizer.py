@@ -25,10 +25,18 @@ class Tokenizer:
         What a token is.
     vocabulary : tuple of str
         The name of each token, in the order of their numbers: the character, or the byte in hexadecimal (``"0a"``).
+
+    Raises
+    ------
+    InputError
+        There is no such unit.
     """
 
     unit: Unit
     vocabulary: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_unit("Tokenizer", self.unit)
 
     @classmethod
     def of(cls, content: bytes, unit: Unit) -> Tokenizer:

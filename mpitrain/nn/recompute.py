@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from mpitrain._options import check_kind
 from mpitrain._typing import Array, Tree
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
 
@@ -30,6 +31,7 @@ class Recompute(Layer):
     """
 
     def __init__(self, layer: Layer) -> None:
+        check_kind("Recompute", "layer", layer, Layer, "a layer of mpitrain.nn, e.g. Sequential(Linear(64, 10))")
         self.layer = layer
         self.takes_indices = layer.takes_indices
 

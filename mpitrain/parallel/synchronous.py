@@ -231,7 +231,7 @@ class Synchronous(Method):
         """Return this rank's shares of a feed, which is cut once."""
         if not hasattr(self, "plan"):
             raise InputError("comes after setup", operation="advance", remedy="call setup(model, optimizer, plan)")
-        if self._feed is not feed:
+        if self._feed is None or self._feed is not feed:
             check_kind("advance", "feed", feed, Feed, "a Feed, e.g. Batches(dataset, batch_size=64, seed=0)")
             self._check_same(feed)
             self._feed, self._cut = feed, [feed.share(*share, self.microbatches) for share in self.shares]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sized
 import numpy as np
 
 from mpitrain._errors import InputError
+from mpitrain._options import check_whole
 from mpitrain.arrays import Key
 from mpitrain.comm import Communicator
 
@@ -30,7 +31,7 @@ class DistributedSampler:
     Raises
     ------
     InputError
-        There are fewer samples than ranks, or no positive batch size.
+        There are fewer samples than ranks, or the batch size is no positive integer.
 
     Notes
     -----
@@ -43,15 +44,15 @@ class DistributedSampler:
     def __init__(
         self, dataset: Sized | int, comm: Communicator, batch_size: int, *, shuffle: bool = True, seed: int = 0
     ) -> None:
+        check_whole("DistributedSampler", "batch_size", batch_size, 1)
         self.samples = dataset if isinstance(dataset, int) else len(dataset)
         self._rank, self._size = comm.rank, comm.size
         self._key = Key(seed, "mpitrain.torch/sampler") if shuffle else None
         self.epoch = 0
-        if batch_size < 1 or self.samples < comm.size:
+        if self.samples < comm.size:
             raise InputError(
-                "some ranks would have no samples", operation="DistributedSampler",
-                got=f"{self.samples} samples, batch_size {batch_size}",
-                expected=f"at least one sample for each of {comm.size} ranks, and a batch_size of at least 1",
+                "some ranks would have no samples", operation="DistributedSampler", got=f"{self.samples} samples",
+                expected=f"at least one sample for each of {comm.size} ranks",
             )  # fmt: skip
         self.steps = min(-(-self.samples // (batch_size * comm.size)), self.samples // comm.size)
 

@@ -375,8 +375,10 @@ def test_states_of_other_groups_are_refused():
 
 def test_a_sampler_needs_samples_for_every_rank():
     def rank(comm):
-        for rows, batch_size in ((1, 1), (5, 0)):
-            with pytest.raises(InputError, match=f"got {rows} samples, batch_size {batch_size}"):
-                mt.DistributedSampler(rows, comm, batch_size)
+        with pytest.raises(InputError, match="got 1 samples; expected at least one sample for each of 2 ranks"):
+            mt.DistributedSampler(1, comm, 1)
+        for batch_size in (0, 2.5):
+            with pytest.raises(InputError, match=f"DistributedSampler: batch_size is .*; got {batch_size}"):
+                mt.DistributedSampler(5, comm, batch_size)
 
     LocalWorld(2).run(rank)

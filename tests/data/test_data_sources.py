@@ -410,6 +410,8 @@ def test_tokens_of_ones_own_are_written_as_numbers():
     assert tokenizer.decode([2, 0, 2]) == "2 0 2"
     with pytest.raises(InputError, match="unknown unit of text; got 'token'; expected byte or character"):
         Tokenizer.of(b"2 0 2", "token")
+    with pytest.raises(InputError, match="unknown unit of text; got 'word'; expected byte or character or token"):
+        Tokenizer("word", ("a",))
     with pytest.raises(DataError, match="prompt: the text has tokens that are not in the vocabulary; got '3'"):
         tokenizer.encode(b"1 3", "prompt")
 

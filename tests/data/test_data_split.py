@@ -76,9 +76,9 @@ def test_a_memory_mapped_split_stays_on_disk(tmp_path):
     assert sorted(gathered[:, 0]) == list(range(20))
 
 
-@pytest.mark.parametrize("test", [0.0, 1.0, -0.1, 1.5, 0.01, 0.99, float("nan")])
+@pytest.mark.parametrize("test", [0.0, 1.0, -0.1, 1.5, 0.01, 0.99, float("nan"), "0.2"])
 def test_a_split_with_an_empty_side(test):
-    with pytest.raises(InputError, match=rf"split: one side would be empty; got test = {test} of 10 rows"):
+    with pytest.raises(InputError, match=rf"split: one side would be empty; got test = {test!r} of 10 rows"):
         split(measured(10), test, seed=0)
 
 
@@ -106,7 +106,7 @@ def test_folds_cover_every_row_once(k, stratified):
         assert (np.ptp(counts, axis=0) <= 1).all()
 
 
-@pytest.mark.parametrize("k", [1, 0, 11])
+@pytest.mark.parametrize("k", [1, 0, 11, 2.5])
 def test_a_number_of_folds_that_cannot_be(k):
     with pytest.raises(InputError, match=rf"folds: number of folds out of range; got {k}; expected 2 to .*10"):
         folds(measured(10), k, seed=0)

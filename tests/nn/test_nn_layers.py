@@ -222,6 +222,7 @@ def test_pool_keeps_shapes_and_dtypes_apart():
         (lambda: nn.CausalAttention(0), "CausalAttention: heads is wrong; got 0"),
         (lambda: nn.GPT(5, 4, width=6, heads=4), "GPT: width is not a multiple of heads; got 6 and 4"),
         (lambda: nn.GPT(5, 4, layers=0), "GPT: layers is wrong; got 0"),
+        (lambda: nn.Recompute(None), "Recompute: layer is of another kind; got NoneType"),
     ],
 )
 def test_wrong_options_are_named(build, message):

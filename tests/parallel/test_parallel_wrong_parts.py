@@ -59,6 +59,7 @@ WRONG: dict[str, tuple[Callable[[Communicator], Any], str]] = {
     "until": (lambda c: set_up(c, mlp(), 4).advance(RowsFeed(1), until=-5), "until is too small; got -5; expected at"),
     "until None": (lambda c: set_up(c, mlp(), 4).advance(RowsFeed(1), until=None), "until is not an integer; got None"),
     "feed": (lambda c: set_up(c, mlp(), 4).advance(IMAGES, until=1), "advance: feed is .*; expected a Feed"),
+    "no feed": (lambda c: set_up(c, mlp(), 4).advance(None, until=1), "advance: feed is .*; got NoneType"),
     "evaluate": (lambda c: set_up(c, mlp(), 4).evaluate(3), "evaluate: batches is of another kind; got int: 3"),
     "batch": (lambda c: set_up(c, mlp(), 4).evaluate([np.ones(3)]), "evaluate: one of batches is .* got ndarray"),
     "inputs": (lambda c: set_up(c, mlp(), 4).predict([[1.0]]), "the inputs are no array; got list; .*numpy.asarray"),
