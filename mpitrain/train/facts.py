@@ -70,8 +70,13 @@ class Facts:
         Raises
         ------
         InputError
-            The samples have another shape, or are not numbers.
+            The samples are no array, have another shape, or are not numbers.
         """
+        if not hasattr(inputs, "dtype"):
+            raise InputError(
+                "the samples are no array", operation="predict", got=type(inputs).__name__,
+                remedy="convert them with numpy.asarray",
+            )  # fmt: skip
         if inputs.dtype.kind not in "fiub":
             raise InputError(
                 "the samples are not numbers", operation="predict", got=inputs.dtype, expected="floats or integers"

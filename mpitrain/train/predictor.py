@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Predictor:
 
     Parameters
     ----------
-    run : Path
+    run : path
         A run directory.
     latest : bool
         Take the newest checkpoint instead of the best.
@@ -51,8 +52,8 @@ class Predictor:
         Its parameters.
     """
 
-    def __init__(self, run: Path, latest: bool = False) -> None:
-        directory = RunDirectory(run)
+    def __init__(self, run: str | PathLike[str], latest: bool = False) -> None:
+        directory = RunDirectory(Path(run))
         if not directory.job.is_file():
             raise InputError(f"{run}: holds no run", expected="the directory with its job.toml")
         self.job = Job.load(directory.job)
@@ -61,7 +62,7 @@ class Predictor:
         if found is None:
             raise CheckpointError(f"{run}: holds no checkpoint", remedy="train the job first")
         self.checkpoint = found.name
-        self.facts = Facts.read(run)
+        self.facts = Facts.read(directory.path)
         self.model = build_model(self.job, self.facts)
         self.params = FlatBuffer(self.model.layout)
         saved = checkpoint.load(found, None, self.model.layout)

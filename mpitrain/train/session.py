@@ -67,8 +67,8 @@ def train_job(
     job: Job,
     comm: Communicator,
     *,
-    run_dir: Path | None = None,
-    resume: Path | None = None,
+    run_dir: str | PathLike[str] | None = None,
+    resume: str | PathLike[str] | None = None,
     observer: Observer | None = None,
     on_phase: OnPhase | None = None,
     traced: bool = False,
@@ -84,9 +84,9 @@ def train_job(
         What to run; the same on all ranks.
     comm : Communicator
         On which ranks.
-    run_dir : Path, optional
+    run_dir : path, optional
         Where the run is kept: missing or empty.  Default: a new directory under ``runs/NAME``.
-    resume : Path, optional
+    resume : path, optional
         Directory of a run to continue from its newest checkpoint.
     observer : Observer, optional
         Told what happens on this rank.
@@ -114,19 +114,20 @@ def train_job(
     -----
     Collective over ``comm``.
     """
+    kept, begun = (None if each is None else Path(each) for each in (run_dir, resume))
     with agree(comm):
-        if resume is not None and comm.rank == 0:
-            _check_same_job(job, resume)
+        if begun is not None and comm.rank == 0:
+            _check_same_job(job, begun)
     parts = assemble(job, comm)
     bits = settle_arithmetic(job, comm, blas_threads)
-    directory = RunDirectory.create(comm, job.name, resume=resume) if resume is not None else None
+    directory = RunDirectory.create(comm, job.name, resume=begun) if begun is not None else None
     if directory:
         _check_same_data(parts, directory, comm)
     saved = _newest(directory, parts, comm) if directory else None
     if saved is None and job.train.warm_start:
         _warm_start(parts, Path(job.train.warm_start), comm)
     # a new directory is made when all else is well, so that nothing is left of a run that never began
-    directory = directory or RunDirectory.create(comm, job.name, path=run_dir)
+    directory = directory or RunDirectory.create(comm, job.name, path=kept)
     trainer = Trainer(job, comm, parts, directory, observer, on_phase, name_signal)
     if saved is not None:
         trainer.restore(saved)

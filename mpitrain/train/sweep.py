@@ -31,7 +31,7 @@ def sweep_job(
     overrides: Sequence[str],
     grid: Mapping[str, Sequence[Any]],
     comm: Communicator,
-    directory: Path,
+    directory: str | PathLike[str],
     on_point: Callable[[dict[str, Any]], object] | None = None,
     name_signal: NameSignal = own_name,
 ) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def sweep_job(
         The values of each key.
     comm : Communicator
         The ranks.
-    directory : Path
+    directory : path
         Where the sweep is kept.  Points that are done there are not run again, and unfinished ones go on.
     on_point : callable, optional
         Told the record of each point on rank 0 when it ends.
@@ -75,11 +75,12 @@ def sweep_job(
     Collective.  A point that fails is a record.  A signal that asks for a stop saves and ends the points under way, and
     no other is begun.  The ranks share the file system.
     """
+    kept = Path(directory).resolve()
     points: list[Point] = []
     due: list[Point] = []
     with agree(comm):
         if comm.rank == 0:
-            points = plan(path, overrides, grid, directory.resolve())
+            points = plan(path, overrides, grid, kept)
             due = [point for point in points if not point.done]
     stop = Stop(name_signal)
     outcomes = _run(due, comm, on_point, stop)
@@ -87,8 +88,8 @@ def sweep_job(
     summary: dict[str, Any] = {}
     with agree(comm):
         if comm.rank == 0:
-            summary = _summary(points, outcomes, comm.size, directory.resolve(), stopped)
-            write_atomic(directory / "sweep.json", json.dumps(summary, indent=2).encode() + b"\n")
+            summary = _summary(points, outcomes, comm.size, kept, stopped)
+            write_atomic(kept / "sweep.json", json.dumps(summary, indent=2).encode() + b"\n")
     found: dict[str, Any] = comm.broadcast_object(summary)
     return found
 

@@ -102,7 +102,7 @@ def test_another_job_is_refused_in_the_same_directory(sweeps):
     folder, _ = sweeps
     what = "another job was run here; got seed = 1, the run has 0; choose another directory with --sweep-dir"
     with pytest.raises(JobError, match=what):
-        sweep_job(folder / "job.toml", ["seed=1"], parse_grid(GRID_TEXTS), alone(), folder / "sweeps" / "job")
+        sweep_job(folder / "job.toml", ["seed=1"], parse_grid(GRID_TEXTS), alone(), str(folder / "sweeps" / "job"))
 
 
 def test_ctrl_c_ends_the_points_under_way_and_the_next_start_goes_on(tmp_path):

@@ -149,9 +149,9 @@ def test_a_trainer_evaluates_before_it_trains(load, tmp_path):
 
 def test_resuming_what_is_complete_changes_nothing(load, tmp_path):
     job = load(data__valid=0.2)
-    first = train(job, run_dir=tmp_path / "run")
+    first = train(job, run_dir=str(tmp_path / "run"))  # paths may be words, as everywhere in Python
     before = metrics(tmp_path / "run")
-    again = train(job, resume=tmp_path / "run")
+    again = train(job, resume=str(tmp_path / "run"))
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
     assert metrics(tmp_path / "run") == before
 
@@ -288,7 +288,7 @@ def test_the_best_checkpoint_is_kept_and_used(load, tmp_path):
     names = {path.name for path in checkpoint.checkpoints(run / "checkpoints")}
     assert best not in (42, 48), "the job must have its best before the end"
     assert names == {f"step-{step:08d}" for step in (best, 42, 48)}
-    assert Predictor(run).checkpoint == f"step-{best:08d}"
+    assert Predictor(str(run)).checkpoint == f"step-{best:08d}"
     assert Predictor(run, latest=True).checkpoint == "step-00000048"
 
 
@@ -296,6 +296,8 @@ def test_predictions_are_those_of_the_model(load, tmp_path):
     result = train(load(data__standardise=True), run_dir=tmp_path / "run")
     held_out = assemble_samples(load(data__standardise=True))
     predictor = Predictor(tmp_path / "run", latest=True)
+    with pytest.raises(InputError, match=r"predict: the samples are no array; got list; .*numpy\.asarray"):
+        predictor.outputs([[0.0]])
     with np.load(tmp_path / "data.npz") as data:
         raw, labels = data["inputs"], data["targets"]
     answers = np.array(predictor.answers(predictor.outputs(raw)))
