@@ -11,6 +11,7 @@ import pytest
 from parallel_cases import IMAGES, TEXT, KeptKeys, RowsFeed, cnn, gpt, mlp, plan, same_on_all
 from pipeline_cases import CASES, Case, fits, united
 from test_parallel_mixed import BOUNDS, SKIPPING, distance, initial, simulated
+from test_pipeline_gradient import mesh_of
 
 from mpitrain import nn
 from mpitrain._errors import InputError, NonFiniteError
@@ -132,7 +133,7 @@ def check_half(comm: Communicator, model: str, compute: str) -> None:
     assert (0 < expected[-2] < STEPS) if compute == "float16" else expected[-1] is None
     for make in (ReproducibleDataParallel, ReproducibleGradientParallel, ReproduciblePipelineParallel):
         assert found(comm, make) == expected
-    mesh = ProcessMesh(comm, data=-1, pipe=2 if comm.size == 4 else 1 if comm.size == 2 else comm.size)
+    mesh = mesh_of(comm)
     assert found(mesh, ReproducibleGradientPipelineParallel) == expected
     mesh.free()
 
