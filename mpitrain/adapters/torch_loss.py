@@ -24,12 +24,22 @@ class TorchLoss(Loss):
         From outputs (n, …) and targets to one loss for each sample, shape (n,), or for integer targets one for each
         label: ``torch.nn.CrossEntropyLoss(reduction="none")``.
 
+    Raises
+    ------
+    InputError
+        It is no function.
+
     Notes
     -----
     Losses are averaged over labels where targets are integers, else over samples.  The only metric is ``loss``.
     """
 
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        if not callable(function):
+            raise InputError(
+                "the loss is no function", operation="TorchLoss", got=repr(function),
+                expected='a loss of mpitrain.nn, or a function, e.g. torch.nn.CrossEntropyLoss(reduction="none")',
+            )  # fmt: skip
         self.function = function
 
     def count(self, batch: Batch) -> float:

@@ -256,6 +256,11 @@ def test_a_module_is_converted_to_a_dtype_of_numpy_or_pytorch():
             TorchModel(torch.nn.Linear(2, 2), nn.CrossEntropy(), dtype)
 
 
+def test_a_loss_is_a_function():
+    with pytest.raises(InputError, match="TorchLoss: the loss is no function; got 'cross_entropy'; expected a loss"):
+        TorchModel(torch.nn.Linear(2, 2), "cross_entropy")
+
+
 JOB = """
 [data]
 source = "digits"
