@@ -86,7 +86,7 @@ def test_encoding(name: str, status: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_extras_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(python, "find_spec", lambda module: module == "matplotlib")
-    told(python.extras(), "ok", "matplotlib ", "not installed: scikit-learn, torch")
+    told(python.extras(), "ok", "matplotlib ", "not installed: scikit-learn, torch, jax")
 
 
 @pytest.mark.usefixtures("use")

@@ -21,7 +21,7 @@ from mpitrain.comm.launch import library
 from mpitrain.comm.transports import entry, kernel
 from mpitrain.optim import kernel as optim_kernel
 
-_EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "torch": "torch"}
+_EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "torch": "torch", "jax": "jax"}
 """Module and distribution of what is needed for some jobs only; CuPy is looked at with the GPUs."""
 
 
