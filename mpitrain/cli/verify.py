@@ -119,7 +119,8 @@ def _verify(
         raise click.UsageError(
             f"--mesh {mesh} has {sides[0].ranks} ranks, not the {ranks} of -n; leave out one of them."
         )
-    settings = [(*overrides, *each.overrides) for each in sides]
+    other = () if isinstance(given.method.cuts, str) else ("method.cuts=counted",)  # which fit one number of stages
+    settings = [(*overrides, *sides[0].overrides), (*overrides, *sides[1].overrides, *other)]
     for each in settings:
         Job.load(job, each)  # a mistake ends here, in one line
     found, expected = (_run(job, each, steps, which.ranks) for each, which in zip(settings, sides, strict=True))

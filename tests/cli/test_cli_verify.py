@@ -85,9 +85,9 @@ def test_a_reproducible_job_is_compared_to_the_bit(job):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["data_parallel", "gradient"])
 def test_ranks_and_their_layout_may_both_be_said(job, kind):
-    """A schedule of pipelines is no mistake where the other run has one stage."""
+    """A schedule of pipelines, and where they are cut, is no mistake where the other run has one stage."""
     pipeline = settings(mesh__pipe=4, method__schedule="zb-h1", method__microbatches=2, method__kind=kind)
-    fixed = ["--steps", "3", "--json", *pipeline]
+    fixed = ["--steps", "3", "--json", *pipeline, "--set", "method.cuts=[1]"]
     done = mpitrain("verify", job, "-n", "4", "--mesh", "data=2,pipe=2", *fixed)
     assert done.code == 0, done.err
     assert (done.result["layout"], done.result["against"], done.result["equal"]) == ("data=2,pipe=2", "serial", True)
