@@ -192,12 +192,13 @@ def test_measured_times_are_those_of_the_layers(only):
     assert not layers[1].calls["input"]
 
 
+@pytest.mark.parametrize("dtype", [None, np.float16])
 @pytest.mark.parametrize(("build", "data"), [(mlp, IMAGES), (cnn, IMAGES), (gpt, TEXT)])
-def test_units_are_measured_without_the_others(build, data):
+def test_units_are_measured_without_the_others(build, data, dtype):
     """Whatever is in front of them and behind them is made up in the right shapes; a tied tensor's alias too."""
     network, batch = build(np.float32), RowsFeed(data, dtype=np.float32).whole(0)[0]
     count = len(units(network.layer))
     for only in (None, [0], [count - 1], *([n, n + 1] for n in range(count - 1)), [0, count - 1]):
-        found = measured(network, batch, repeats=1, only=only)
+        found = measured(network, batch, repeats=1, only=only, dtype=dtype)
         assert len(found) == (count if only is None else len(only))
         assert all(0 < each.forward_s <= each.total_s for each in found)

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpitrain._errors import InputError, JobError
@@ -102,14 +103,16 @@ def largest(costs: Sequence[float], cuts: Sequence[int]) -> float:
         ([], [[*range(3)], [*range(3, LAYERS)]], 8),
         (["reproducible=true", "lanes=3"], [[*range(3)], [*range(3, LAYERS)]], 6),
         (['method.schedule="interleaved"', "method.chunks=2"], [[0, 3], [1, 2, *range(4, LAYERS)]], 8),
+        (['precision.compute="float16"', "precision.emulate=true"], [[*range(3)], [*range(3, LAYERS)]], 8),
     ],
-    ids=["two stages", "lanes", "four stages"],
+    ids=["two stages", "lanes", "four stages", "float16"],
 )
 def test_ranks_measure_the_stages_of_counted_cost_and_agree(monkeypatch, settings, own, rows):
     """Four ranks, no two of which find the same times; the cuts are the best that there are for the mean of these."""
     numbers, found = count(), list[tuple[list[int], int, int]]()
 
     def measured(network: Any, batch: Batch, repeats: int, *, only: list[int], dtype: Any) -> list[UnitTimes]:
+        assert dtype == (np.float16 if "precision.emulate=true" in settings else None)
         slower = next(numbers)
         found.append((only, slower, len(batch)))
         return [UnitTimes(1.0 + layer * 7 % 5, slower, 0.0) for layer in only]
