@@ -194,7 +194,8 @@ class Engine(ABC):
         """Whether every call is checked against those of the other ranks before it runs.
 
         Set it on all ranks at the same point of the program; ``MPITRAIN_DEBUG=1`` sets it from the start.  What is
-        split from this communicator afterwards inherits it.
+        split from this communicator afterwards inherits it, and so does what `allreduce_plan` returns afterwards: plans
+        made before are not checked.
         """
         return self._checker is not None
 
@@ -313,16 +314,17 @@ class Engine(ABC):
     def _start(self, prepared: Prepared) -> Request:
         """Begin what was prepared.
 
-        What belongs to a request is kept here until it is complete, even if that is dropped: the backend still uses
-        its buffers.
+        What was begun is kept here until it is complete, even if the request is dropped or a later part of it cannot
+        be begun: the backend still uses its buffers.
         """
         self._check_open(prepared.operation)
         self.ledger.record(prepared)
         meetings = self._checker.announce(prepared) if self._checker else ()
-        handles = [
-            self._begin(call) if call.stream is None else self._device_moves().begin(call) for call in prepared.calls
-        ]
-        self._under_way = [each for each in self._under_way if not each.test()] + handles
+        self._under_way = [each for each in self._under_way if not each.test()]
+        handles: list[Handle] = []
+        for call in prepared.calls:
+            handles.append(self._begin(call) if call.stream is None else self._device_moves().begin(call))
+            self._under_way.append(handles[-1])
         return Request(handles, prepared.finish, prepared, self._watch, meetings)
 
     def _check_open(self, operation: str) -> None:

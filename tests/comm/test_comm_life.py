@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conformance import same
 
-from mpitrain._errors import InputError
+from mpitrain._errors import CommunicationError, InputError
 from mpitrain.comm import Communicator
+from mpitrain.comm.calls import Call, Handle
+from mpitrain.comm.local import alone
 from mpitrain.comm.transports import choice
 
 CYCLES = 3000
@@ -22,6 +24,22 @@ def use(comm: Communicator) -> None:
     assert comm.leaders is None or comm.leaders.size
     comm.node.allreduce(1, algorithm="hierarchical")  # the node's own node
     assert comm.allreduce(1, algorithm="hierarchical") == comm.size
+
+
+def test_what_was_begun_is_kept_though_the_rest_cannot_be_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    comm = alone()
+    begin, begun = comm._begin, list[Handle]()
+
+    def begin_one(call: Call) -> Handle:
+        if begun:
+            raise CommunicationError("no more")
+        begun.append(begin(call))
+        return begun[0]
+
+    monkeypatch.setattr(comm, "_begin", begin_one)
+    with pytest.raises(CommunicationError, match="no more"):
+        comm.iallreduce([np.zeros(1), np.zeros(1, "f4")])
+    assert comm._under_way == begun  # for its memory is still in use
 
 
 @pytest.mark.mpi
