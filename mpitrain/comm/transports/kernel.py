@@ -18,7 +18,7 @@ import numpy as np
 
 from mpitrain import _env
 from mpitrain._typing import Array, DType
-from mpitrain.arrays.compiled import load
+from mpitrain.arrays.compiled import address, load
 from mpitrain.comm.transports.fence import LINE_BYTES, POSTED, Fence
 from mpitrain.comm.transports.program import Combine
 
@@ -154,7 +154,7 @@ class Kernel:
         found = library()
         assert found is not None
         self._memory, self.ranks, self._library = memory, ranks, found
-        self._team = _Team(_address(memory), row_bytes, header_bytes, place_bytes, SLOT_BYTES, rank, ranks, spins)
+        self._team = _Team(address(memory), row_bytes, header_bytes, place_bytes, SLOT_BYTES, rank, ranks, spins)
         self._team.patience = _PATIENCE
         self._table, self._remembered = (_LaidOut * LAID_OUT)(), list[tuple[Any, Callable[[], object]]]()
         self._team.laid_out = self._table
@@ -261,7 +261,7 @@ def _finish(team: _Team, progress: Callable[[], object], function: Callable[[obj
 def _combination(op: str, combine: Combine) -> _Combination:
     found = _operation(combine.targets[0].dtype, op, combine.divisor)
     assert found is not None
-    parts, results = ((c_void_p * len(each))(*map(_address, each)) for each in (combine.sources, combine.targets))
+    parts, results = ((c_void_p * len(each))(*map(address, each)) for each in (combine.sources, combine.targets))
     return _Combination(
         found[1], parts, len(parts), results, len(results), combine.targets[0].nbytes, combine.past_cache
     )  # fmt: skip
@@ -271,7 +271,7 @@ def _aim(job: _Stream, op: str, send: Array, recv: Array, divisor: int = 0) -> N
     """Set the reduction and the arrays of a stream."""
     found = _operation(send.dtype, op, divisor)
     assert found is not None
-    job.op, job.source, job.target, job.nbytes = found[1], _address(send), _address(recv), send.nbytes
+    job.op, job.source, job.target, job.nbytes = found[1], address(send), address(recv), send.nbytes
     job.past_cache = send is not recv and send.nbytes >= PAST_CACHE_FROM_BYTES
 
 
@@ -302,7 +302,3 @@ class CompiledFence(Fence):
     @_exchanges.setter
     def _exchanges(self, count: int) -> None:
         self._kernel.exchanges = count
-
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])
