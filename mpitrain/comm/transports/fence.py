@@ -6,13 +6,14 @@ to.  The others only read, so that no atomic read-modify-write is needed.
 Ordering.  What a rank wrote before a fence must be seen by all after it, and what it read must have been read.  On
 x86 stores become visible in program order, loads happen in program order, and no store overtakes an earlier load
 (Intel SDM vol. 3, section 9.2.2), so that aligned 8-byte stores and loads of the line suffice; the interpreter, a
-function call for every access, keeps the compiler from reordering them.  Other machines (Arm, POWER) reorder all
-four; there ``order``, a full memory barrier, runs before a rank writes its line and after it has seen the others'.
+function call for every access, keeps the compiler from reordering them.  Other machines (Arm, POWER) may reorder any
+two; there ``order``, a full memory barrier, runs before a rank writes its line and after it has seen the others'.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Callable
 from functools import cache
@@ -131,6 +132,11 @@ class Fence:
                     "ranks of this node have not come to a collective", operation="allreduce",
                     got=f"none from rank {missing} of the node in {self._timeout_s:g} s",
                 )  # fmt: skip
+
+
+def needs_barrier() -> bool:
+    """Tell whether this machine needs a memory barrier where x86, in 64 bits, keeps loads and stores in order."""
+    return platform.machine() not in ("x86_64", "AMD64")
 
 
 @cache
