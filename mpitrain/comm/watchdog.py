@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from mpitrain import _env
@@ -115,12 +115,12 @@ class Watch:
             self.count += 1
 
     def present(self) -> tuple[object, int]:
-        """Return the present call, None for none, and how many have returned."""
+        """Return the present call, or None, and how many have returned: of those that are stored, or of those aside."""
         found = self.aside() if self.current is None and self.aside is not None else None
         return found or (self.current, self.count)
 
     def waited_s(self, now: float) -> float:
-        """Return since when the thread, which asks again and again, has seen the present call."""
+        """Return for how long the thread, which asks again and again, has seen the present call."""
         what, count = self.present()
         # not the call: its arrays are the caller's to drop
         seen = id(what) if what is self.current else str(what), count
@@ -204,7 +204,7 @@ class Watchdog:
         found = "outside of communicators" + (f", at {call_site(main)}" if main else "")
         return found + (f"; its last call: {self.last}" if self.last else "")
 
-    def waits(self, channel: Channel) -> list[list[Any]]:
+    def waits(self, channel: Channel) -> list[absence.Wait]:
         """Return the calls that this process waits in, on communicators of a channel's family."""
         found = (absence.waiting(watch) for watch in self._all() if watch.channel is channel)
         return [each for each in found if each is not None]
