@@ -155,6 +155,7 @@ class Engine(ABC):
             self._made.append(made)
 
     def _moves(self) -> Transport:
+        """Return the transport, which is chosen at the first use.  Collective then."""
         found = self._transport
         if found is None:
             with self.ledger.unchanged(), self._checker.inside() if self._checker else nullcontext():
@@ -168,12 +169,13 @@ class Engine(ABC):
         self._shorten()
 
     def _device_moves(self) -> DeviceTransport:
+        """Return the transport of device memory, which is made at the first use.  Communicates nothing."""
         if self._devices is None:
             self._devices = self._device_way.transport(self._links.comm)
         return self._devices
 
     def _shorten(self) -> None:
-        """Open or close the shortest way of plain calls, after something has changed that it depends on."""
+        """Open the shortest way of plain calls anew, or close it, after something that it depends on has changed."""
         self._entry = made = self._open() if self.plain and self._recorder is None else None
         self._watch.aside = None if made is None else partial(calling, made, self.size)
         if made is not None:

@@ -37,19 +37,20 @@ _NAPS = 20
 """Looks in the time of the shortest timeout."""
 
 _STAGGER_S = 0.02
-"""How much later than the one before it each rank ends the job, so that one of those that wait does it for all."""
+"""How much longer than the rank before it each rank waits before it ends the job, so that the first does it for all."""
 
 _NAP_BEFORE_END_S = 0.2
 """Time for the launcher to take over what was printed."""
 
 _ALARM_S = 5.0
-"""How long a rank leaves that to another which has begun it."""
+"""How long a rank leaves ending the job to another that has begun to."""
 
 
 class Watch:
     """What one communicator of this process is doing.
 
-    A call stores itself in ``current`` while it lasts, and adds 1 to ``count`` when it ends.
+    A call stores itself in ``current`` while it lasts, and adds 1 to ``count`` when it ends.  Compiled code does
+    neither; ``aside`` asks it.
 
     Parameters
     ----------
@@ -69,7 +70,7 @@ class Watch:
     current : object
         What has been called and has not returned; its ``str`` is shown.
     aside : callable, optional
-        Returns a call that is under way and stores itself nowhere, and how many such calls have returned.
+        Returns the call that compiled code has under way, if any, and how many of its calls have returned.
     count : int
         Calls that have returned.
     checking : bool

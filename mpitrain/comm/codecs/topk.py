@@ -20,7 +20,7 @@ _STRIDE = 31
 """Between the elements of a sample; coprime to the lengths that rows usually have, lest it see a few columns only."""
 
 _SPARE = 8
-"""Elements of a sample that are let through beyond half as many again as are expected to be chosen from it."""
+"""How many elements of a sample may reach its threshold, besides 1.5 times as many as it should have of the chosen."""
 
 _RIDES_BYTES = 1 << 16
 """Up to this size of all ranks together, what is not compressed is gathered too: it saves a message that would wait."""
@@ -122,9 +122,9 @@ def largest(values: Array, count: int) -> Array:
 
     Notes
     -----
-    To order all n is costly; so a sample tells which size few of them reach, and only those are ordered.  Where fewer
-    than ``count`` reach it, because the sample was not like the rest, all are.  The sizes of floats are in the order of
-    their bits.
+    To order all n is costly.  So a sample gives a threshold that few values reach, and only those are ordered; where
+    fewer than ``count`` reach it, because the sample was not like the rest, all values are.  The sizes of floats are in
+    the order of their bits.
     """
     xp = namespace(values)
     bits = values.view(f"u{values.itemsize}")

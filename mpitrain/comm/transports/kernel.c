@@ -58,13 +58,13 @@ typedef struct {
   int64_t spins; /* looks before yielding; 0 where ranks share a core */
   int64_t fence; /* number of the last one that this rank came to */
   int64_t exchanges, chunks; /* how often ranks posted, and how many chunks passed through the places */
-  int64_t late;  /* how often the present wait has told the caller to come again */
+  int64_t late;  /* how often the present wait has told the caller to come again; 0: what is called now begins */
   int64_t patience; /* how often it does so before it only looks, as the caller naps between calls */
   int64_t to_memory; /* what others read is written past the cache */
   int64_t slow, writes; /* how often in a row it was slow to write through the cache; how often past it */
   struct laid_out *laid_out; /* reductions of arrays where they lie, that were performed before */
   int64_t laid_out_count, laid_out_next; /* the next is likely to follow the one before, as it did the last time */
-  int64_t brief; /* wait for some microseconds only: the caller keeps others waiting */
+  int64_t brief; /* wait for some microseconds only: the caller holds the interpreter's lock */
 } team;
 
 typedef struct {
@@ -461,7 +461,8 @@ int mpitrain_allreduce(stream *s) {
   return 0;
 }
 
-/* The same for one array, by someone who will come again to mpitrain_allreduce if others are not there yet. */
+/* Begin mpitrain_allreduce, and wait for the others only briefly, since the caller holds the interpreter's lock.  If it
+ * returns 1, mpitrain_allreduce is to be called until the reduction is done. */
 int mpitrain_begin_allreduce(
     stream *s, operation *op, const char *from, char *into, int64_t nbytes, int64_t past_cache, int64_t kind, int64_t block,
     int64_t offset) {
