@@ -146,15 +146,11 @@ static PyObject *new_array(const Entry *self, PyObject *like, const dimensions *
 
 static int is_aligned(const Py_buffer *view) { return (uintptr_t)view->buf % (uintptr_t)view->itemsize == 0; }
 
-static int has_shape(const Py_buffer *view, const dimensions *shape) {
-  int same = view->ndim == shape->count;
-  for (int i = 0; same && i < shape->count; i++) same = view->shape[i] == shape->sizes[i];
-  return same;
-}
-
+/* Tell whether out can take a result; the shape of a 0-d array is NULL, which memcmp must not see. */
 static int fits(const Py_buffer *out, const Py_buffer *x, const dimensions *shape) {
   const char *a = out->buf, *b = x->buf;
-  return has_shape(out, shape) && !strcmp(out->format, x->format) && is_aligned(out) &&
+  return out->ndim == shape->count && !strcmp(out->format, x->format) && is_aligned(out) &&
+         (!shape->count || !memcmp(out->shape, shape->sizes, shape->count * sizeof *out->shape)) &&
          (a + out->len <= b || b + x->len <= a);
 }
 
