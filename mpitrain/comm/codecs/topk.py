@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from mpitrain._errors import InputError
 from mpitrain._options import Choice, Interval, option
 from mpitrain._typing import Array
-from mpitrain.arrays import FlatBuffer, Key, namespace
+from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, namespace, plain
 from mpitrain.comm.codecs.codec import Codec, State
 from mpitrain.comm.codecs.format import as_bytes, from_bytes
 from mpitrain.comm.codecs.formats import FORMATS
@@ -18,6 +19,8 @@ from mpitrain.comm.communicator import Communicator
 
 _STRIDE = 31
 """Between the elements of a sample; coprime to the lengths that rows usually have, lest it see a few columns only."""
+
+_MOST_ELEMENTS = 1 << 32
 
 _SPARE = 8
 """How many elements of a sample may reach its threshold, besides 1.5 times as many as it should have of the chosen."""
@@ -54,6 +57,21 @@ class TopK(Codec):
 
     ratio: float = option(Interval(0.0, 1.0, "(]"), 0.01)
     values: str = option(Choice(tuple(FORMATS)), "full")
+
+    def init(self, layout: Layout, key: Key, allocator: Allocator = plain) -> State:
+        """Return nothing; see `Codec.init`.
+
+        Raises
+        ------
+        InputError
+            There are more elements than indices of 32 bits can tell apart.
+        """
+        if layout.size > _MOST_ELEMENTS:
+            raise InputError(
+                "too many elements for indices of 32 bits", operation="topk", got=f"{layout.size:,}",
+                expected=f"at most {_MOST_ELEMENTS:,}", remedy="take another codec, or divide the model's parameters",
+            )  # fmt: skip
+        return super().init(layout, key, allocator)
 
     def sum(
         self,
