@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -106,7 +105,7 @@ def _shared(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Tr
     spins = _cores(comm.node) >= comm.node.size
 
     def fence(lines: Array) -> Fence:
-        return Fence(lines, comm.node.rank, order, spins, math.inf)  # the watchdog ends what waits too long
+        return Fence(lines, comm.node.rank, order, spins)
 
     def loops(memory: Array) -> Kernel:
         return Kernel(memory, comm.node.rank, PAGE_BYTES, kernel.SPINS if spins else 0, comm._progress)

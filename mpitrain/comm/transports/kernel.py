@@ -6,7 +6,6 @@ They are optional.  Without them the same reductions run in NumPy, with the same
 from __future__ import annotations
 
 import ctypes
-import math
 import time
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_int64, c_void_p, pointer
@@ -288,7 +287,7 @@ class CompiledFence(Fence):
 
     def __init__(self, lines: Array, rank: int, kernel: Kernel) -> None:
         self._kernel = kernel
-        super().__init__(lines, rank, None, True, math.inf)
+        super().__init__(lines, rank, None, True)
 
     def wait(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Return once every rank has come here as often as this one.  Collective over the node."""
