@@ -44,7 +44,10 @@ _UNMARKED = nullcontext()
 
 
 class Engine(ABC):
-    """One rank of a group: its backend, its guard, and how calls are performed."""
+    """One rank of a group: its backend, its guard, and how calls are performed.
+
+    Names that begin with an underscore are for the files of `mpitrain.comm`; programs see the other ones.
+    """
 
     library = ""
     _links: Links
