@@ -264,7 +264,17 @@ class Engine(ABC):
             self._shorten()
             for entry in self._entries:
                 entry.close()
+            self._entries.clear()
+            self._leave_transport()
             self._free()
+
+    def _leave_transport(self) -> None:
+        """Give the transport's memory back; its name can still be asked for."""
+        left = self._transport
+        if left is not None:
+            self._transport = named = HostTransport()
+            named.name, named.why = left.name, left.why
+            left.release()
 
     def __enter__(self) -> Self:
         return self

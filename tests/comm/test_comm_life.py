@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,31 @@ def test_what_was_begun_is_kept_though_the_rest_cannot_be_begun(monkeypatch: pyt
     with pytest.raises(CommunicationError, match="no more"):
         comm.iallreduce([np.zeros(1), np.zeros(1, "f4")])
     assert comm._under_way == begun  # for its memory is still in use
+
+
+def mapped() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:mpitrain")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("loops", ["on", "off"])
+def test_the_memory_of_its_node_goes_with_it(world: Communicator, loops: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPITRAIN_KERNEL", loops)
+    gc.collect()
+    before = mapped()
+    gc.disable()  # for what refers to itself stays until it runs
+    try:
+        with world.split(0) as part:
+            x = np.ones(1000)
+            same(part.allreduce(x), np.full(1000, float(world.size)))
+            name, plan = part.transport, part.allreduce_plan(x)
+            assert mapped() - before == (name == "shared")
+        assert part.transport == name
+        assert mapped() - before == (name == "shared" and loops == "on")  # through which the plan passes its array
+        del plan
+        assert mapped() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.mpi

@@ -152,9 +152,10 @@ class Kernel:
         place_bytes = (row_bytes - header_bytes) // PLACES // LINE_BYTES * LINE_BYTES
         found = library()
         assert found is not None
-        self._memory, self.ranks, self._library = memory, ranks, found
+        self.ranks, self._library = ranks, found
         self._team = _Team(address(memory), row_bytes, header_bytes, place_bytes, SLOT_BYTES, rank, ranks, spins)
         self._team.patience = _PATIENCE
+        self._team.memory = memory  # held by whatever holds the team, which knows an address only
         self._table, self._remembered = (_LaidOut * LAID_OUT)(), list[tuple[Any, Callable[[], object]]]()
         self._team.laid_out = self._table
         self._finish = partial(_finish, self._team, progress)

@@ -164,6 +164,11 @@ class SharedTransport(Transport):
         self._entry = entry
         self._hold()
 
+    def release(self) -> None:
+        """Let go of what refers back to this transport, so that its memory need not wait for the cyclic collector."""
+        self._entry = None
+        self._arena.changed = lambda: None
+
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out a reduction."""
         values = buffer.reshape(-1)

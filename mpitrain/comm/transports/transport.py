@@ -74,6 +74,9 @@ class Transport(ABC):
     def follow(self, entry: Entry) -> None:  # noqa: B027
         """Keep what calls `loops`, to tell it whenever memory comes or goes in which arrays are reduced in place."""
 
+    def release(self) -> None:  # noqa: B027
+        """Let go of what keeps this transport's memory, once its communicator is freed; plans keep what they use."""
+
     @abstractmethod
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Plan reductions of a contiguous buffer; None where nothing beats the communicator's own way.  Collective."""
