@@ -1,16 +1,18 @@
 """Finds the rank that a call waits for in vain because it has come to the end of its program.
 
-Nobody can come any more once all ranks of a communicator either wait in the same collective or have ended; and a rank
-that has ended sends nothing.  That is found by asking, from the watchdog's thread, about a call that takes long; a call
-pays nothing.  Since what an ended rank sent before may still be on its way, it must be found twice, nobody having moved
-in between.  In doubt nothing is said: a call that waits for ever then runs into its timeout.
+A collective cannot complete once each rank of its communicator either waits in it or has ended, at least one of them
+the latter; and no message can come from a rank that has ended.  So when a call takes long, the watchdog's thread asks
+the ranks concerned what they are doing; the call itself pays nothing.  What an ended rank sent before may still be on
+its way, so that all must be found waiting twice, in the same calls, with time for the bytes to travel in between.  In
+doubt nothing is said: a call that waits for ever then runs into its timeout.
 
-It knows what ranks say (`Channel`), not how a job is ended.
+This file knows what ranks say (`Channel`), not how a job is ended.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,16 +27,37 @@ FIRST_S = 1.0
 """How long a call waits before anybody is asked."""
 
 SETTLE_S = 1.5
-"""How long, and for the time of its bytes, all are to be seen to wait."""
+"""How long after the first time all must be found waiting again, besides the time that the bytes may take."""
 
 _AGAIN = 0.1
-"""After which part of the time that it has waited others are asked again."""
+"""The others are asked again when the call has waited this much longer, as a part of what it has waited."""
 
 _PATIENCE_S = 2.5
-"""How long ranks that are asked what they do have to answer: longer than the watchdog of any sleeps."""
+"""How long ranks that are asked what they do have to answer: longer than any rank's watchdog sleeps."""
 
 _SLOWEST_BYTES_PER_S = 10e6
-"""The largest part of any rank may have to travel at this rate, once for each of the ranks."""
+"""How slowly bytes may travel: as many as the largest share of a rank has, once for each rank, one after the other."""
+
+
+class Wait(NamedTuple):
+    """A call that a rank waits in, told from all others of this rank.
+
+    Parameters
+    ----------
+    communicator : str
+        Its name, the same on all its ranks.
+    number : str
+        Which call of this rank's on it.
+    operation : str
+        E.g. ``allreduce``.
+    nbytes : int
+        What it moves, as the ledger counts it.
+    """
+
+    communicator: str
+    number: str
+    operation: str
+    nbytes: int
 
 
 class Answer(NamedTuple):
@@ -46,13 +69,18 @@ class Answer(NamedTuple):
         Number of the question that it answers.
     text : str
         What it is doing.
-    waits : list of list
-        Calls that it waits in on communicators of the family that asks, each as `waiting` has it.
+    waits : list of Wait
+        The calls that it waits in, on communicators of the family that asks.
     """
 
     question: int
     text: str
-    waits: list[list[Any]]
+    waits: list[Wait]
+
+    @classmethod
+    def received(cls, question: int, text: str, waits: Iterable[Iterable[Any]]) -> Answer:
+        """Return an answer from what JSON makes of one."""
+        return cls(question, text, [Wait(*each) for each in waits])
 
 
 @dataclass(frozen=True)
@@ -61,28 +89,24 @@ class Heard:
 
     Parameters
     ----------
-    own : list
-        The call, as `waiting` has it.
-    waits : dict of int to list
-        That of each rank that it takes and that has not ended; none if not all of them wait in it.
+    own : Wait
+        The call.
+    waits : dict of int to Wait
+        The call of each rank that it needs and that has not ended; empty if not all of these wait in it.
     until_s : float
         When they may be asked again, on the monotonic clock.
     """
 
-    own: list[Any]
-    waits: dict[int, list[Any]]
+    own: Wait
+    waits: dict[int, Wait]
     until_s: float
 
 
-def waiting(watch: Watch) -> list[Any] | None:
-    """Return what tells a call of this rank's from any other.
+def waiting(watch: Watch) -> Wait | None:
+    """Return the call that this rank waits in on a communicator.
 
-    Returns
-    -------
-    list of str, str, str and int, or None
-        Name of the communicator, which call of this rank's on it, the operation, and its bytes.  None if there is no
-        call, or one in which a rank may be busy by itself: on memory of a device, whose queue may be long, or one that
-        makes or frees communicators.
+    None if there is no call, or one in which a rank may be busy by itself: on memory of a device, whose queue may be
+    long, or one that makes or frees communicators.
     """
     number = "" if watch.current is not None else "aside "  # the two ways are counted apart
     call, count = watch.present()
@@ -90,11 +114,11 @@ def waiting(watch: Watch) -> list[Any] | None:
         call = call.prepared()
     if not isinstance(call, Prepared) or not call.calls or any(each.stream is not None for each in call.calls):
         return None
-    return [watch.name, f"{number}{count}", call.operation, sum(each.logical_bytes for each in call.calls)]
+    return Wait(watch.name, f"{number}{count}", call.operation, sum(each.logical_bytes for each in call.calls))
 
 
 def find(watch: Watch, waited_s: float) -> str | None:
-    """Return what is to be said of a call that cannot end, as ranks that it needs have ended; None of any other.
+    """Return what is to be said of a call that cannot complete, as ranks that it needs have ended; None of any other.
 
     Parameters
     ----------
@@ -129,7 +153,7 @@ def find(watch: Watch, waited_s: float) -> str | None:
 
 
 def _needed(watch: Watch) -> list[int]:
-    """Return the ranks that a call takes, as the channel numbers them: all, or those whose message is awaited."""
+    """Return the ranks that a call needs, as the channel numbers them: all, or those whose message is awaited."""
     call, _ = watch.present()
     messages = [each for each in call.calls if each.peer is not None] if isinstance(call, Prepared) else []
     awaited = [each for each in messages if each.operation == "recv"] or messages
@@ -138,24 +162,25 @@ def _needed(watch: Watch) -> list[int]:
     ]
 
 
-def _in_vain(
-    watch: Watch, own: list[Any], told: dict[int, Answer], ended: list[int], others: list[int]
-) -> dict[int, list[Any]]:
-    """Return the call that each rank waits in; none if one is in no such call, or not heard of, or has gone on."""
+def _in_vain(watch: Watch, own: Wait, told: dict[int, Answer], ended: list[int], others: list[int]) -> dict[int, Wait]:
+    """Return the call that each rank waits in; empty if one is in no such call, does not answer, or has gone on."""
     assert watch.channel is not None
     silent = any(rank not in told for rank in (*ended, *others))
     if silent or any(told[rank].waits for rank in ended) or waiting(watch) != own:
         return {}
-    name, _, operation, _ = own
-    found = {rank: [each for each in told[rank].waits if (each[0], each[2]) == (name, operation)] for rank in others}
+    found = {rank: [each for each in told[rank].waits if _same_call(each, own)] for rank in others}
     if not all(found.values()):
         return {}
     return {watch.channel.rank: own} | {rank: calls[0] for rank, calls in found.items()}
 
 
-def _travel_s(waits: dict[int, list[Any]], needed: list[int]) -> float:
-    largest_bytes = max(nbytes for *_, nbytes in waits.values())
-    return float(largest_bytes) * len(needed) / _SLOWEST_BYTES_PER_S
+def _same_call(theirs: Wait, own: Wait) -> bool:
+    """Tell whether two ranks wait in one call; each counts its own, and shares may differ."""
+    return (theirs.communicator, theirs.operation) == (own.communicator, own.operation)
+
+
+def _travel_s(waits: dict[int, Wait], needed: list[int]) -> float:
+    return max(each.nbytes for each in waits.values()) * len(needed) / _SLOWEST_BYTES_PER_S
 
 
 def _sentence(watch: Watch, told: dict[int, Answer], ended: list[int]) -> str:

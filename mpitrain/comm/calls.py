@@ -20,7 +20,7 @@ class Call:
         ``allreduce``, ``reduce``, ``broadcast``, ``reduce_scatter``, ``allgather``, ``gather``, ``scatter``,
         ``alltoall``, ``send``, ``recv`` or ``barrier``.
     dtype : dtype, optional
-        Of the caller's array; the memory below holds its `mpitrain.comm.dtypes.storage`.
+        Of the caller's array; the memory below holds its `mpitrain.arrays.dtypes.storage`.
     send : array, one-dimensional, optional
         What this rank sends.  None for ``allreduce``, ``reduce`` and ``broadcast``, which work in place on ``recv``.
     recv : array, one-dimensional, optional

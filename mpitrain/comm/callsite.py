@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from types import FrameType
 
-_COMM = str(Path(__file__).parent)
-_PACKAGE = str(Path(__file__).parent.parent)
-_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_COMM = f"{Path(__file__).parent}{os.sep}"
+_PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
+_LIBRARIES = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def call_site(frame: FrameType | None = None) -> str:

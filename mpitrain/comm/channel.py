@@ -185,7 +185,7 @@ class Channel:
                     self.alarmed = time.monotonic()
                     print_stacks(self)
             case {"answer": answer}:
-                self._answers[source] = Answer(*answer)
+                self._answers[source] = Answer.received(*answer)
             case {"left": how}:
                 self.left[source] = how
             case {"who": _}:

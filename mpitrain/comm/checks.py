@@ -16,6 +16,9 @@ OWN_TAG = 32767
 supports."""
 
 
+_INT_MAX = 2**31 - 1  # MPI takes colours and keys as ints
+
+
 def _index(operation: str, what: str, value: Any, expected: str) -> int:
     try:
         return operator.index(value)
@@ -64,9 +67,19 @@ def color(value: Any) -> int | None:
     """Return ``value`` as the colour of a split; None stays None."""
     if value is None:
         return None
-    found = _index("split", "color", value, "0 or more, or None")
-    if found < 0:
-        raise InputError("negative color", operation="split", got=found, expected="0 or more, or None to stay out")
+    expected = f"0 to {_INT_MAX}, or None to stay out"
+    found = _index("split", "color", value, expected)
+    if not 0 <= found <= _INT_MAX:
+        raise InputError("color out of range", operation="split", got=found, expected=expected)
+    return found
+
+
+def key(value: Any) -> int:
+    """Return ``value`` as what ranks are ordered by in a split."""
+    expected = f"{-_INT_MAX} to {_INT_MAX}"
+    found = _index("split", "key", value, expected)
+    if not -_INT_MAX <= found <= _INT_MAX:
+        raise InputError("key out of range", operation="split", got=found, expected=expected)
     return found
 
 

@@ -105,14 +105,14 @@ class Communicator(Collectives, Messages):
         Parameters
         ----------
         color : int or None
-            0 or more; None to be in none, and get None.
+            0 to 2^31 − 1; None to be in none, and get None.
         key : int
             Ranks are ordered by key, then by rank.
         axis : str
             Name under which the ledger counts it.
         """
         self._check_open("split")
-        color = checks.color(color)
+        color, key = checks.color(color), checks.key(key)
         with self._together(Prepared(f"split(axis={axis!r})", [], lambda: None)):
             part = self._split(color, key, axis)
         if part is not None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import Array, DType, Shape
-from mpitrain.arrays.dtypes import accumulator
+from mpitrain.arrays.dtypes import accumulator, storage
 from mpitrain.comm import dtypes, results
 from mpitrain.comm.calls import Call, Prepared
 
@@ -150,7 +150,7 @@ def _travels(dtype: DType) -> bool:
         dtypes.check("direct", dtype)
     except DtypeError:
         return False
-    return dtypes.storage(dtype) == dtype
+    return storage(dtype) == dtype
 
 
 @cache

@@ -9,7 +9,6 @@ import numpy as np
 
 from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import DType
-from mpitrain.arrays.dtypes import storage as storage
 
 Op: TypeAlias = Literal["and", "max", "mean", "min", "or", "prod", "sum"]
 """Reductions.  ``and``, ``or``: bitwise on integers, logical on bool.  ``min``, ``max``: undefined for NaN."""

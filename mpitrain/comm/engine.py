@@ -44,7 +44,10 @@ _UNMARKED = nullcontext()
 
 
 class Engine(ABC):
-    """One rank of a group: its backend, its guard, and how calls are performed."""
+    """One rank of a group: its backend, its guard, and how calls are performed.
+
+    Names that begin with an underscore are for the files of `mpitrain.comm`; programs see the other ones.
+    """
 
     library = ""
     _links: Links
@@ -155,6 +158,7 @@ class Engine(ABC):
             self._made.append(made)
 
     def _moves(self) -> Transport:
+        """Return the transport, which is chosen at the first use.  Collective then."""
         found = self._transport
         if found is None:
             with self.ledger.unchanged(), self._checker.inside() if self._checker else nullcontext():
@@ -168,12 +172,13 @@ class Engine(ABC):
         self._shorten()
 
     def _device_moves(self) -> DeviceTransport:
+        """Return the transport of device memory, which is made at the first use.  Communicates nothing."""
         if self._devices is None:
             self._devices = self._device_way.transport(self._links.comm)
         return self._devices
 
     def _shorten(self) -> None:
-        """Open or close the shortest way of plain calls, after something has changed that it depends on."""
+        """Open the shortest way of plain calls anew, or close it, after something that it depends on has changed."""
         self._entry = made = self._open() if self.plain and self._recorder is None else None
         self._watch.aside = None if made is None else partial(calling, made, self.size)
         if made is not None:
@@ -194,7 +199,8 @@ class Engine(ABC):
         """Whether every call is checked against those of the other ranks before it runs.
 
         Set it on all ranks at the same point of the program; ``MPITRAIN_DEBUG=1`` sets it from the start.  What is
-        split from this communicator afterwards inherits it.
+        split from this communicator afterwards inherits it, and so does what `allreduce_plan` returns afterwards: plans
+        made before are not checked.
         """
         return self._checker is not None
 
@@ -258,7 +264,17 @@ class Engine(ABC):
             self._shorten()
             for entry in self._entries:
                 entry.close()
+            self._entries.clear()
+            self._leave_transport()
             self._free()
+
+    def _leave_transport(self) -> None:
+        """Give the transport's memory back; its name can still be asked for."""
+        left = self._transport
+        if left is not None:
+            self._transport = named = HostTransport()
+            named.name, named.why = left.name, left.why
+            left.release()
 
     def __enter__(self) -> Self:
         return self
@@ -313,16 +329,17 @@ class Engine(ABC):
     def _start(self, prepared: Prepared) -> Request:
         """Begin what was prepared.
 
-        What belongs to a request is kept here until it is complete, even if that is dropped: the backend still uses
-        its buffers.
+        What was begun is kept here until it is complete, even if the request is dropped or a later part of it cannot
+        be begun: the backend still uses its buffers.
         """
         self._check_open(prepared.operation)
         self.ledger.record(prepared)
         meetings = self._checker.announce(prepared) if self._checker else ()
-        handles = [
-            self._begin(call) if call.stream is None else self._device_moves().begin(call) for call in prepared.calls
-        ]
-        self._under_way = [each for each in self._under_way if not each.test()] + handles
+        self._under_way = [each for each in self._under_way if not each.test()]
+        handles: list[Handle] = []
+        for call in prepared.calls:
+            handles.append(self._begin(call) if call.stream is None else self._device_moves().begin(call))
+            self._under_way.append(handles[-1])
         return Request(handles, prepared.finish, prepared, self._watch, meetings)
 
     def _check_open(self, operation: str) -> None:

@@ -95,8 +95,7 @@ class Ledger:
 
     def record(self, prepared: Prepared) -> None:
         """Count one use of a public method."""
-        used = Count(1, len(prepared.calls), sum(call.logical_bytes for call in prepared.calls))
-        self._add(prepared.operation, used)
+        self._add(prepared.operation, _one_use(prepared))
 
     def moved(self, operation: str, messages: int, sent_bytes: int) -> None:
         """Count what this rank sent on the way of an operation."""
@@ -104,7 +103,7 @@ class Ledger:
 
     def meter(self, prepared: Prepared) -> Meter:
         """Return what counts further uses of the same public method with the same calls."""
-        meter = Meter(Count(1, len(prepared.calls), sum(call.logical_bytes for call in prepared.calls)))
+        meter = Meter(_one_use(prepared))
         self._meters.append(((self.axis, prepared.operation), meter))
         return meter
 
@@ -122,7 +121,7 @@ class Ledger:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Forget what the block counts."""
+        """Forget what the block counts; it must call no plans, whose uses are kept."""
         counts, tallies = dict(self._counts), {key: tally[:] for key, tally in self._tallies.items()}
         try:
             yield
@@ -143,3 +142,7 @@ class Ledger:
     def _add(self, operation: str, used: Count) -> None:
         key = (self.axis, operation)
         self._counts[key] = self._counts.get(key, Count()) + used
+
+
+def _one_use(prepared: Prepared) -> Count:
+    return Count(1, len(prepared.calls), sum(call.logical_bytes for call in prepared.calls))

@@ -69,7 +69,8 @@ class MpiCommunicator(Communicator):
     channel : Channel
         Private lines of the guard's, to all ranks of the communicator that this was split from.
     name : str
-        The same on all ranks, and different from that of any other communicator that two of them share.
+        The same on all ranks, and different from that of any other communicator that two of them share; empty for the
+        one that all others of the channel were split from.
     timeout_s : float, optional
         As the user chose it.
     """
@@ -222,9 +223,9 @@ class MpiCommunicator(Communicator):
         return cast("AbstractContextManager[Executor | None]", found)  # its stub names the wrong class
 
     def _split_node(self) -> Communicator:
+        part = ranks_per_node()  # first, as it may raise
         with _translated("node"):
             comm = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-            part = ranks_per_node()
             if part is not None:
                 whole, comm = comm, comm.Split(comm.Get_rank() // part)
                 whole.Free()
@@ -259,7 +260,7 @@ class MpiCommunicator(Communicator):
             window.Unlock_all()
             window.Free()
         self._comm.Free()
-        if not self._name:
+        if not self._name:  # that of the family, from which all others of the channel were split
             self._channel.free()
 
 

@@ -86,7 +86,8 @@ def ordinary(
     Parameters
     ----------
     bind : callable
-        From a flat array, the one for the result, or the same, and a reduction other than ``mean`` to what reduces.
+        Given a flat array, another for the result or the same one, and a reduction other than ``mean``, returns what
+        performs the reduction each time it is called.
     """
     flat = buffer.reshape(-1)
     own = flat if in_place else plain(flat.size, flat.dtype)

@@ -6,7 +6,6 @@ What the ranks do with each other's arrays is theirs to say; here is where the a
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,13 +14,11 @@ import numpy as np
 from mpitrain._typing import Array, DType
 from mpitrain.comm.calls import Call, Prepared
 from mpitrain.comm.shard_plans import watched
-from mpitrain.comm.transports.fence import LINE_BYTES
+from mpitrain.comm.transports.fence import LINE_BYTES, needs_barrier
 from mpitrain.comm.transports.pages import whole_pages
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
-
-_ORDERED = ("x86_64", "AMD64")
 
 _LOOKS = 2000
 """Before a rank that waits gives its core to others."""
@@ -102,7 +99,8 @@ class Departures:
 
     Notes
     -----
-    As `mpitrain.comm.transports.fence`, it relies on x86's order of loads and stores; elsewhere the second half is the
+    As `mpitrain.comm.transports.fence`, it relies on x86's order of loads and stores: no store, hence no `leave`,
+    overtakes an earlier load.  On other machines nobody looks for what `leave` writes, and ``wait`` is the node's whole
     fence.  Waiting is in sight of watchdog and ledger.
     """
 
@@ -110,9 +108,8 @@ class Departures:
         lines = comm.shared((comm.size, LINE_BYTES // 8), np.dtype(np.int64))
         self._lines = [memoryview(line) for line in lines]
         self._own, self._number = self._lines[comm.rank], 0
-        halves = platform.machine() in _ORDERED
         called = Prepared("barrier", [Call("barrier")], lambda: None)
-        self.wait = watched(comm, called, self._wait if halves else fence)
+        self.wait = watched(comm, called, fence if needs_barrier() else self._wait)
 
     def leave(self) -> None:
         """Let the others know that this rank has done."""

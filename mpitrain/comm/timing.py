@@ -30,8 +30,8 @@ def race(
     comm : Communicator
         All ranks that take part in the calls.
     contenders : sequence of sequences of callable
-        The calls of each, which differ in their buffers only.  Whoever comes next takes its next ones: no buffer is
-        used again before all others were.
+        Of each contender, its calls, which differ in their buffers only.  Successive turns use successive buffers,
+        whoever's turn it is, so that none is used again before all the others were.
     rounds : int
         How often each is timed.
     before : like ``contenders``, optional

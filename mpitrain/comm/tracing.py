@@ -78,30 +78,17 @@ def trace(
     zero_ns = int(lines.broadcast(np.int64(before.local_ns)))
     recorder = Recorder(comm.rank, before.offset_ns - zero_ns, max_events)
     part = target.with_name(f"{target.stem}.rank{comm.rank}.json")
-    try:
-        with agree(lines):
-            recorder.open(part)
-    except BaseException:
-        recorder.close()
-        part.unlink(missing_ok=True)
-        raise
+    _open(recorder, part, lines)
     recorder.attach(comm)
     try:
         yield
     finally:
         recorder.detach(comm)
         recorder.close()
-    after = clocks.compare(lines)
-    facts = lines.gather_object({"rank": comm.rank, "dropped": recorder.dropped, "failure": recorder.failure,
-                                 "clock_start": asdict(before), "clock_end": asdict(after)})  # fmt: skip
-    with agree(lines):
-        if lines.rank:
-            _deliver(lines, _corrected(part, before, after))
-        else:
-            _write(target, _arriving(lines, part), facts or [])
+    facts = _join(recorder, part, lines, before, target)
     part.unlink(missing_ok=True)
     lines.free()
-    for note in _notes(target, facts or []):
+    for note in _notes(target, facts):
         on_note(note)
 
 
@@ -110,6 +97,30 @@ def _check(comm: Communicator, max_events: int) -> None:
         raise InputError("max_events is too small", operation="trace", got=max_events, expected="at least 1")
     if being_traced(comm):
         raise InputError("is being traced already", operation="trace", got=repr(comm))
+
+
+def _open(recorder: Recorder, part: Path, lines: Communicator) -> None:
+    """Begin the files of all ranks, or of none.  Collective."""
+    try:
+        with agree(lines):
+            recorder.open(part)
+    except BaseException:
+        recorder.close()
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _join(recorder: Recorder, part: Path, lines: Communicator, before: Reading, target: Path) -> list[dict[str, Any]]:
+    """Put the parts of all ranks together; return, on rank 0, what each says of its own.  Collective."""
+    after = clocks.compare(lines)
+    own = {"rank": recorder.rank, "dropped": recorder.dropped, "failure": recorder.failure}
+    facts = lines.gather_object({**own, "clock_start": asdict(before), "clock_end": asdict(after)}) or []
+    with agree(lines):
+        if lines.rank:
+            _deliver(lines, _corrected(part, before, after))
+        else:
+            _write(target, _arriving(lines, part), facts)
+    return facts
 
 
 def _notes(target: Path, facts: list[dict[str, Any]]) -> Iterator[str]:

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from mpitrain import _env
@@ -37,19 +37,20 @@ _NAPS = 20
 """Looks in the time of the shortest timeout."""
 
 _STAGGER_S = 0.02
-"""How much later than the one before it each rank ends the job, so that one of those that wait does it for all."""
+"""How much longer than the rank before it each rank waits before it ends the job, so that the first does it for all."""
 
 _NAP_BEFORE_END_S = 0.2
 """Time for the launcher to take over what was printed."""
 
 _ALARM_S = 5.0
-"""How long a rank leaves that to another which has begun it."""
+"""How long a rank leaves ending the job to another that has begun to."""
 
 
 class Watch:
     """What one communicator of this process is doing.
 
-    A call stores itself in ``current`` while it lasts, and adds 1 to ``count`` when it ends.
+    A call stores itself in ``current`` while it lasts, and adds 1 to ``count`` when it ends.  Compiled code does
+    neither; ``aside`` asks it.
 
     Parameters
     ----------
@@ -69,7 +70,7 @@ class Watch:
     current : object
         What has been called and has not returned; its ``str`` is shown.
     aside : callable, optional
-        Returns a call that is under way and stores itself nowhere, and how many such calls have returned.
+        Returns the call that compiled code has under way, if any, and how many of its calls have returned.
     count : int
         Calls that have returned.
     checking : bool
@@ -115,12 +116,12 @@ class Watch:
             self.count += 1
 
     def present(self) -> tuple[object, int]:
-        """Return the present call, None for none, and how many have returned."""
+        """Return the present call, or None, and how many have returned: of those that are stored, or of those aside."""
         found = self.aside() if self.current is None and self.aside is not None else None
         return found or (self.current, self.count)
 
     def waited_s(self, now: float) -> float:
-        """Return since when the thread, which asks again and again, has seen the present call."""
+        """Return for how long the thread, which asks again and again, has seen the present call."""
         what, count = self.present()
         # not the call: its arrays are the caller's to drop
         seen = id(what) if what is self.current else str(what), count
@@ -204,7 +205,7 @@ class Watchdog:
         found = "outside of communicators" + (f", at {call_site(main)}" if main else "")
         return found + (f"; its last call: {self.last}" if self.last else "")
 
-    def waits(self, channel: Channel) -> list[list[Any]]:
+    def waits(self, channel: Channel) -> list[absence.Wait]:
         """Return the calls that this process waits in, on communicators of a channel's family."""
         found = (absence.waiting(watch) for watch in self._all() if watch.channel is channel)
         return [each for each in found if each is not None]

@@ -473,6 +473,9 @@ REFUSED: list[tuple[str, Callable[[Communicator], Any], list[str]]] = [
     ("out tree", lambda c: c.allreduce([np.zeros(3)], out=np.zeros(3)), ["out has another structure"]),
     ("out read-only", lambda c: c.allreduce(np.zeros(3), out=np.broadcast_to(0.0, 3)), ["out is read-only"]),
     ("color", lambda c: c.split(-1), ["split", "-1", "None to stay out"]),
+    ("large color", lambda c: c.split(2**31), ["split", "got 2147483648", "0 to 2147483647"]),
+    ("key", lambda c: c.split(0, key="first"), ["split: key is not an integer", "'first'"]),
+    ("large key", lambda c: c.split(0, key=-(2**31)), ["split: key out of range", "got -2147483648"]),
 ]
 
 

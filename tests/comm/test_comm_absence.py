@@ -15,13 +15,13 @@ from conformance import same
 
 from mpitrain.arrays.devices import Stream
 from mpitrain.comm import Communicator, absence
-from mpitrain.comm.absence import Answer
+from mpitrain.comm.absence import Answer, Wait
 from mpitrain.comm.calls import Call, Prepared
 from mpitrain.comm.direct import Doing
 from mpitrain.comm.watchdog import Watch, watchdog
 
 Launch = Callable[..., tuple[int | None, str]]
-Answers = dict[int, list[list[Any]]]
+Answers = dict[int, list[Wait]]
 
 LEAVES = """
 import sys, time
@@ -137,7 +137,7 @@ def case(monkeypatch: pytest.MonkeyPatch) -> CaseMaker:
 
 def _in(*others: str, count: str = "7", operation: str = "barrier", nbytes: int = 0) -> Answers:
     """Return what ranks 1 and 2 say that wait in communicators of these names."""
-    return {1 + i: [[name, count, operation, nbytes]] for i, name in enumerate(others)}
+    return {1 + i: [Wait(name, count, operation, nbytes)] for i, name in enumerate(others)}
 
 
 def _message(operation: str, peer: int) -> Call:
@@ -228,11 +228,11 @@ def test_calls_of_the_short_way_are_counted_apart() -> None:
 def test_who_does_not_answer_or_is_in_a_call_after_its_end_is_no_proof(case: CaseMaker) -> None:
     assert not case(_Told(_in("/1", "/1"), silent=(1,)), BARRIER).finds()
     assert not case(_Told(_in("/1", "/1"), silent=(3,)), BARRIER).finds()
-    assert not case(_Told({**_in("/1", "/1"), 3: [["/2", "0", "send", 0]]}), BARRIER).finds()
+    assert not case(_Told({**_in("/1", "/1"), 3: [Wait("/2", "0", "send", 0)]}), BARRIER).finds()
 
 
 def test_the_first_that_waits_asks_for_all(case: CaseMaker) -> None:
-    wait = ["/1", "7", "barrier", 0]
+    wait = Wait("/1", "7", "barrier", 0)
     second = case(_Told({0: [wait], 2: [wait]}, rank=1), BARRIER)
     assert not second.finds()
     assert second.channel.asked == []
@@ -283,7 +283,7 @@ def test_a_rank_may_be_busy_in_a_call() -> None:
     """On a device, or making a communicator: such a call is not taken for one that only waits."""
     watch = Watch("world", name="/1")
     watch.current = Prepared("barrier", [BARRIER], lambda: None)
-    assert absence.waiting(watch) == ["/1", "0", "barrier", 0]
+    assert absence.waiting(watch) == Wait("/1", "0", "barrier", 0)
     watch.current = Prepared("split(axis='data')", [], lambda: None)
     assert absence.waiting(watch) is None
     stream: Any = Stream

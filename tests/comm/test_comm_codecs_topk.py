@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mpitrain.comm.codecs import topk
+from mpitrain._errors import InputError
+from mpitrain.arrays import Key, Layout, Segment
+from mpitrain.comm.codecs import TopK, topk
 
 N = 40_000
 RNG = np.random.default_rng(0)
@@ -35,6 +37,15 @@ def check(values: np.ndarray, count: int) -> None:
     assert len(set(chosen.tolist())) == count
     order = np.sort(np.abs(values))  # NaN last
     assert np.array_equal(np.sort(np.abs(values[chosen])), order[len(order) - count :], equal_nan=True)
+
+
+def test_more_elements_than_indices_are_refused() -> None:
+    def layout(last: int) -> Layout:
+        return Layout.build([Segment("a", (1 << 31,)), Segment("b", (last,))])
+
+    assert TopK().init(layout(1 << 31), Key(0)) == {}
+    with pytest.raises(InputError, match="4,294,967,312; expected at most 4,294,967,296"):
+        TopK().init(layout((1 << 31) + 1), Key(0))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

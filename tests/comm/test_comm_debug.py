@@ -8,11 +8,13 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conformance import CHECKS
 
+import mpitrain
 from mpitrain._errors import InputError, MismatchError
 from mpitrain.comm import Communicator, LocalWorld, Request
 from mpitrain.comm.calls import Call, Prepared
@@ -36,6 +38,12 @@ def test_the_call_site_is_the_callers_line_whatever_library_lies_between() -> No
     sites = [inside, call_site(), *by_library]
     assert {site.rpartition(":")[0].rpartition("/")[2] for site in sites} == {"test_comm_debug.py"}
     assert len({site.rpartition(":")[2] for site in sites}) == 3
+
+
+def test_a_program_beside_the_package_is_the_users() -> None:
+    names: dict[str, object] = {"call_site": call_site}
+    exec(compile("site = call_site()", f"{Path(mpitrain.__file__).parent}_study/train.py", "exec"), names)
+    assert str(names["site"]).endswith("mpitrain_study/train.py:1")  # and not a line of ours, called from here
 
 
 def test_a_table_is_aligned_and_sorted_by_rank() -> None:

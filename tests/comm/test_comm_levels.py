@@ -65,15 +65,15 @@ def test_levels_of_a_node(domains: Domains, sizes: tuple[int, ...]) -> None:
             assert {domains[source] for source in levels.phases(rank, 1000, 4)[0].sources} == {own}
 
 
-def test_bytes_read_are_those_of_the_phases_and_of_the_cost_model() -> None:
+def test_a_rank_reads_of_others_what_the_cost_model_says() -> None:
     nbytes, item_bytes = 1 << 20, 4
-    levels, flat = Levels((16, 4, 2)), Levels((128,))
-    for each in (levels, flat):
-        phases = each.phases(77, nbytes // item_bytes, item_bytes)
-        read = [(len(phase.sources) - 1) * (phase.end - phase.begin) * item_bytes for phase in phases]
-        assert read == each.bytes_read(nbytes)
-    assert levels.bytes_read(nbytes)[-1] == nbytes // 128  # from the other of two sockets: n(s - 1)/p
-    assert sum(levels.bytes_read(nbytes)) == sum(flat.bytes_read(nbytes))
+
+    def read(sizes: tuple[int, ...]) -> list[int]:
+        phases = Levels(sizes).phases(77, nbytes // item_bytes, item_bytes)
+        return [(len(phase.sources) - 1) * (phase.end - phase.begin) * item_bytes for phase in phases]
+
+    assert read((16, 4, 2)) == [15 * nbytes // 16, 3 * nbytes // 64, nbytes // 128]  # the last: n(s - 1)/p
+    assert sum(read((16, 4, 2))) == read((128,))[0] == 127 * nbytes // 128
 
 
 def test_the_domain_of_a_process_is_read_from_sysfs(tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conformance import same
 
-from mpitrain._errors import InputError
+from mpitrain._errors import CommunicationError, InputError
 from mpitrain.comm import Communicator
+from mpitrain.comm.calls import Call, Handle
+from mpitrain.comm.local import alone
 from mpitrain.comm.transports import choice
 
 CYCLES = 3000
@@ -22,6 +26,47 @@ def use(comm: Communicator) -> None:
     assert comm.leaders is None or comm.leaders.size
     comm.node.allreduce(1, algorithm="hierarchical")  # the node's own node
     assert comm.allreduce(1, algorithm="hierarchical") == comm.size
+
+
+def test_what_was_begun_is_kept_though_the_rest_cannot_be_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    comm = alone()
+    begin, begun = comm._begin, list[Handle]()
+
+    def begin_one(call: Call) -> Handle:
+        if begun:
+            raise CommunicationError("no more")
+        begun.append(begin(call))
+        return begun[0]
+
+    monkeypatch.setattr(comm, "_begin", begin_one)
+    with pytest.raises(CommunicationError, match="no more"):
+        comm.iallreduce([np.zeros(1), np.zeros(1, "f4")])
+    assert comm._under_way == begun  # for its memory is still in use
+
+
+def mapped() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:mpitrain")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("loops", ["on", "off"])
+def test_the_memory_of_its_node_goes_with_it(world: Communicator, loops: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPITRAIN_KERNEL", loops)
+    gc.collect()
+    before = mapped()
+    gc.disable()  # for what refers to itself stays until it runs
+    try:
+        with world.split(0) as part:
+            x = np.ones(1000)
+            same(part.allreduce(x), np.full(1000, float(world.size)))
+            name, plan = part.transport, part.allreduce_plan(x)
+            assert mapped() - before == (name == "shared")
+        assert part.transport == name
+        assert mapped() - before == (name == "shared" and loops == "on")  # through which the plan passes its array
+        del plan
+        assert mapped() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.mpi
@@ -43,7 +88,7 @@ def test_what_it_made_for_itself_goes_with_it(
 
     monkeypatch.setenv("MPITRAIN_RANKS_PER_NODE", ranks_per_node)
     monkeypatch.setattr(MpiCommunicator, "_child", remembered)
-    monkeypatch.setattr(choice, "_STRONGLY_ORDERED", ())  # a window as well
+    monkeypatch.setattr(choice, "needs_barrier", lambda: True)  # a window as well
     comm = world.split(0)
     assert comm is not None
     use(comm)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import Array, DType, Shape
+from mpitrain.arrays.dtypes import storage
 from mpitrain.arrays.libraries import Operand, owner
 from mpitrain.comm import dtypes
 from mpitrain.comm.buffers.overlap import entangled, overlap
@@ -65,7 +66,7 @@ def target(operation: str, out: Any, shape: Shape, like: Operand) -> Operand | N
 
 def wire(values: Array) -> Array:
     """Return a contiguous array as the flat words that travel; shares its memory."""
-    return values.reshape(-1).view(dtypes.storage(values.dtype))
+    return values.reshape(-1).view(storage(values.dtype))
 
 
 def outgoing(
@@ -99,7 +100,7 @@ def _words(x: Operand, memory: Array, held: DType, apart_from: Array | None) -> 
         return memory.reshape(-1)
     stream = x.stream
     assert stream is not None
-    words = stream.empty(memory.size, dtypes.storage(held))
+    words = stream.empty(memory.size, storage(held))
     stream.copy(memory, words.reshape(memory.shape), x.dtype)
     return words
 

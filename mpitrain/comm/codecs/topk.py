@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from mpitrain._errors import InputError
 from mpitrain._options import Choice, Interval, option
 from mpitrain._typing import Array
-from mpitrain.arrays import FlatBuffer, Key, namespace
+from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, namespace, plain
 from mpitrain.comm.codecs.codec import Codec, State
 from mpitrain.comm.codecs.format import as_bytes, from_bytes
 from mpitrain.comm.codecs.formats import FORMATS
@@ -19,8 +20,10 @@ from mpitrain.comm.communicator import Communicator
 _STRIDE = 31
 """Between the elements of a sample; coprime to the lengths that rows usually have, lest it see a few columns only."""
 
+_MOST_ELEMENTS = 1 << 32
+
 _SPARE = 8
-"""Elements of a sample that are let through beyond half as many again as are expected to be chosen from it."""
+"""How many elements of a sample may reach its threshold, besides 1.5 times as many as it should have of the chosen."""
 
 _RIDES_BYTES = 1 << 16
 """Up to this size of all ranks together, what is not compressed is gathered too: it saves a message that would wait."""
@@ -54,6 +57,21 @@ class TopK(Codec):
 
     ratio: float = option(Interval(0.0, 1.0, "(]"), 0.01)
     values: str = option(Choice(tuple(FORMATS)), "full")
+
+    def init(self, layout: Layout, key: Key, allocator: Allocator = plain) -> State:
+        """Return nothing; see `Codec.init`.
+
+        Raises
+        ------
+        InputError
+            There are more elements than indices of 32 bits can tell apart.
+        """
+        if layout.size > _MOST_ELEMENTS:
+            raise InputError(
+                "too many elements for indices of 32 bits", operation="topk", got=f"{layout.size:,}",
+                expected=f"at most {_MOST_ELEMENTS:,}", remedy="take another codec, or divide the model's parameters",
+            )  # fmt: skip
+        return super().init(layout, key, allocator)
 
     def sum(
         self,
@@ -122,9 +140,9 @@ def largest(values: Array, count: int) -> Array:
 
     Notes
     -----
-    To order all n is costly; so a sample tells which size few of them reach, and only those are ordered.  Where fewer
-    than ``count`` reach it, because the sample was not like the rest, all are.  The sizes of floats are in the order of
-    their bits.
+    To order all n is costly.  So a sample gives a threshold that few values reach, and only those are ordered; where
+    fewer than ``count`` reach it, because the sample was not like the rest, all values are.  The sizes of floats are in
+    the order of their bits.
     """
     xp = namespace(values)
     bits = values.view(f"u{values.itemsize}")

@@ -20,6 +20,7 @@ import numpy as np
 
 from mpitrain._errors import StorageError
 from mpitrain._typing import Array
+from mpitrain.arrays.compiled import address
 from mpitrain.comm.transports.pages import map_file, whole_pages
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Arena:
         """
         part_bytes = whole_pages(part_bytes)
         memory = _map(self._node, part_bytes)
-        start = _address(memory[self._node.rank])
+        start = address(memory[self._node.rank])
         memory.own = range(start, start + part_bytes)
         number, self._count = self._count, self._count + 1
         self._blocks[number] = ref(memory, partial(self._forget, number))
@@ -118,15 +119,11 @@ class Arena:
 
     def locate(self, array: Array) -> Place:
         """Return where a C-contiguous array lies within this rank's part of a block."""
-        address = _address(array)
+        start = address(array)
         for number, memory in self._held():
-            if address in memory.own and address + array.nbytes <= memory.own.stop:
-                return Place(number, address - memory.own.start)
+            if start in memory.own and start + array.nbytes <= memory.own.stop:
+                return Place(number, start - memory.own.start)
         return NOWHERE
-
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 def _map(node: Communicator, part_bytes: int) -> Memory:

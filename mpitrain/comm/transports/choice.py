@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import platform
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,7 +10,7 @@ from mpitrain import _env
 from mpitrain._errors import InputError, StorageError
 from mpitrain._typing import Array
 from mpitrain.comm.transports import kernel
-from mpitrain.comm.transports.fence import Fence
+from mpitrain.comm.transports.fence import Fence, needs_barrier
 from mpitrain.comm.transports.host import HostTransport
 from mpitrain.comm.transports.kernel import Kernel
 from mpitrain.comm.transports.network import NetworkTransport
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
 
 TRANSPORTS = (HostTransport.name, SharedTransport.name, NetworkTransport.name)
-
-_STRONGLY_ORDERED = ("x86_64", "AMD64", "i386", "i686")
 
 
 def choose(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Transport:
@@ -105,11 +101,11 @@ def _shared(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Tr
     across = comm.split(comm.node.rank, axis="across") if comm.size > comm.node.size else None
     comm._keep(across)
     compiled = across is None and all(comm.allgather_object(kernel.available()))
-    order = None if platform.machine() in _STRONGLY_ORDERED else barrier()
+    order = barrier() if needs_barrier() else None
     spins = _cores(comm.node) >= comm.node.size
 
     def fence(lines: Array) -> Fence:
-        return Fence(lines, comm.node.rank, order, spins, math.inf)  # the watchdog ends what waits too long
+        return Fence(lines, comm.node.rank, order, spins)
 
     def loops(memory: Array) -> Kernel:
         return Kernel(memory, comm.node.rank, PAGE_BYTES, kernel.SPINS if spins else 0, comm._progress)

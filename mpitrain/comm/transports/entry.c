@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { ABI = 4, DONE = 0 }; /* ABI: as entry.py calls this; DONE: as kernel.c says it */
+enum { ABI = 4, DONE = 0, FORMATS = 128 }; /* ABI: as entry.py calls this; DONE: as kernel.c says it */
 
 typedef int begin(void *job, void *operation, const char *from, char *into, int64_t nbytes, int64_t past_cache,
                   int64_t kind, int64_t block, int64_t offset);
@@ -77,8 +77,8 @@ static int reduces(enum called which) { return which != BROADCAST && which != AL
 static int keeps_shape(enum called which) { return which != REDUCE_SCATTER && which != ALLGATHER; }
 
 static const way *find_way(const Entry *self, enum called which, PyObject *op, const Py_buffer *view) {
-  const char *format = view->format;
-  if (!format || format[0] < 0 || format[1] || (reduces(which) && !PyUnicode_CheckExact(op))) return NULL;
+  const char *format = view->format; /* of chars, whose sign is the machine's to choose */
+  if (!format || (unsigned char)format[0] >= FORMATS || format[1] || (reduces(which) && !PyUnicode_CheckExact(op))) return NULL;
   PyObject *table = PyDict_GetItemWithError(self->ways, reduces(which) ? op : Py_None); /* borrowed */
   if (!table) return NULL;
   const way *found = (const way *)PyBytes_AsString(table) + format[0];
@@ -146,10 +146,11 @@ static PyObject *new_array(const Entry *self, PyObject *like, const dimensions *
 
 static int is_aligned(const Py_buffer *view) { return (uintptr_t)view->buf % (uintptr_t)view->itemsize == 0; }
 
+/* Tell whether out can take a result; the shape of a 0-d array is NULL, which memcmp must not see. */
 static int fits(const Py_buffer *out, const Py_buffer *x, const dimensions *shape) {
   const char *a = out->buf, *b = x->buf;
   return out->ndim == shape->count && !strcmp(out->format, x->format) && is_aligned(out) &&
-         !memcmp(out->shape, shape->sizes, shape->count * sizeof *out->shape) &&
+         (!shape->count || !memcmp(out->shape, shape->sizes, shape->count * sizeof *out->shape)) &&
          (a + out->len <= b || b + x->len <= a);
 }
 
@@ -403,8 +404,9 @@ static PyType_Spec SPEC = {
 
 static int fill(PyObject *module) {
   PyObject *type = PyType_FromSpec(&SPEC);
-  if (!type || PyModule_AddObjectRef(module, "Entry", type)) return -1;
-  return PyModule_AddIntConstant(module, "ABI", ABI);
+  const int failed = !type || PyModule_AddObjectRef(module, "Entry", type);
+  Py_XDECREF(type);
+  return failed ? -1 : PyModule_AddIntConstant(module, "ABI", ABI);
 }
 
 static PyModuleDef_Slot MODULE_SLOTS[] = {{Py_mod_exec, fill}, {0, NULL}};

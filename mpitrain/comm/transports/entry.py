@@ -67,15 +67,15 @@ class Ranks:
     Parameters
     ----------
     rank, ranks : int
-        This one, and how many.
+        The number of this one, and how many there are.
     library : Library
-        It calls.
+        The MPI library between them.
     comm : int
-        Handle of the library's for the communicator.
+        The library's handle for the communicator.
     most_elements : int
-        Of all that the library moves in one call.
+        The most that the library moves in one call, of all ranks together.
     failed : callable
-        Raises the error of an operation on an array, by the library's code.
+        Given an operation, its array and the library's error code, raises the error.
     """
 
     rank: int
@@ -93,11 +93,12 @@ class Loops:
     Parameters
     ----------
     kernel : Kernel
-        At work for its ranks, which are those of one node.
+        The loops of its ranks, which are those of one node.
     located_from_bytes : int
-        From which size on it matters where arrays lie.
+        Arrays of at least this size are reduced where they lie, if that is in memory that the ranks share.
     complete : callable
-        From the array for the result, the reduction, and what a loop says that is not done, to the result.
+        Given the array for the result, the reduction, and what a loop returned that could not end it, ends it in Python
+        and returns the result.
     """
 
     kernel: Kernel
@@ -140,7 +141,7 @@ def make(ranks: Ranks, loops: Loops | None, library_below_bytes: float, ledger: 
     loops : Loops, optional
         What reduces for all; without, the library does so.
     library_below_bytes : float
-        Smaller arrays alone, however, where there are no loops.
+        Without loops, arrays of at least this size are left to Python, whose transport may have a better way.
     ledger : Ledger
         Where calls are counted.
     """

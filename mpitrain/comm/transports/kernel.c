@@ -2,12 +2,14 @@
  *
  * Optional: transports/kernel.py loads it where it was compiled, and the same protocol in NumPy stands beside it.
  *
- * Memory.  Each rank has a row, mapped by all.  It begins with a page of counters, one to a cache line, which the row's
- * rank alone writes, and two slots for small arrays; the places for chunks follow.  Every counter only grows.
+ * Memory.  Each rank has a row, mapped by all.  It begins with a page of three counters, each in a line of its own with
+ * what is posted behind the first, which the row's rank alone writes, and two slots for small arrays; the places for
+ * chunks follow.  Every counter only grows.
  *
  * Ordering.  A rank publishes by a store with release order: all that it read and wrote before is complete when the
  * number is seen.  The others look by loads with acquire order: nothing that follows is done before.  Each datum is
- * handed over by such a pair, so that this is right in the C11 memory model, on x86, Arm and POWER alike.
+ * handed over by such a pair, so that this is right in the C11 memory model, on x86, Arm and POWER alike.  Stores past
+ * the cache lie outside of that model: no release orders them.  Whoever makes one drains it before the next publication.
  *
  * Waiting never lasts: a function that waits returns 1 after some time, with its progress kept in its argument, and
  * wants to be called again.  In between the caller handles signals.  0: done.
@@ -56,13 +58,13 @@ typedef struct {
   int64_t spins; /* looks before yielding; 0 where ranks share a core */
   int64_t fence; /* number of the last one that this rank came to */
   int64_t exchanges, chunks; /* how often ranks posted, and how many chunks passed through the places */
-  int64_t late;  /* how often the present wait has told the caller to come again */
+  int64_t late;  /* how often the present wait has told the caller to come again; 0: what is called now begins */
   int64_t patience; /* how often it does so before it only looks, as the caller naps between calls */
   int64_t to_memory; /* what others read is written past the cache */
   int64_t slow, writes; /* how often in a row it was slow to write through the cache; how often past it */
   struct laid_out *laid_out; /* reductions of arrays where they lie, that were performed before */
   int64_t laid_out_count, laid_out_next; /* the next is likely to follow the one before, as it did the last time */
-  int64_t brief; /* wait for some microseconds only: the caller keeps others waiting */
+  int64_t brief; /* wait for some microseconds only: the caller holds the interpreter's lock */
 } team;
 
 typedef struct {
@@ -158,7 +160,6 @@ static int late(team *t, enum counter which, int64_t number) {
 /* ---- Combining: out[i] = left[i] op right[i]; out may be left or right */
 
 typedef void fold(void *out, const void *left, const void *right, int64_t n);
-typedef void divide(void *values, int64_t n, int64_t divisor);
 
 #define FOLD(NAME, T, EXPRESSION)                                                             \
   FOR_THIS_CPU static void NAME(void *out, const void *left, const void *right, int64_t n) { \
@@ -232,7 +233,8 @@ FOR_THIS_CPU static void copy_through(char *restrict target, const char *restric
  * Where ranks share a cache it stays there.  Where they do not, to write to lines that another core has read takes
  * several times as long as to write past the cache, so that it is done so.  Which it is cannot be asked for, and may
  * change while a virtual machine runs; but it shows in how fast this goes, so that each rank finds out for itself, and
- * looks again now and then. */
+ * looks again now and then.  What goes past the cache is drained here: by the time of the publication the rank may have
+ * found that it need not do so any more. */
 static void write_for_others(team *t, char *to, const char *from, int64_t nbytes) {
   int64_t tried = nbytes;
   if (t->to_memory) tried = nbytes >= SAMPLE_BYTES && t->writes++ % SAMPLE_EVERY == 0 ? SAMPLE_BYTES : 0;
@@ -242,7 +244,9 @@ static void write_for_others(team *t, char *to, const char *from, int64_t nbytes
     t->slow = (now_ns() - begin) * SLOW_BYTES_PER_NS > tried ? t->slow + 1 : 0;
     t->to_memory = t->slow >= SLOW_IN_A_ROW;
   }
+  if (tried == nbytes) return;
   copy_past_cache(to + tried, from + tried, nbytes - tried);
+  drain_past_cache();
 }
 
 /* Whether results are written past the cache: they are large, or it is slow to write through it. */
@@ -318,7 +322,6 @@ static void hand_in(stream *s) {
   char *to = place(s, chunk, s->ranks->rank, COPIED);
   write_for_others(s->ranks, to, from, own.begin);
   write_for_others(s->ranks, to + own.end, from + own.end, nbytes - own.end);
-  if (s->ranks->to_memory) drain_past_cache();
   publish(s->ranks, COPIED, s->ranks->chunks + s->handed_in);
 }
 
@@ -458,7 +461,8 @@ int mpitrain_allreduce(stream *s) {
   return 0;
 }
 
-/* The same for one array, by someone who will come again to mpitrain_allreduce if others are not there yet. */
+/* Begin mpitrain_allreduce, and wait for the others only briefly, since the caller holds the interpreter's lock.  If it
+ * returns 1, mpitrain_allreduce is to be called until the reduction is done. */
 int mpitrain_begin_allreduce(
     stream *s, operation *op, const char *from, char *into, int64_t nbytes, int64_t past_cache, int64_t kind, int64_t block,
     int64_t offset) {

@@ -6,7 +6,6 @@ They are optional.  Without them the same reductions run in NumPy, with the same
 from __future__ import annotations
 
 import ctypes
-import math
 import time
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_int64, c_void_p, pointer
@@ -18,7 +17,7 @@ import numpy as np
 
 from mpitrain import _env
 from mpitrain._typing import Array, DType
-from mpitrain.arrays.compiled import load
+from mpitrain.arrays.compiled import address, load
 from mpitrain.comm.transports.fence import LINE_BYTES, POSTED, Fence
 from mpitrain.comm.transports.program import Combine
 
@@ -153,9 +152,10 @@ class Kernel:
         place_bytes = (row_bytes - header_bytes) // PLACES // LINE_BYTES * LINE_BYTES
         found = library()
         assert found is not None
-        self._memory, self.ranks, self._library = memory, ranks, found
-        self._team = _Team(_address(memory), row_bytes, header_bytes, place_bytes, SLOT_BYTES, rank, ranks, spins)
+        self.ranks, self._library = ranks, found
+        self._team = _Team(address(memory), row_bytes, header_bytes, place_bytes, SLOT_BYTES, rank, ranks, spins)
         self._team.patience = _PATIENCE
+        self._team.memory = memory  # held by whatever holds the team, which knows an address only
         self._table, self._remembered = (_LaidOut * LAID_OUT)(), list[tuple[Any, Callable[[], object]]]()
         self._team.laid_out = self._table
         self._finish = partial(_finish, self._team, progress)
@@ -261,7 +261,7 @@ def _finish(team: _Team, progress: Callable[[], object], function: Callable[[obj
 def _combination(op: str, combine: Combine) -> _Combination:
     found = _operation(combine.targets[0].dtype, op, combine.divisor)
     assert found is not None
-    parts, results = ((c_void_p * len(each))(*map(_address, each)) for each in (combine.sources, combine.targets))
+    parts, results = ((c_void_p * len(each))(*map(address, each)) for each in (combine.sources, combine.targets))
     return _Combination(
         found[1], parts, len(parts), results, len(results), combine.targets[0].nbytes, combine.past_cache
     )  # fmt: skip
@@ -271,7 +271,7 @@ def _aim(job: _Stream, op: str, send: Array, recv: Array, divisor: int = 0) -> N
     """Set the reduction and the arrays of a stream."""
     found = _operation(send.dtype, op, divisor)
     assert found is not None
-    job.op, job.source, job.target, job.nbytes = found[1], _address(send), _address(recv), send.nbytes
+    job.op, job.source, job.target, job.nbytes = found[1], address(send), address(recv), send.nbytes
     job.past_cache = send is not recv and send.nbytes >= PAST_CACHE_FROM_BYTES
 
 
@@ -288,7 +288,7 @@ class CompiledFence(Fence):
 
     def __init__(self, lines: Array, rank: int, kernel: Kernel) -> None:
         self._kernel = kernel
-        super().__init__(lines, rank, None, True, math.inf)
+        super().__init__(lines, rank, None, True)
 
     def wait(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Return once every rank has come here as often as this one.  Collective over the node."""
@@ -302,7 +302,3 @@ class CompiledFence(Fence):
     @_exchanges.setter
     def _exchanges(self, count: int) -> None:
         self._kernel.exchanges = count
-
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])

@@ -84,11 +84,3 @@ class Levels:
             found.append(Phase(tuple(self._ranks[first + i * stride] for i in range(size)), begin, end))
             stride *= size
         return found
-
-    def bytes_read(self, nbytes: int) -> list[int]:
-        """Return what a rank reads of others at each level, for arrays of so many bytes on every rank."""
-        found, share = [], nbytes
-        for size in self.sizes:
-            share //= size
-            found.append((size - 1) * share)
-        return found

@@ -16,6 +16,7 @@ from contextlib import suppress
 import numpy as np
 
 from mpitrain._typing import Array
+from mpitrain.arrays.compiled import address
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -58,21 +59,21 @@ def map_file(descriptor: int, total_bytes: int, begin: int, end: int) -> Array:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     around = mmap.mmap(-1, total_bytes + HUGE_BYTES, flags=flags)  # unmaps what is put into it, too
     whole = np.frombuffer(around, np.uint8)
-    address = int(whole.__array_interface__["data"][0])
-    offset = -address % HUGE_BYTES
-    _map_at(address + offset, descriptor, total_bytes)
+    start = address(whole)
+    offset = -start % HUGE_BYTES
+    _map_at(start + offset, descriptor, total_bytes)
     if begin < end and begin % HUGE_BYTES == end % HUGE_BYTES == 0:
         with suppress(OSError):  # an older kernel, or no huge page to be had
             around.madvise(_MADV_COLLAPSE, offset + begin, end - begin)
     return whole[offset : offset + total_bytes]
 
 
-def _map_at(address: int, descriptor: int, nbytes: int) -> None:
+def _map_at(start: int, descriptor: int, nbytes: int) -> None:
     """Map a file over other memory; Python's own `mmap` takes no address."""
     function = ctypes.CDLL(None, use_errno=True).mmap
     function.restype = ctypes.c_void_p
     function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
     flags = mmap.MAP_SHARED | _MAP_FIXED
-    if function(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0) != address:
+    if function(start, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0) != start:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

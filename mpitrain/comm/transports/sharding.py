@@ -17,6 +17,7 @@ from weakref import ref
 import numpy as np
 
 from mpitrain._typing import Array, DType, Shape
+from mpitrain.arrays.compiled import address
 from mpitrain.comm.buffers import wire
 from mpitrain.comm.calls import Call
 from mpitrain.comm.transports.blocks import NOWHERE, Arena, Memory, Place
@@ -70,11 +71,13 @@ class CommonMemory:
 
     def locate(self, array: Array) -> Place:
         """Return the block in which an array lies, and its first byte there."""
-        address = _address(array)
         for number, held in self._blocks.items():
             memory = held()
-            if memory is not None and 0 <= address - _address(memory) <= memory.nbytes - array.nbytes:
-                return Place(number, address - _address(memory))
+            if memory is None:
+                continue
+            offset_bytes = address(array) - address(memory)
+            if 0 <= offset_bytes <= memory.nbytes - array.nbytes:
+                return Place(number, offset_bytes)
         return NOWHERE
 
 
@@ -132,7 +135,3 @@ def far_allgather(
     # Only what other nodes' ranks send changes, and of this node nobody else writes there.
     steps: list[Step] = [(np.copyto, (staged, whole[begin:end])), (far.across._run, (call,)), (wait, ())]
     return partial(perform, steps)
-
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])

@@ -54,7 +54,7 @@ CHUNK_BYTES = 256 * 1024
 """What passes through the workspace between two fences, of each rank; within one node."""
 
 COMPILED_CHUNK_BYTES = 640 * 1024
-"""The same with compiled loops, which pass no fences; on nodes of two ranks, and less on wider ones."""
+"""The same with compiled loops, which pass no fences, on nodes of two ranks; on wider ones it is less."""
 
 STREAMED_FROM_BYTES = 16 * 1024 * 1024
 """Ordinary arrays from this size on pass through the workspace in NumPy; smaller ones are left to the MPI library.
@@ -94,7 +94,8 @@ class SharedTransport(Transport):
 
     Notes
     -----
-    Collective over ``comm``.  Holds one mapping per rank of a page and four chunks, or six where loops are compiled.
+    Collective over ``comm``.  Holds a block in which each rank of the node has a page and four chunks, or six where the
+    loops are compiled, or on several nodes what `FarWorkspace` needs.
     """
 
     name = "shared"
@@ -162,6 +163,11 @@ class SharedTransport(Transport):
         """Take note of the way from a call to the loops."""
         self._entry = entry
         self._hold()
+
+    def release(self) -> None:
+        """Let go of what refers back to this transport, so that its memory need not wait for the cyclic collector."""
+        self._entry = None
+        self._arena.changed = lambda: None
 
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
         """Lay out a reduction."""

@@ -42,9 +42,9 @@ class Transport(ABC):
     why : str
         Why it was chosen, for people.
     least_bytes : float
-        Smaller arrays are left to the communicator's own way.
+        Smaller arrays are left to the communicator's own way.  May become less when memory is allocated.
     always_left_bytes : float
-        What that will never be below, whatever memory is allocated.
+        `least_bytes` never becomes less than this.
     """
 
     name: str
@@ -72,7 +72,10 @@ class Transport(ABC):
         return None
 
     def follow(self, entry: Entry) -> None:  # noqa: B027
-        """Take note of the way from a call to `loops`; it must be told of changes."""
+        """Keep what calls `loops`, to tell it whenever memory comes or goes in which arrays are reduced in place."""
+
+    def release(self) -> None:  # noqa: B027
+        """Let go of what keeps this transport's memory, once its communicator is freed; plans keep what they use."""
 
     @abstractmethod
     def plan(self, buffer: Array, op: str, in_place: bool) -> Planned | None:
