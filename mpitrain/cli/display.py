@@ -5,6 +5,7 @@ Everything goes to standard error; standard output belongs to the result.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -46,6 +47,10 @@ class Lines(Observer):
         """Say what starts."""
         self.steps = steps
         self._say(title)
+
+    def on_kept(self, path: Path) -> None:
+        """Name the run's directory, as ``--resume`` takes it."""
+        self._say(f"kept in   {path}")
 
     def on_metrics(self, record: dict[str, Any]) -> None:
         """Print one record of the metrics file."""

@@ -19,6 +19,7 @@ import click
 from mpitrain import _env
 from mpitrain._errors import JobError, LaunchError
 from mpitrain.cli.display import STYLES, headline, observer
+from mpitrain.cli.init import job_names
 
 if TYPE_CHECKING:
     from mpitrain.comm import Communicator
@@ -143,12 +144,19 @@ def _interrupted(exit_code: Path) -> Path:
 
 
 def check_job_file(job: str, ranks: int) -> None:
-    """Refuse a Python script in the place of a job file."""
+    """Refuse a Python script in the place of a job file, and a shipped job that is not here."""
     if Path(job).suffix == ".py":
         launcher = f"mpirun -n {ranks} " if ranks > 1 else ""
         raise JobError(
             "is a Python script", operation=job, expected="a job file (TOML)",
             remedy=f"start it with: {launcher}python {job}",
+        )  # fmt: skip
+    name = Path(job).stem
+    # not under a launcher: there only rank 0 reads the file, and others' nodes may not have it
+    if _env.launched_size() is None and not Path(job).exists() and name in job_names():
+        raise JobError(
+            "no such file", operation=job, expected="a job file (TOML)",
+            remedy=f"to copy the one that is shipped: mpitrain init {name}",
         )  # fmt: skip
 
 

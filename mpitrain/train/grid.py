@@ -104,7 +104,7 @@ def plan(
         texts = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
         job = Job.load(path, overrides, texts)
         point = Point(settings, job.to_toml(), directory / _name(settings))
-        if changed := differences(job, point.directory):
+        if changed := differences(job, point.directory) or _stretched(job, point.directory):
             raise JobError(
                 "another job was run here", operation=f"sweep {point.directory}", got=changed,
                 remedy="choose another directory with --sweep-dir",
@@ -113,6 +113,20 @@ def plan(
     with disk("make sweep directory", directory):
         directory.mkdir(parents=True, exist_ok=True)
     return points
+
+
+def _stretched(job: Job, run: Path) -> str:
+    """Return how a cosine that a point has begun would change with the length of the job, in words; empty if not.
+
+    A run may go on for longer; but a point of a sweep is what one run of the job would leave.
+    """
+    path = run / "job.toml"
+    if job.optimizer.schedule.kind != "cosine" or not path.is_file():
+        return ""
+    before, now = Job.load(path).train, job.train
+    lengths = [(key, getattr(now, key), getattr(before, key)) for key in ("epochs", "steps")]
+    changed = [f"train.{key} = {new!r}, the run has {old!r}" for key, new, old in lengths if new != old]
+    return f"{'; '.join(changed)}, which its cosine schedule runs over" if changed else ""
 
 
 def _name(settings: Mapping[str, Any]) -> str:

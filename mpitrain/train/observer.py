@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -10,6 +11,9 @@ class Observer:
 
     def on_start(self, title: str, steps: int, done: int) -> None:
         """Training begins: a line that says what, the last step, and how many were done before."""
+
+    def on_kept(self, path: Path) -> None:
+        """Say right after the start where the run is kept: whatever ends it, it goes on from there."""
 
     def on_metrics(self, record: dict[str, Any]) -> None:
         """Take a record of the metrics file: ``kind`` (train, valid, test), ``step``, ``loss`` …."""

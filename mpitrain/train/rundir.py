@@ -195,9 +195,19 @@ def _given(path: Path) -> Path:
 
 def _resumed(path: Path) -> Path:
     if not RunDirectory(path).job.is_file():
-        raise JobError(f"{path}: holds no run", operation="resume", remedy="name the directory that has its job.toml")
+        raise JobError(f"{path}: holds no run", operation="resume", remedy=_which_run(path))
     clean_up(RunDirectory(path).checkpoints)
     return path
+
+
+def _which_run(path: Path) -> str:
+    """Return what to name where a directory is no run: of those below or beside it the newest, if there are any."""
+    remedy = "name the directory that has its job.toml"
+    for parent in (path, path.parent):
+        runs = [job.parent for job in parent.glob("*/job.toml")]
+        if runs:
+            return f"{remedy}; the newest in {parent} is {max(runs, key=lambda run: run.stat().st_mtime_ns)}"
+    return remedy
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

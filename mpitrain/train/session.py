@@ -132,6 +132,7 @@ def train_job(
     directory = directory or RunDirectory.create(comm, job.name, path=kept)
     trainer = Trainer(job, comm, parts, directory, observer, on_phase, name_signal)
     if saved is not None:
+        _check_not_past_the_end(parts, saved, comm)
         trainer.restore(saved)
     with _recording(comm, trainer, directory) if traced else nullcontext():
         _keep_what_runs(job, comm, trainer, directory, bits)
@@ -179,6 +180,17 @@ def differences(job: Job, run: Path) -> str:
         if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
     ]
     return "; ".join(changed[:5])
+
+
+def _check_not_past_the_end(parts: Assembly, saved: Checkpoint, comm: Communicator) -> None:
+    """Refuse to continue a run that has taken more steps than the job: its result would not be the job's."""
+    with agree(comm):
+        if comm.rank == 0 and saved.step > parts.steps:
+            raise JobError(
+                "the run is past the end of the job", operation=f"resume {saved.path.parent.parent}",
+                got=f"step {saved.step}", expected=f"at most the job's {parts.steps} steps",
+                remedy="leave train.steps or train.epochs as they were, or start anew",
+            )  # fmt: skip
 
 
 def _check_same_data(parts: Assembly, directory: RunDirectory, comm: Communicator) -> None:

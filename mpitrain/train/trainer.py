@@ -92,6 +92,7 @@ class Trainer:
             self._recorded = {record["kind"]: record["step"] for record in self.run_dir.read_metrics()}
         self._start_clock()
         self.observer.on_start(self.parts.title, self.parts.steps, self.method.step)
+        self.observer.on_kept(self.run_dir.path)
         try:
             with stop_on_signals(self._stop_by_signal), self._stop_after_wall_time():
                 return self._loop()

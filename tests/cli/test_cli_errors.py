@@ -96,6 +96,13 @@ def test_no_job_file(tmp_path, way):
     check_complaint(run(way, "jop.toml", cwd=tmp_path), way, "jop.toml: no such file", 'did you mean "job.toml"?')
 
 
+@pytest.mark.parametrize("job", ["digits_cnn", "jobs/digits_cnn.toml"])
+def test_a_shipped_job_that_is_not_here(tmp_path, job):
+    remedy = "to copy the one that is shipped: mpitrain init digits_cnn"
+    check_complaint(run("1", job, cwd=tmp_path), "1", f"{job}: no such file", remedy)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_script_in_place_of_a_job(tmp_path):
     (tmp_path / "mine.py").write_text("print('hello')\n")
     line = check_complaint(run("-n 2", "mine.py", cwd=tmp_path), "-n 2", "mine.py: is a Python script")

@@ -85,7 +85,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert done.code == 0, done.err
     lines = done.err.splitlines()
     assert lines[0].endswith("96 samples, batches of 16, 8 steps on 2 ranks")
-    assert [line.split()[1] for line in lines[1:]] == ["4/8", "6/8", "6/8", "8/8", "8/8"]
+    assert [line.split()[1] for line in lines[2:]] == ["4/8", "6/8", "6/8", "8/8", "8/8"]
     assert "\x1b" not in done.err
     first, accuracy, weights, report = done.out.splitlines()
     assert first.startswith("job: 8 steps on 2 ranks in ")
@@ -94,6 +94,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     page = Path(report.split()[1])
     assert page.is_file()
     assert page.parent.parent == tmp_path / "runs" / "job"  # the default
+    assert lines[1] == f"kept in   {page.parent}"
 
 
 def test_report_can_be_written_again(runs):

@@ -105,6 +105,14 @@ def test_another_job_is_refused_in_the_same_directory(sweeps):
         sweep_job(folder / "job.toml", ["seed=1"], parse_grid(GRID_TEXTS), alone(), str(folder / "sweeps" / "job"))
 
 
+def test_a_cosine_over_another_length_is_another_job(tmp_path):
+    path, grid, into = write_job(tmp_path, SMALL), {"seed": [0]}, tmp_path / "sweep"
+    cosine = 'optimizer.schedule.kind="cosine"'
+    assert sweep_job(path, [cosine], grid, alone(), into)["points"][0]["status"] == "done"
+    with pytest.raises(JobError, match=r"got train\.steps = 14, the run has 12, which its cosine schedule runs over"):
+        sweep_job(path, [cosine, "train.steps=14"], grid, alone(), into)
+
+
 def test_ctrl_c_ends_the_points_under_way_and_the_next_start_goes_on(tmp_path):
     endless = SMALL.replace("steps = 12", "steps = 1000000").replace("every_steps = 6", "every_steps = 1000000")
     write_job(tmp_path, endless)

@@ -49,6 +49,9 @@ def test_resume_opens_a_run_and_cleans_up(tmp_path):
     with pytest.raises(JobError, match=r"resume: .*run: holds no run; name the directory that has its job\.toml"):
         create(resume=tmp_path / "run")
     run.write_job({"name": "job"})
+    for given in (tmp_path, tmp_path / "typo"):
+        with pytest.raises(JobError, match=rf": holds no run; .*; the newest in {tmp_path} is {run.path}"):
+            create(resume=given)
     (run.checkpoints / ".step-00000001.writing").mkdir(parents=True)
     assert create(2, resume=tmp_path / "run")[1].path == run.path
     assert list(run.checkpoints.iterdir()) == []

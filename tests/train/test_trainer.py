@@ -391,6 +391,16 @@ def test_an_observer_sees_the_metrics_file(load, tmp_path):
     assert watcher.ended == 1
 
 
+def test_a_run_past_the_end_of_a_job_is_refused_and_kept(tmp_path, load):
+    run = tmp_path / "run"
+    LocalWorld(1).run(lambda comm: train_job(load(train__steps=6), comm, run_dir=run))
+    with pytest.raises(
+        JobError, match=r"resume .*run: the run is past the end of the job; got step 6; expected at most .* 5 steps"
+    ):
+        LocalWorld(1).run(lambda comm: train_job(load(train__steps=5), comm, resume=run))
+    assert json.loads((run / "result.json").read_text())["steps"] == 6
+
+
 def test_other_data_under_the_same_name_are_refused(tmp_path, load):
     LocalWorld(1).run(lambda comm: train_job(load(train__steps=6), comm, run_dir=tmp_path / "run"))
     write_data(tmp_path, rows=121)
