@@ -109,8 +109,14 @@ class DistributedOptimizer:
         found: list[dict[str, Any]] = self.optimizer.param_groups
         return found
 
-    def zero_grad(self) -> None:
-        """Begin a step.  Local, and no memory is touched: the next backward pass overwrites."""
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Begin a step.  Local, and no memory is touched: the next backward pass overwrites.
+
+        Parameters
+        ----------
+        set_to_none : bool
+            As PyTorch's optimizers take it, and of no effect: until the next backward pass there are no gradients.
+        """
         for slot in self._slots:
             slot.zero()
         self._looked, self._phase = False, "gathering"
