@@ -154,6 +154,11 @@ def drop_sums_after_clip(run):
     run.step()
 
 
+def step_of_its_own(run):
+    run.backward()
+    run.sgd.step()
+
+
 def edited(run):
     with torch.no_grad():
         run.weight.mul_(0.5)
@@ -207,6 +212,7 @@ MISUSE = {
     drop_sums: "sums of this rank's shard were dropped or changed; .*zero_grad.*of the DistributedOptimizer",
     drop_sums_before: "sums of this rank's shard",
     drop_sums_after_clip: "sums of this rank's shard",
+    step_of_its_own: "would step by this rank's gradients alone; got its own step.*DistributedOptimizer",
     edited: r"changed in place.*opt\.edit",
     moved: "lie elsewhere",
     assigned: "has another parameter of this name.*assign",
@@ -265,6 +271,11 @@ def test_a_module_may_be_saved_and_copied_and_wrapped_anew(tmp_path):
         again.step(count=ROWS)
         with pytest.raises(InputError, match="lie elsewhere"):
             run.step()
+        replicated = Run(comm, shard=False)
+        anew = mt.DistributedOptimizer(replicated.sgd, replicated.module, comm, shard=False)
+        anew.zero_grad()
+        replicated.backward()
+        anew.step(count=ROWS)
 
     LocalWorld(1).run(rank)
 
