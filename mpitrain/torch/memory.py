@@ -109,6 +109,8 @@ class ShardedMemory:
         self._adopt(whole)
         self._groups = ShardedGroups(optimizer, names, layout, begin, whole.flat[begin:end], self.sums, comm)
         self._pieces = [group["params"] for group in optimizer.param_groups]
+        self._piece_sums = [piece.grad for piece in self._all_pieces()]
+        self._note_sums()
         self._one_node = comm.node.size == comm.size
         self._own_finite: bool | None = None
 
@@ -149,6 +151,22 @@ class ShardedMemory:
             if wrong:
                 raise InputError(what, operation="DistributedOptimizer", remedy=remedy)
 
+    def _all_pieces(self) -> list[Any]:
+        return [piece for pieces in self._pieces for piece in pieces]
+
+    def _note_sums(self) -> None:
+        self._sum_versions = [sums._version for sums in self._piece_sums]
+
+    def _check_sums(self) -> None:
+        """Require that the optimizer still has this rank's sums: without them it would leave its shard as it is."""
+        dropped = any(piece.grad is not sums for piece, sums in zip(self._all_pieces(), self._piece_sums, strict=True))
+        if dropped or [sums._version for sums in self._piece_sums] != self._sum_versions:
+            raise InputError(
+                "the sums of this rank's shard were dropped or changed", operation="DistributedOptimizer",
+                got="zero_grad() of the optimizer that was handed in, or the like",
+                remedy="call zero_grad() of the DistributedOptimizer, or use shard=False",
+            )  # fmt: skip
+
     def reduce(self) -> None:
         """Sum over ranks; collective."""
         if not self._one_node:  # sums of a node overwrite more than this rank's shard
@@ -160,8 +178,16 @@ class ShardedMemory:
         return float(self._comm.allreduce(np.float64(partial)))
 
     def update(self) -> None:
-        """Run the optimizer on this rank's shard, and give all ranks the parameters.  Collective."""
+        """Run the optimizer on this rank's shard, and give all ranks the parameters.  Collective.
+
+        Raises
+        ------
+        InputError
+            Somebody but this object dropped or changed the sums.
+        """
+        self._check_sums()
         self._optimizer.step()
+        self._note_sums()
         self._publish()
         torch.autograd.graph.increment_version(self._params)  # a graph from before the step is stale
         self.note()

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from mpitrain.torch.slots import GradientSlot
 from mpitrain.torch.statistics import RunningStatistics
 
 _OPERATION = "DistributedOptimizer"
+
+_GUARDS: Any = WeakKeyDictionary()
+"""Of an optimizer that was taken over, what keeps others from letting it step."""
 
 _Phase = Literal["gathering", "reduced", "refused"]
 """Gradients are a rank's own, or sums to update by, or sums that were found to be bad."""
@@ -102,6 +106,10 @@ class DistributedOptimizer:
         self._looked = False
         self._phase: _Phase = "gathering"
         self._silent = 0
+        self._updating = False
+        if optimizer in _GUARDS:  # wrapped before
+            _GUARDS[optimizer].remove()
+        _GUARDS[optimizer] = optimizer.register_step_pre_hook(self._require_updating)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -109,8 +117,14 @@ class DistributedOptimizer:
         found: list[dict[str, Any]] = self.optimizer.param_groups
         return found
 
-    def zero_grad(self) -> None:
-        """Begin a step.  Local, and no memory is touched: the next backward pass overwrites."""
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Begin a step.  Local, and no memory is touched: the next backward pass overwrites.
+
+        Parameters
+        ----------
+        set_to_none : bool
+            As PyTorch's optimizers take it, and of no effect: until the next backward pass there are no gradients.
+        """
         for slot in self._slots:
             slot.zero()
         self._looked, self._phase = False, "gathering"
@@ -138,7 +152,11 @@ class DistributedOptimizer:
         elif count is not None and count != self._count:
             raise InputError("another count than clip_grad_norm_ was handed", operation="step", got=count,
                              expected=self._count)  # fmt: skip
-        self._memory.update()
+        self._updating = True
+        try:
+            self._memory.update()
+        finally:
+            self._updating = False
         self.steps += 1
         self._looked, self._phase = False, "gathering"
         for slot in self._slots:
@@ -209,6 +227,14 @@ class DistributedOptimizer:
         if not self._looked:
             self._looked = True
             check_losses(self._wanted)
+
+    def _require_updating(self, *_: object) -> None:
+        """Refuse a step that anybody else lets the optimizer take: by this rank's gradients, and on this rank alone."""
+        if not self._updating:
+            raise InputError(
+                "the optimizer that was handed in would step by this rank's gradients alone", operation=_OPERATION,
+                got="its own step()", remedy="call step(count=len(inputs)) of the DistributedOptimizer",
+            )  # fmt: skip
 
     def _require_gathering(self, operation: str) -> None:
         if self._phase != "gathering":

@@ -135,6 +135,30 @@ def written_out_mean(run):
     run.module(samples("mlp")[0]).square().mean().backward()
 
 
+def drop_sums(run):
+    run.backward()
+    run.sgd.zero_grad(set_to_none=True)
+    run.step()
+
+
+def drop_sums_before(run):
+    run.sgd.zero_grad()
+    run.backward()
+    run.step()
+
+
+def drop_sums_after_clip(run):
+    run.backward()
+    run.opt.clip_grad_norm_(1.0, count=ROWS)
+    run.sgd.zero_grad(set_to_none=False)
+    run.step()
+
+
+def step_of_its_own(run):
+    run.backward()
+    run.sgd.step()
+
+
 def edited(run):
     with torch.no_grad():
         run.weight.mul_(0.5)
@@ -185,6 +209,10 @@ MISUSE = {
     mean_with_penalty: 'the loss is a mean.*reduction="sum"',
     penalty_before_mean: "the loss is a mean",
     written_out_mean: "the loss is a mean",
+    drop_sums: "sums of this rank's shard were dropped or changed; .*zero_grad.*of the DistributedOptimizer",
+    drop_sums_before: "sums of this rank's shard",
+    drop_sums_after_clip: "sums of this rank's shard",
+    step_of_its_own: "would step by this rank's gradients alone; got its own step.*DistributedOptimizer",
     edited: r"changed in place.*opt\.edit",
     moved: "lie elsewhere",
     assigned: "has another parameter of this name.*assign",
@@ -218,7 +246,7 @@ def test_what_is_harmless_is_allowed():
         with torch.no_grad():
             other.weight.mul_(1.0)
         for _ in range(2):
-            other.opt.zero_grad()
+            other.opt.zero_grad(set_to_none=True)
             with other.opt.no_sync():
                 other.backward()
             other.step()
@@ -243,6 +271,11 @@ def test_a_module_may_be_saved_and_copied_and_wrapped_anew(tmp_path):
         again.step(count=ROWS)
         with pytest.raises(InputError, match="lie elsewhere"):
             run.step()
+        replicated = Run(comm, shard=False)
+        anew = mt.DistributedOptimizer(replicated.sgd, replicated.module, comm, shard=False)
+        anew.zero_grad()
+        replicated.backward()
+        anew.step(count=ROWS)
 
     LocalWorld(1).run(rank)
 

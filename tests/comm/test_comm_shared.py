@@ -173,6 +173,30 @@ def test_memory_that_cannot_be_backed_is_an_error_on_all_ranks(
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+def test_more_memory_than_there_is_is_an_error_before_the_kernel_ends_processes_for_it(
+    over_shared_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files in memory have no limit of their own: what is asked for must not be backed to see whether it is there."""
+    backed: list[int] = []
+    plain = os.posix_fallocate
+
+    def back(descriptor: int, offset: int, length: int) -> None:
+        backed.append(length)
+        assert length < 1 << 30
+        plain(descriptor, offset, length)
+
+    def body(comm: Communicator) -> None:
+        with pytest.raises(
+            StorageError, match=r"cannot be had; got Cannot allocate memory; expected 2 ranks × .*--mem"
+        ):
+            comm.empty(1 << 47)
+        assert comm.allreduce(comm.empty(5) + 1)[0] == 2
+
+    monkeypatch.setattr(os, "posix_fallocate", back)
+    LocalWorld(2).run(body)
+    assert backed
+
+
 def test_a_file_size_limit_is_met_before_use() -> None:
     """A real refusal by the kernel, as a container's limit gives it."""
     code = (

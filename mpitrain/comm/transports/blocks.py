@@ -3,7 +3,8 @@
 A block is an anonymous file in memory (``memfd``): it has no name, so that nothing is left behind however a process
 ends, and it does not count against the size of ``/dev/shm``, which containers limit to 64 MiB.  Every rank backs its
 own part with pages before anyone uses it: a node without the memory gets an error here, never SIGBUS later, and the
-pages lie in the NUMA domain of the rank that writes them.
+pages lie in the NUMA domain of the rank that writes them.  No kernel refuses such pages, it would end processes
+instead; so the lowest rank looks first whether there is room.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from mpitrain._errors import StorageError
 from mpitrain._typing import Array
 from mpitrain.arrays.compiled import address
+from mpitrain.comm.transports.headroom import headroom_bytes
 from mpitrain.comm.transports.pages import map_file, whole_pages
 
 if TYPE_CHECKING:
@@ -152,6 +154,9 @@ def _map(node: Communicator, part_bytes: int) -> Memory:
 
 
 def _create(total_bytes: int) -> int:
+    headroom = headroom_bytes()
+    if headroom is not None and total_bytes > headroom:
+        raise OSError(errno.ENOMEM, "no room")
     descriptor = os.memfd_create("mpitrain")
     try:
         os.ftruncate(descriptor, total_bytes)
