@@ -101,7 +101,7 @@ class Dataset:
         """
         if self.task == "regression":
             raise InputError(f"{self.name}: a regression has no classes")
-        largest = (int(targets.max(initial=-1)) for _, _, targets in self.cover().blocks())
+        largest = (int(targets.max(initial=0)) for _, _, targets in self.cover().blocks())
         return len(self.class_names) or max(largest, default=-1) + 1
 
     @property

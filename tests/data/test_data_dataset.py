@@ -61,7 +61,12 @@ def test_taking_rows_in_memory_copies_them():
 
 @pytest.mark.parametrize(
     ("changes", "classes"),
-    [({}, 3), ({"class_names": ("a", "b", "c", "d")}, 4), ({"targets": np.full(7, 8)}, 9)],
+    [
+        ({}, 3),
+        ({"class_names": ("a", "b", "c", "d")}, 4),
+        ({"targets": np.full(7, 8)}, 9),
+        ({"targets": np.full(7, 255, np.uint8)}, 256),
+    ],
 )
 def test_number_of_classes(changes, classes):
     assert table(**changes).classes == table(**changes).outputs == classes
