@@ -5,6 +5,7 @@ Each works on the parts of the flat range that a rank updates: all of it for dat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -93,6 +94,28 @@ def verify_replicas(comm: Communicator, digest: str) -> None:
             got=f"other values than rank 0's on ranks {differing}",
             remedy="a model's initialise() may depend on its key and the tensors' names alone",
         )
+
+
+def verify_settings(comm: Communicator, optimizer: Optimizer, plan: Plan) -> None:
+    """Check that all ranks take steps by the same rule, as far as it can be told from outside.  Collective.
+
+    Raises
+    ------
+    MismatchError
+        Naming the first rank whose rule differs from rank 0's.
+    """
+    rule = re.sub(r" at 0x\w+", "", repr(optimizer))  # where a process has it says nothing
+    first, last = (float(plan.schedule(step)) for step in (1, max(plan.steps, 1)))
+    told = comm.allgather_object(
+        f"{rule}, {plan.steps} steps, learning rate {first:g} to {last:g}, clip_norm {plan.clip_norm}, "
+        f"clip_value {plan.clip_value}"
+    )
+    for rank, each in enumerate(told):
+        if each != told[0]:
+            raise MismatchError(
+                "ranks were set up to take different steps", operation="setup", got=f"{each} on rank {rank}",
+                expected=f"{told[0]} as on rank 0",
+            )  # fmt: skip
 
 
 def reduce_gradients(comm: Communicator, grads: FlatBuffer, buckets: tuple[tuple[int, int], ...]) -> None:

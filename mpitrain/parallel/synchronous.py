@@ -27,7 +27,7 @@ from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, Piece, Read, State, box_size, fill, pieces_of
-from mpitrain.method.steps import Part, Reach, add_sums, check_finite, verify_replicas
+from mpitrain.method.steps import Part, Reach, add_sums, check_finite, verify_replicas, verify_settings
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite
 from mpitrain.parallel.in_place import CommonGradients
@@ -157,7 +157,7 @@ class Synchronous(Method):
         self.model.initialise(params, self.plan.key.child("init"))
 
     def _verify(self, replicas: Communicator | None, stretches: Iterable[FlatBuffer]) -> None:
-        """Check that ranks hold the same values of the same tensors.  Collective.
+        """Check that ranks hold the same values of the same tensors, and update them alike.  Collective.
 
         Parameters
         ----------
@@ -166,6 +166,8 @@ class Synchronous(Method):
         stretches : iterable of FlatBuffer
             The parameters, part by part; ranks along ``across`` may cut theirs elsewhere.
         """
+        for comm in filter(None, (replicas, self.across)):
+            verify_settings(comm, self.optimizer, self.plan)
         common = []
         for params in stretches:
             if replicas:

@@ -157,6 +157,8 @@ def test_an_empty_set():
         ({"task": "regression"}, r"targets have the wrong shape; got \(7,\); expected \(n, outputs\)"),
         ({"task": "sequence"}, r"targets have the wrong shape; got \(7,\); expected \(7, 3\)"),
         ({"feature_names": ("age",)}, r"feature names do not fit; got 1 names; expected \(7, 3\)"),
+        ({"inputs": [[1.0]]}, "inputs are no array; got list; numpy.asarray gives one"),
+        ({"targets": None}, "targets are no array; got NoneType"),
         ({"task": "clustering"}, r"unknown task; got 'clustering'; expected classification or regression or sequence"),
     ],
 )
