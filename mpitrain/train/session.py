@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mpitrain.train.job import Job
 from mpitrain.train.observer import Observer
 from mpitrain.train.report import write_report
 from mpitrain.train.rundir import RunDirectory
+from mpitrain.train.storage import alone
 from mpitrain.train.trainer import NameSignal, Trainer, own_name
 
 _MAY_CHANGE = (
@@ -118,21 +119,39 @@ def train_job(
             _check_same_job(job, resume)
     parts = assemble(job, comm)
     bits = settle_arithmetic(job, comm, blas_threads)
-    directory = RunDirectory.create(comm, job.name, resume=resume) if resume is not None else None
-    if directory:
-        _check_same_data(parts, directory, comm)
-    saved = _newest(directory, parts, comm) if directory else None
-    if saved is None and job.train.warm_start:
-        _warm_start(parts, Path(job.train.warm_start), comm)
-    # a new directory is made when all else is well, so that nothing is left of a run that never began
-    directory = directory or RunDirectory.create(comm, job.name, path=run_dir)
-    trainer = Trainer(job, comm, parts, directory, observer, on_phase, name_signal)
-    if saved is not None:
-        trainer.restore(saved)
-    with _recording(comm, trainer, directory) if traced else nullcontext():
-        _keep_what_runs(job, comm, trainer, directory, bits)
-        stopped = trainer.run()
-        return _finish(job, comm, trainer, directory, stopped, report)
+    with ExitStack() as held:
+        directory = _to_go_on_with(resume, job, comm, held) if resume is not None else None
+        if directory:
+            _check_same_data(parts, directory, comm)
+        saved = _newest(directory, parts, comm) if directory else None
+        if saved is None and job.train.warm_start:
+            _warm_start(parts, Path(job.train.warm_start), comm)
+        # a new directory is made when all else is well, so that nothing is left of a run that never began
+        directory = directory or _new(run_dir, job, comm, held)
+        trainer = Trainer(job, comm, parts, directory, observer, on_phase, name_signal)
+        if saved is not None:
+            trainer.restore(saved)
+        with _recording(comm, trainer, directory) if traced else nullcontext():
+            _keep_what_runs(job, comm, trainer, directory, bits)
+            stopped = trainer.run()
+            return _finish(job, comm, trainer, directory, stopped, report)
+
+
+def _to_go_on_with(run: Path, job: Job, comm: Communicator, held: ExitStack) -> RunDirectory:
+    """Return the directory of a run, which rank 0 holds before it cleans up what a crash has left half written."""
+    with agree(comm):
+        if comm.rank == 0 and run.is_dir():
+            held.enter_context(alone(run))
+    return RunDirectory.create(comm, job.name, resume=run)
+
+
+def _new(path: Path | None, job: Job, comm: Communicator, held: ExitStack) -> RunDirectory:
+    """Return a new directory, which rank 0 holds."""
+    directory = RunDirectory.create(comm, job.name, path=path)
+    with agree(comm):
+        if comm.rank == 0:
+            held.enter_context(alone(directory.path))
+    return directory
 
 
 def settle_arithmetic(job: Job, comm: Communicator, threads: int | None = None) -> Fingerprint | None:
