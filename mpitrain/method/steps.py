@@ -169,7 +169,7 @@ def check_finite(
     raise NonFiniteError(
         f"the loss or gradient of step {step} is not finite",
         got=f"ranks whose own samples gave it: {ranks or 'none'}; tensors: {', '.join(names) or 'none'}",
-        remedy="lower optimizer.lr, or set optimizer.clip_norm",
+        remedy="look for such values in the samples, lower optimizer.lr, or set optimizer.clip_norm",
     )
 
 
