@@ -98,6 +98,15 @@ class OwnedParameters(Synchronous):
             part.params[...] = initial.flat[part.shard.start - start : part.shard.stop - start]
         return initial
 
+    @property
+    def _parameters_are_read(self) -> bool:
+        shared = isinstance(self.params, FlatBuffer) and not self.precision
+        return shared and self._owners.transport == "shared"
+
+    def _hand_out(self) -> None:
+        with self.comm.phase("gather"):
+            self._publish()
+
     def _publish(self) -> None:
         """Give all ranks the parameters that their owners have written, or see to it that they are gathered anew."""
         if isinstance(self.params, ShardedParameters):
@@ -124,7 +133,8 @@ class OwnedParameters(Synchronous):
 
     def _gathered(self) -> FlatBuffer:
         """Return all parameters as they are updated, in float32.  Collective: each bucket is gathered."""
-        found = FlatBuffer(self.model.layout, self._private or self._owners.shared)
+        layout = self.params.layout.astype(self.model.layout.dtype)
+        found = FlatBuffer(layout, self._private or self._owners.shared)
         for bucket, part in zip(self._buckets, self.parts, strict=True):
             place, start = found.flat[bucket.start : bucket.stop], part.shard.start - bucket.start
             place[start : start + part.shard.size] = part.params

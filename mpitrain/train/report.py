@@ -174,6 +174,7 @@ def _facts(run: RunDirectory, records: list[dict[str, Any]], result: Mapping[str
     rates = {name: next((r[key] for r in reversed(records) if _is_number(r.get(key))), None) for name, key in _RATES}
     facts = {
         "ranks": result.get("ranks"),
+        "pipeline cut at layers": ", ".join(map(str, result.get("cuts") or [])) or None,
         "steps": result.get("steps", last.get("step")),
         "seconds": result.get("seconds", last.get("seconds")),
         "loss": result.get("loss", last.get("loss")),

@@ -15,7 +15,7 @@ import numpy as np
 from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
 from mpitrain._options import NON_NEGATIVE, check, check_kind
-from mpitrain._typing import Array
+from mpitrain._typing import Array, DType
 from mpitrain.arrays import (
     Allocator,
     Batch,
@@ -25,7 +25,6 @@ from mpitrain.arrays import (
     Key,
     Layout,
     Segment,
-    namespace,
 )
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
@@ -34,21 +33,13 @@ from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Plan
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, State
-from mpitrain.method.steps import (
-    Part,
-    Reach,
-    add_sums,
-    all_finite,
-    clip,
-    divide,
-    reduce_gradients,
-    update,
-)
+from mpitrain.method.steps import Part, Reach, add_sums, reduce_gradients
 from mpitrain.nn import Network, Sequential
 from mpitrain.nn.cutting import part, units
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer
-from mpitrain.parallel.pipeline.cuts import partition
+from mpitrain.parallel.checks import check_parts, checked
+from mpitrain.parallel.pipeline.cuts import edges, partition
 from mpitrain.parallel.pipeline.executor import Executor
 from mpitrain.parallel.pipeline.links import Links
 from mpitrain.parallel.pipeline.schedule import Sizes
@@ -56,7 +47,8 @@ from mpitrain.parallel.pipeline.schedules import FAMILIES
 from mpitrain.parallel.pipeline.stages import Microbatch, Stages
 from mpitrain.parallel.pipeline.ties import Ties
 from mpitrain.parallel.pipeline.validator import validate
-from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally, check_parts, checked
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous
+from mpitrain.parallel.tally import Tally
 from mpitrain.parallel.whole import whole_tensor
 
 _T = TypeVar("_T")
@@ -81,6 +73,8 @@ class PipelineParallel(Synchronous):
     costs : sequence of float, optional
         Of each unit (`mpitrain.nn.cutting.units`), by which the stages are balanced; rank 0's count.  None: the number
         of its parameters.
+    cuts : sequence of int, optional
+        In place of ``costs``: the number of the first unit of each stage but the first; rank 0's count.
     bucket_bytes : int
         Largest piece in which gradients are reduced over ``data``.
     allocator : Allocator, optional
@@ -94,12 +88,18 @@ class PipelineParallel(Synchronous):
     chunks, m microbatches on p ranks: 2 (pv − 1) m messages over all ranks; the gradients of tensors that are tied
     across stages; and an allreduce of five numbers.  The overhead is that of the schedule.  A rank keeps parameters,
     gradients and optimizer state of its stages alone, and the activations of as many microbatches as the schedule says.
+
+    Attributes
+    ----------
+    cuts : tuple of int
+        Where the model is cut, once it is set up: as the parameter of this name.
     """
 
     kind: ClassVar[Kind] = "sharded"
 
     params: FlatBuffer
     grads: GradientBuffer
+    cuts: tuple[int, ...]
     _ties: Ties
 
     def __init__(
@@ -110,6 +110,7 @@ class PipelineParallel(Synchronous):
         chunks: int = 1,
         microbatches: int = 1,
         costs: Sequence[float] | None = None,
+        cuts: Sequence[int] | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         allocator: Allocator | None = None,
         precision: Precision | None = None,
@@ -125,7 +126,12 @@ class PipelineParallel(Synchronous):
         self.sizes = Sizes(self.pipe.size, chunks, microbatches)
         self.schedule = FAMILIES[schedule].schedule(self.sizes)
         validate(self.schedule)
-        self.costs: Sequence[float] | None = comm.broadcast_object(costs)
+        self.costs: Sequence[float] | None
+        self._given: Sequence[int] | None
+        self.costs, self._given = comm.broadcast_object((costs, cuts))
+        if self.costs is not None and self._given is not None:
+            got = f"{len(self.costs)} costs, {len(self._given)} cuts"
+            raise InputError("stages are balanced by costs or cut by cuts", operation="PipelineParallel", got=got)
 
     @property
     def _owners(self) -> Communicator:
@@ -148,12 +154,14 @@ class PipelineParallel(Synchronous):
             )  # fmt: skip
         self._network, self._layers = model, model.layer
         super().setup(model, optimizer, plan)
-        self._evaluator = self._make_executor(self.params)
-        self.executor = self._make_executor(self._rounded) if self.precision else self._evaluator
+        self._evaluator = self._make_executor(model.layout.dtype)
+        self.executor = self._make_executor(self.precision.dtype) if self.precision else self._evaluator
 
     def _held(self, layout: Layout) -> Layout:
         """Cut the model into stages; return the layout of this rank's."""
-        layers = [part(self._layers, *cut) for cut in pairwise(self._cuts())]
+        found = self._edges()
+        self.cuts = found[1:-1]
+        layers = [part(self._layers, *cut) for cut in pairwise(found)]
         names = [frozenset(each.name for each in layer.parameters()) for layer in layers]
         used = [frozenset().union(*(names[s] for s in self.sizes.stages_of(rank))) for rank in range(self.sizes.ranks)]
         if "_ties" in vars(self):
@@ -169,14 +177,16 @@ class PipelineParallel(Synchronous):
         state = self.optimizer.init(layout.whole(), self._allocator)
         self.parts = (Part(layout.whole(), self.params.flat, self.grads.flat, state),)
 
-    def _make_executor(self, params: FlatBuffer) -> Executor:
-        """Return what runs this rank's stages, computing and sending in the dtype of ``params``."""
-        links = Links(self.pipe, self.sizes, self._network.pool, params.xp, params.layout.dtype)
-        return Executor(self.pipe, self.sizes, Stages(self._network, self._own, params), links)
+    def _make_executor(self, dtype: DType) -> Executor:
+        """Return what runs this rank's stages, and sends in ``dtype``."""
+        links = Links(self.pipe, self.sizes, self._network.pool, self.params.xp, dtype)
+        return Executor(self.pipe, self.sizes, Stages(self._network, self._own), links)
 
-    def _cuts(self) -> tuple[int, ...]:
+    def _edges(self) -> tuple[int, ...]:
         """Return which units each stage begins and ends with."""
         row = units(self._layers)
+        if self._given is not None:
+            return edges(self._given, len(row), self.sizes.stages)
         costs = self.costs
         if costs is None:
             costs = [1 + sum(np.prod(each.shape, dtype=int) for each in layer.parameters()) for _, layer in row]
@@ -199,6 +209,10 @@ class PipelineParallel(Synchronous):
     def _read(self) -> FlatBuffer:
         return self._rounded if self.precision else self.params
 
+    def _round_to_read(self) -> None:
+        """Make what passes read of the parameters, in 16 bits."""
+        self._rounded.flat[...] = self.params.flat
+
     @property
     def shares(self) -> tuple[tuple[int, int], ...]:
         """The share of this rank's pipeline, see `Synchronous.shares`."""
@@ -208,24 +222,6 @@ class PipelineParallel(Synchronous):
     def evaluation_shares(self) -> tuple[tuple[int, int], ...]:
         """A share for each rank, see `Synchronous.evaluation_shares`."""
         return ((self.comm.rank, self.comm.size),)
-
-    def _train_step(self, microbatches: list[Batch]) -> Tally:
-        phase = self.comm.phase
-        with phase("gradients"):
-            own = self._gradients(microbatches, self.grads, self._reduce if self.data.size > 1 else None)
-        with phase("reduce"):
-            self._reduce_gradients()
-        with phase("check"):
-            total = self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
-            taken = self._is_taken(not total.bad, microbatches)
-        self.step += 1
-        if not taken:
-            return total.untrained()
-        with phase("update"):
-            divide(self.parts, self._scale * total.count)
-            clip(self.parts, self.plan, self._over_stages())
-            update(self.optimizer, self.parts, self.plan, self.updates, self._reach())
-        return total
 
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
         """Pass the microbatches through the pipeline; its last rank tells of loss and count.  Collective over it."""
@@ -241,8 +237,8 @@ class PipelineParallel(Synchronous):
             grads.zero()
         with self._overflowing():
             if self.precision:
-                self._rounded.flat[...] = self.params.flat
-            ready = [self._ready(batch, True, key, reduce) for batch, key in zip(microbatches, keys, strict=True)]
+                self._round_to_read()
+            ready = [self._to_train(batch, key, reduce) for batch, key in zip(microbatches, keys, strict=True)]
             losses = self.executor.train(self.schedule, ready, [sums[number // each] for number in range(len(ready))])
         for grads in sums:
             grads.end_pass()
@@ -258,12 +254,18 @@ class PipelineParallel(Synchronous):
             tally = replace(tally, loss=loss_sum, count=count, samples=samples)
         return tally
 
-    def _ready(self, batch: Batch, training: bool, key: Key, reduce: Reduce | None = None) -> Microbatch:
-        """Return a batch with the surroundings of its passes."""
-        params, scale = (self._read, self._scale) if training else (self.params, 1.0)
+    def _to_train(self, batch: Batch, key: Key, reduce: Reduce | None) -> Microbatch:
+        """Return a batch with what its passes in training need."""
+        return self._ready(batch, self._read, self._scale, training=True, key=key, reduce=reduce)
+
+    def _to_evaluate(self, batch: Batch, params: FlatBuffer) -> list[Microbatch]:
+        """Return a batch in as many parts as it is evaluated in, with what their passes need."""
+        parts = [batch.part(rows) for rows in self._network.slices(batch.inputs)]
+        return [self._ready(each, params, training=False, key=self.plan.key, reduce=None) for each in parts]
+
+    def _ready(self, batch: Batch, params: FlatBuffer, scale: float = 1.0, **options: Any) -> Microbatch:
         batch = self._network.prepared(batch, params)
-        call = self._network.surroundings(params, batch, scale, training=training, key=key, reduce=reduce)
-        return Microbatch(batch, call, scale)
+        return Microbatch(batch, params, self._network.surroundings(params, batch, scale, **options), scale)
 
     def _reduce_gradients(self) -> None:
         """Sum all gradients over the pipelines, and then those of tied tensors over the stages.
@@ -275,13 +277,8 @@ class PipelineParallel(Synchronous):
             reduce_gradients(self.data, self.grads.buffer, self.params.layout.buckets(self.bucket_bytes))
         self._ties.sum(self.grads.views)
 
-    def _over_stages(self) -> Reach:
-        """Return over which ranks a sum over all stages goes, in which a tied tensor counts once."""
-        return self._reach(self.pipe, elsewhere=self._ties.copies)
-
-    def _reduce(self, array: Array) -> Array:
-        self.data.allreduce(array, out=array)
-        return array
+    def _over_model(self) -> Reach:
+        return self._reach(self.pipe, elsewhere=self._ties.copies)  # in which a tied tensor counts once
 
     @property
     def _last_rank(self) -> int:
@@ -291,8 +288,9 @@ class PipelineParallel(Synchronous):
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`: each rank hands in its own batches, all of which pass through the pipeline."""
         own: dict[str, Array] | None = None
+        params = self.whole()
         for round_ in self._rounds(checked(batches)):
-            for found in self._sums(round_):
+            for found in self._sums(round_, params):
                 own = add_sums(own, found)
         sums: dict[str, Array] | None = self.pipe.broadcast_object(own, self._last_rank)
         total = self.data.allreduce(something(filled(self.data, sums)))
@@ -307,23 +305,22 @@ class PipelineParallel(Synchronous):
                 return
             yield found
 
-    def _sums(self, batches: Sequence[Batch]) -> list[dict[str, Array]]:
+    def _sums(self, batches: Sequence[Batch], params: FlatBuffer) -> list[dict[str, Array]]:
         """Pass batches through the pipeline; return each one's sums (`Model.sums`) on its last rank, elsewhere none."""
-        parts = [(number, b.part(rows)) for number, b in enumerate(batches) for rows in self._network.slices(b.inputs)]
-        ready = [self._ready(part, False, self.plan.key) for _, part in parts]
+        parts = [(number, each) for number, b in enumerate(batches) for each in self._to_evaluate(b, params)]
+        ready = [each for _, each in parts]
         found = dict[int, dict[str, Array]]()
-        for outputs, (number, _), each in zip(self._evaluator.outputs(ready), parts, ready, strict=False):
+        for outputs, (number, each) in zip(self._evaluator.outputs(ready), parts, strict=False):
             found[number] = add_sums(found.get(number), self._network.loss.sums(outputs, each.batch))
         return list(found.values())
 
     def predict(self, inputs: Array) -> Array:
         """See `Method.predict`: the first rank's inputs, which all ranks hand in alike."""
-        count = len(inputs)
+        count, params = len(inputs), self.whole()
         zeros = np.zeros(count, np.int64)
-        batch = Batch(inputs, zeros, zeros)
-        ready = [self._ready(batch.part(rows), False, self.plan.key) for rows in self._network.slices(inputs)]
+        ready = self._to_evaluate(Batch(inputs, zeros, zeros), params)
         shape = self._evaluator.shapes(ready[0])[-1]
-        outputs: Array = namespace(self.params.flat).empty((count, *shape), self.params.layout.dtype)
+        outputs: Array = params.xp.empty((count, *shape), params.layout.dtype)
         start = 0
         for found in self._evaluator.outputs(ready):
             outputs[start : start + len(found)] = found
@@ -344,24 +341,24 @@ class PipelineParallel(Synchronous):
 
     def weights_sha256(self) -> str:
         """See `Method.weights_sha256`: tensor by tensor through the first rank."""
-        layout, digest = self.model.layout, ""
+        layout, digest, params = self.model.layout, "", self.whole()
         names = sorted(segment.name for segment in layout)
         if self.pipe.rank == 0:
-            digest = sha256(self._whole(layout[name], self._fetched(name)) for name in names)
+            digest = sha256(self._whole(layout[name], self._fetched(name, params)) for name in names)
         else:
             for name in names:
                 if self._owner(name) == self.pipe.rank:
-                    self.pipe.send(self.params.views[name], 0)
+                    self.pipe.send(params.views[name], 0)
         found: str = self.pipe.broadcast_object(digest)
         return found
 
-    def _fetched(self, name: str) -> Array:
+    def _fetched(self, name: str, params: FlatBuffer) -> Array:
         """Return the values of a tensor, on the pipeline's first rank."""
         owner = self._owner(name)
         if owner == 0:
-            return self.params.views[name]
-        xp, segment = namespace(self.params.flat), self.model.layout[name]
-        received: Array = self.pipe.recv(xp.empty(segment.shape, self.params.layout.dtype), owner)
+            return params.views[name]
+        shape = self.model.layout[name].shape
+        received: Array = self.pipe.recv(params.xp.empty(shape, params.layout.dtype), owner)
         return received
 
     def _whole(self, segment: Segment, part: Array) -> Array:

@@ -20,9 +20,10 @@ from mpitrain.method.evaluation import filled, something
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import add_sums
 from mpitrain.method.tiles import Tiles
+from mpitrain.parallel.checks import checked
 from mpitrain.parallel.lanes import LaneSteps, deal
 from mpitrain.parallel.pipeline.method import PipelineParallel
-from mpitrain.parallel.synchronous import Tally, checked
+from mpitrain.parallel.tally import Tally
 
 
 class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
@@ -37,7 +38,7 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
     microbatches : int
         Into how many parts a lane is cut.  What flows through a pipeline in a step are those of all its lanes, so that
         one each is enough to fill it.
-    schedule, chunks, costs, allocator, precision
+    schedule, chunks, costs, cuts, allocator, precision
         As for `PipelineParallel`.
 
     Notes
@@ -56,13 +57,14 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         chunks: int = 1,
         microbatches: int = 1,
         costs: Sequence[float] | None = None,
+        cuts: Sequence[int] | None = None,
         allocator: Allocator | None = None,
         precision: Precision | None = None,
     ) -> None:
         self.lanes, self._dealt = lanes, deal(lanes, _pipelines(where), type(self).__name__, "pipeline")
         flow = microbatches * len(self._dealt)
         super().__init__(
-            where, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, allocator=allocator,
+            where, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, cuts=cuts, allocator=allocator,
             precision=precision,
         )  # fmt: skip
         self.microbatches = microbatches  # of a lane, as which a batch is dealt out
@@ -99,8 +101,9 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         """See `LaneSteps.evaluate`: each rank hands in batches of `evaluation_shares` in turn, or any others."""
         own = self._handed_in or self._dealt[:1]
         sums: list[dict[str, Array] | None] = [None] * len(self._dealt)
+        params = self.whole()
         for round_ in self._rounds((own[number % len(own)], batch) for number, batch in enumerate(checked(batches))):
-            found = self._sums([batch for _, batch in round_])
+            found = self._sums([batch for _, batch in round_], params)
             for (lane, _), each in zip(round_, found, strict=False):  # none on other ranks than the last
                 number = self._dealt.index(lane)
                 sums[number] = add_sums(sums[number], each)

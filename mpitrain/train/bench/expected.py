@@ -10,7 +10,7 @@ from mpitrain.arrays import Layout, Segment
 from mpitrain.comm import Communicator
 from mpitrain.nn import Layer, Network, Sequential
 from mpitrain.nn.costs import Cost, cost
-from mpitrain.nn.cutting import part
+from mpitrain.nn.cutting import part, units
 from mpitrain.parallel import (
     DataParallel,
     GradientParallel,
@@ -18,7 +18,6 @@ from mpitrain.parallel import (
     PipelineParallel,
     Synchronous,
 )
-from mpitrain.parallel.pipeline import partition
 from mpitrain.train.bench.memory import predicted
 
 _KNOWN = (DataParallel, GradientParallel, PipelineParallel, GradientPipelineParallel)
@@ -83,9 +82,8 @@ def _kept(layer: Layer, method: Synchronous, shape: Shape) -> float:
     if not isinstance(method, PipelineParallel):
         return cost(layer, shape).kept
     assert isinstance(layer, Sequential)
-    assert method.costs is not None
     sizes, before, kept = method.sizes, Cost(shape), list[int]()
-    for cut in pairwise(partition(method.costs, sizes.stages)):
+    for cut in pairwise((0, *method.cuts, len(units(layer)))):
         stage = cost(part(layer, *cut), before.shape)
         kept.append(stage.kept + (prod(before.shape) if cut[0] else 0))
         before = stage

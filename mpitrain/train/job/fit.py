@@ -95,8 +95,13 @@ def _stages(job: Job) -> Iterator[Problem]:
     if method.schedule != "1f1b" and method.kind != "pipeline" and mesh.pipe is None:
         expected = 'method.kind = "pipeline", or mesh.pipe'
         yield Problem("method.schedule", "is the order of a pipeline", method.schedule, expected)
+    if method.cuts != "counted" and method.kind != "pipeline" and mesh.pipe is None:
+        expected = 'method.kind = "pipeline", or mesh.pipe'
+        yield Problem("method.cuts", "is where a pipeline is cut", method.cuts, expected)
     if not job.in_stages:
         return
+    if method.cuts == "measured" and job.device == "gpu":
+        yield Problem("method.cuts", "is timed on the CPU only", method.cuts, '"counted" or numbers of layers')
     if method.stage > 1:
         what = "does not go with mesh.pipe > 1, where gradients are complete only after the last microbatch"
         remedy = "1 divides the optimizer state of each stage; or leave out mesh.pipe"
@@ -152,9 +157,6 @@ def _precision(job: Job) -> Iterator[Problem]:
         yield Problem("precision.compute", 'needs device = "gpu"', compute, '"float32"', remedy)
     if job.dtype != "float32":
         yield Problem("dtype", f'does not go with precision.compute = "{compute}"', job.dtype, '"float32"')
-    if job.in_stages and method.kind == "gradient":
-        what, remedy = 'does not go with mesh.pipe > 1 and method.kind = "gradient"', 'or set method.kind = "pipeline"'
-        yield Problem("precision.compute", what, compute, '"float32"', remedy)
     if method.codec and compute == "float16":
         what = 'keeps what it leaves out also of steps that overflow, as with precision.compute = "float16"'
         yield Problem("method.codec.kind", what, method.codec.kind, 'no codec, or precision.compute = "bfloat16"')
