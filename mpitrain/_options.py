@@ -10,8 +10,9 @@ import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from inspect import signature
 from numbers import Integral, Real
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
@@ -143,11 +144,29 @@ class Checked:
     Raises
     ------
     InputError
-        An option has a value that is not allowed.
+        An option is unknown, is not handed over by name, or has a value that is not allowed.
     """
 
     name: ClassVar[str]
     """What job files call it."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """By name, what to do with what other libraries have as an option here."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Check the names of the options, which Python does too, but not in words that help."""
+        takes = signature(cls.__init__)
+        try:
+            if args or options:  # copying and unpickling come with none, and do not initialise
+                takes.bind(None, *args, **options)
+        except TypeError as error:
+            known = list(takes.parameters)[1:]
+            strange = next((name for name in options if name not in known), "")
+            raise InputError(
+                str(error), operation=cls.__name__, expected=f"by name: {', '.join(known)}",
+                remedy=cls.elsewhere.get(strange) or did_you_mean(strange, known),
+            ) from None  # fmt: skip
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for found in fields(self):

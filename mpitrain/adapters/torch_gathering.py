@@ -1,9 +1,9 @@
 """A PyTorch module whose parameters are not all there: each is brought for the functions that read it.
 
 Whatever a module does with a parameter goes through a function of PyTorch's, be it in the module that owns it, in
-another one, or under a tie.  So functions are what is watched, not modules.  What autograd saves of a parameter for the
-backward pass is remembered by name and brought again there.  What is computed again there (``torch.utils.checkpoint``)
-reads copies, for PyTorch keeps them until it has used them.
+another one, or under a tie.  So functions are what is watched, not modules.  What autograd saves of a parameter for a
+backward pass, the module's own ones too, is remembered by name and brought again there.  What is computed again there
+(``torch.utils.checkpoint``) reads copies, for PyTorch keeps them until it has used them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,14 @@ _NOT_READING = frozenset(
     )
 )  # fmt: skip
 """What may be asked of a parameter without its values."""
+
+
+_PASSES = (
+    {torch.autograd.backward, torch.autograd.grad}
+    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 5)
+    else ()
+)
+"""Backward passes, which may begin at edges of the graph; not yet in PyTorch 2.4."""
 
 
 def can_gather(module: torch.nn.Module) -> bool:
@@ -93,8 +101,10 @@ class _Reads(TorchFunctionMode):  # type: ignore[misc]  # PyTorch is optional, a
         kwargs = kwargs or {}
         if func in _NOT_READING:
             return func(*args, **kwargs)
-        if func is torch.autograd.backward and kwargs.get("inputs") is None:
+        if func is torch.Tensor.backward:
             return self._backward(*args, **kwargs)
+        if func in _PASSES and not kwargs.get("is_grads_batched"):
+            return self._pass(func, *args, **kwargs)
         backwards = torch._C._current_graph_task_id() != -1  # a backward pass is on: so asks torch.utils.checkpoint
         read = dict.fromkeys(self._read((*args, *kwargs.values())))
         for name in read:
@@ -104,14 +114,35 @@ class _Reads(TorchFunctionMode):  # type: ignore[misc]  # PyTorch is optional, a
         finally:
             send_away(self._parameters[name] for name in read)
 
-    def _backward(self, tensors: Iterable[Any], **options: Any) -> None:
+    def _backward(self, tensor: Any, gradient: Any = None, **options: Any) -> None:
+        """Run ``tensor.backward()`` as the function that it calls."""
+        with self:
+            torch.autograd.backward(tensor, gradient, **options)
+
+    def _pass(
+        self,
+        func: Callable[..., Any],
+        tensors: Any,
+        inputs: Any = None,
+        materialize_grads: bool = False,
+        **options: Any,
+    ) -> Any:
         """Run a backward pass that does see the functions that are called in it.
 
-        While a function is handed to a mode, the mode is off.  Backward passes of edges of the graph, instead of
-        tensors, are not handed to it.  (Older versions of PyTorch hand it none, and leave it on.)
+        While a function is handed to a mode, the mode is off.  Backward passes between edges of the graph, instead of
+        tensors, are not handed to it.  (Older versions of PyTorch hand it none of ``backward``, and leave it on.)
         """
+        if func is torch.autograd.backward:
+            for each in inputs or ():
+                each.retain_grad()  # an edge has no place for it
+        edges, ends = _edges(tensors), inputs and _edges(inputs)
         with self:
-            torch.autograd.backward([get_gradient_edge(each) for each in tensors], **options)
+            found = func(edges, inputs=ends, **options)
+        if materialize_grads:
+            return tuple(
+                torch.zeros_like(end) if each is None else each for each, end in zip(found, inputs, strict=True)
+            )
+        return found
 
     def _read(self, values: Iterable[Any]) -> Iterator[str]:
         for value in values:
@@ -137,3 +168,8 @@ class _Reads(TorchFunctionMode):  # type: ignore[misc]  # PyTorch is optional, a
         if not isinstance(saved, _Saved):
             return saved
         return self._tensor(saved.name).as_strided(saved.size, saved.stride, saved.offset)
+
+
+def _edges(tensors: Iterable[Any]) -> tuple[Any, ...]:
+    """Return where tensors lie in the graph."""
+    return tuple(get_gradient_edge(each) if isinstance(each, torch.Tensor) else each for each in tensors)

@@ -45,7 +45,17 @@ def layout_of(module: torch.nn.Module) -> Layout:
     ------
     DtypeError
         They are not all float32, or all float64, on the CPU.
+    InputError
+        One is lazy, and has no shape yet.
     """
+    for name, each in module.named_parameters():
+        if torch.nn.parameter.is_lazy(each):
+            raise InputError(
+                "a parameter has no shape yet",
+                operation="TorchModel",
+                got=name,
+                remedy="run the module on samples first",
+            )
     segments = [_segment(name, each) for name, each in module.named_parameters()]
     for path, layer in statistics_of(module).items():
         for leaf in ("running_mean", "running_var"):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mpitrain._errors import InputError
+from mpitrain._options import check_kind
 from mpitrain._typing import Array, Tree
 from mpitrain.adapters.torch_gathering import can_gather, gathering, layer_of, send_away
 from mpitrain.adapters.torch_layout import layout_of, statistics_of
@@ -65,6 +66,7 @@ class TorchModel(Model):
     """
 
     def __init__(self, module: Any, loss: Loss | Callable[[Any, Any], Any], dtype: Any = None) -> None:
+        check_kind("TorchModel", "module", module, torch.nn.Module, "a torch.nn.Module")
         if dtype is not None:
             module = module.to(_torch_dtype(dtype))
         self.module = module
@@ -73,6 +75,8 @@ class TorchModel(Model):
         self._layout = layout_of(module)
         self._statistics = statistics_of(module)
         self._parameters = dict(module.named_parameters())
+        self._modules = list(module.modules())
+        self._made_of = self._tensors_and_modules()
         self._initial = {name: each.detach().clone() for name, each in self._tensors().items()}
         self._pool = Pool()
         self._bound: Array | None = None
@@ -110,8 +114,15 @@ class TorchModel(Model):
         Raises
         ------
         InputError
-            The module changes a buffer that is no running statistic; no checkpoint would hold it.
+            The module changes a buffer that is no running statistic; no checkpoint would hold it.  Parameters or
+            modules in it were added, replaced or taken out since it was handed over.  It gives no tensor, or one that
+            no trained parameter has a part in.
         """
+        if self._tensors_and_modules() != self._made_of:
+            raise InputError(
+                "the module has other parameters or modules than when it was handed over, which nothing would train",
+                operation="TorchModel", remedy="change it first, then make a TorchModel of it",
+            )  # fmt: skip
         self.module.train()
         with self._brought(params):
             if len(batch):
@@ -124,7 +135,7 @@ class TorchModel(Model):
         count = self.loss.count(batch)
         with self._batch_statistics():
             with seeded(rng.child(f"from{int(batch.index[0])}")):
-                outputs = self.module(self._inputs(batch.inputs))
+                outputs = _checked(self.module(self._inputs(batch.inputs)))
             self._add_statistics(grads.tree, count)
             loss_sum, context = self.loss.forward(_shown(outputs), batch, self._pool)
             self._backward(outputs, torch.from_numpy(self.loss.backward(context)), partial(self._add, grads))
@@ -168,6 +179,10 @@ class TorchModel(Model):
     def metrics(self, sums: Mapping[str, Array]) -> dict[str, Any]:
         """Turn added `sums` into the loss's metrics."""
         return self.loss.metrics(sums)
+
+    def _tensors_and_modules(self) -> list[int]:
+        """Return what the module is made of, by identity."""
+        return [id(each) for owner in self._modules for each in (*owner._parameters.values(), *owner._modules.values())]
 
     def _tensors(self) -> dict[str, Any]:
         """Return parameters and running statistics by name."""
@@ -253,6 +268,23 @@ class TorchModel(Model):
     def _add(self, grads: Gradients, name: str, grad: Any) -> None:
         add(grads.tree, name, grad.detach().numpy())
         grads.complete(name)
+
+
+def _checked(outputs: Any) -> Any:
+    """Return the outputs of a training pass, from which gradients can come.
+
+    Raises
+    ------
+    InputError
+        They are no tensor, or no trained parameter has a part in them.
+    """
+    check_kind("TorchModel", "what the module gives", outputs, torch.Tensor, "one tensor, of which the loss is taken")
+    if not outputs.requires_grad:
+        raise InputError(
+            "the module's output depends on no parameter that is trained", operation="TorchModel",
+            expected="one with requires_grad, and neither detach() nor no_grad() behind it",
+        )  # fmt: skip
+    return outputs
 
 
 def _shown(outputs: Any) -> Array:

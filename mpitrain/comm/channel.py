@@ -23,7 +23,7 @@ from typing import Any
 from mpi4py import MPI
 
 from mpitrain.comm.absence import Answer
-from mpitrain.comm.watchdog import print_stacks, watchdog
+from mpitrain.comm.watchdog import print_stacks, say, watchdog
 
 _POLL_S = 0.002
 _FIRST_NAP_S = 0.0001
@@ -228,8 +228,12 @@ def _leave_all() -> None:
     try:
         watchdog.stop()
         channels = [channel for channel in _channels if channel.open and channel.size > 1]
-        _answer_until([channel.start_leaving() for channel in channels], channels)
-    finally:  # after Ctrl-C too, since a second beginning of this would meet nobody
+        try:
+            _answer_until([channel.start_leaving() for channel in channels], channels)
+        except KeyboardInterrupt:  # which on any other line ends the job as well; others may wait for this rank in vain
+            say(channels[0], "error: interrupted at its end, where it waits for the other ranks; the job ends here")
+            channels[0].abort()
+    finally:  # a second beginning of this would meet nobody
         for channel in _channels:
             channel.close()
 

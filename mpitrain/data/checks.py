@@ -18,7 +18,7 @@ def check_values(dataset: Dataset, start: int = 0, stop: int | None = None) -> N
     """Check rows ``[start, stop)``; see `Dataset.check`."""
     if not len(dataset):
         raise DataError(f"{dataset.name}: the data set is empty", got="0 rows", expected="at least one")
-    _check_types(dataset)
+    check_types(dataset)
     limit = len(dataset.class_names) or None
     for first, inputs, targets in dataset.blocks(start, stop):
         if dataset.tokens:
@@ -32,7 +32,8 @@ def check_values(dataset: Dataset, start: int = 0, stop: int | None = None) -> N
             _check_range(dataset.name, "label", targets, first, limit)
 
 
-def _check_types(dataset: Dataset) -> None:
+def check_types(dataset: Dataset) -> None:
+    """Raise a DataError unless inputs are numbers, or tokens, and targets what the task has."""
     inputs, targets = dataset.inputs.dtype, dataset.targets.dtype
     if dataset.tokens and inputs.kind not in "iu":
         raise DataError(f"{dataset.name}: tokens are not integers", got=inputs, expected="integers from 0")

@@ -68,6 +68,10 @@ class Dataset:
         self._check_shapes()
 
     def _check_shapes(self) -> None:
+        for what in ("inputs", "targets"):
+            if not hasattr(values := getattr(self, what), "shape"):
+                kind = type(values).__name__
+                raise DataError(f"{self.name}: {what} are no array", got=kind, remedy="numpy.asarray gives one")
         inputs, targets = self.inputs.shape, self.targets.shape
         if not inputs or not targets or inputs[0] != targets[0]:
             raise DataError(
@@ -101,7 +105,7 @@ class Dataset:
         """
         if self.task == "regression":
             raise InputError(f"{self.name}: a regression has no classes")
-        largest = (int(targets.max(initial=-1)) for _, _, targets in self.cover().blocks())
+        largest = (int(targets.max(initial=0)) for _, _, targets in self.cover().blocks())
         return len(self.class_names) or max(largest, default=-1) + 1
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from mpitrain._errors import InputError
-from mpitrain._options import POSITIVE, check, check_kind, check_whole
+from mpitrain._options import POSITIVE, Interval, check, check_kind, check_whole
 from mpitrain._typing import Array
 from mpitrain.arrays import Batch, FlatBuffer, Key, ParameterSource
 from mpitrain.method.state import Read, State
@@ -70,6 +71,9 @@ class Progress:
     loss_scale: float | None = None
 
 
+_RATE = Interval(-math.inf, math.inf, "()")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a method is set up with, besides the model and the optimizer.
@@ -105,6 +109,8 @@ class Plan:
                 expected="a function of the step, e.g. Constant(lr=1e-3)",
             )  # fmt: skip
         check_whole("Plan", "steps", self.steps, 0)
+        for step in (1, max(self.steps, 1)):
+            check("Plan", f"the learning rate of step {step}", self.schedule(step), _RATE)
         for name in ("clip_norm", "clip_value"):
             if (bound := getattr(self, name)) is not None:
                 check("Plan", name, bound, POSITIVE)

@@ -5,6 +5,7 @@ Each works on the parts of the flat range that a rank updates: all of it for dat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -95,6 +96,28 @@ def verify_replicas(comm: Communicator, digest: str) -> None:
         )
 
 
+def verify_settings(comm: Communicator, optimizer: Optimizer, plan: Plan) -> None:
+    """Check that all ranks take steps by the same rule, as far as it can be told from outside.  Collective.
+
+    Raises
+    ------
+    MismatchError
+        Naming the first rank whose rule differs from rank 0's.
+    """
+    rule = re.sub(r" at 0x\w+", "", repr(optimizer))  # where a process has it says nothing
+    first, last = (float(plan.schedule(step)) for step in (1, max(plan.steps, 1)))
+    told = comm.allgather_object(
+        f"{rule}, {plan.steps} steps, learning rate {first:g} to {last:g}, clip_norm {plan.clip_norm}, "
+        f"clip_value {plan.clip_value}"
+    )
+    for rank, each in enumerate(told):
+        if each != told[0]:
+            raise MismatchError(
+                "ranks were set up to take different steps", operation="setup", got=f"{each} on rank {rank}",
+                expected=f"{told[0]} as on rank 0",
+            )  # fmt: skip
+
+
 def reduce_gradients(comm: Communicator, grads: FlatBuffer, buckets: tuple[tuple[int, int], ...]) -> None:
     """Sum the gradients over all ranks, in place, bucket by bucket.  Collective."""
     for start, stop in buckets:
@@ -146,7 +169,7 @@ def check_finite(
     raise NonFiniteError(
         f"the loss or gradient of step {step} is not finite",
         got=f"ranks whose own samples gave it: {ranks or 'none'}; tensors: {', '.join(names) or 'none'}",
-        remedy="lower optimizer.lr, or set optimizer.clip_norm",
+        remedy="look for such values in the samples, lower optimizer.lr, or set optimizer.clip_norm",
     )
 
 

@@ -7,7 +7,7 @@ shards or statistics.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,6 +37,10 @@ class Elementwise(Checked, Optimizer):
 
     full_batch: ClassVar[bool] = False
     """Whether one step takes the whole training set as its batch."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "lr": "the learning rate is the plan's: Plan(Key(seed=0), Constant(lr=1e-3), steps=100)",
+    }
 
     weight_decay: float = option(NON_NEGATIVE, 0.0)
 

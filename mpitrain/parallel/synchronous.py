@@ -37,6 +37,7 @@ from mpitrain.method.steps import (
     divide,
     update,
     verify_replicas,
+    verify_settings,
 )
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite
@@ -147,7 +148,7 @@ class Synchronous(Method):
         self.model.initialise(params, self.plan.key.child("init"))
 
     def _verify(self, replicas: Communicator | None, stretches: Iterable[FlatBuffer]) -> None:
-        """Check that ranks hold the same values of the same tensors.  Collective.
+        """Check that ranks hold the same values of the same tensors, and update them alike.  Collective.
 
         Parameters
         ----------
@@ -156,6 +157,8 @@ class Synchronous(Method):
         stretches : iterable of FlatBuffer
             The parameters, part by part; ranks along ``across`` may cut theirs elsewhere.
         """
+        for comm in filter(None, (replicas, self.across)):
+            verify_settings(comm, self.optimizer, self.plan)
         common = []
         for params in stretches:
             if replicas:

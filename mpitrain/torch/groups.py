@@ -20,10 +20,15 @@ def trained(model: Any, optimizer: Any) -> list[list[str]]:
     Raises
     ------
     InputError
-        The optimizer has a parameter that is not the module's, or none at all.
+        The optimizer has a parameter that is not the module's, or none at all; or evaluates the loss by itself.
     DtypeError
         They are not of one dtype, float32 or float64, or not in host memory.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InputError(
+            "the optimizer evaluates the loss by itself, in a closure", operation=_OPERATION, got="LBFGS",
+            expected="one that takes a step from gradients",
+        )  # fmt: skip
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = []
     for number, group in enumerate(optimizer.param_groups):

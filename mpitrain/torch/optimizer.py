@@ -271,8 +271,8 @@ class DistributedOptimizer:
             problem = "called inside no_sync", operation, "a call after it", "leave the with block first"
         elif count is None:
             problem = "no count", "count=None", "samples whose losses this rank summed", "step(count=len(inputs))"
-        elif not (math.isfinite(count) and count >= 0):
-            problem = "this is no count", count, "a number ≥ 0", "step(count=len(inputs))"
+        elif not _is_count(count):
+            problem = "this is no count", repr(count), "a number ≥ 0", "step(count=len(inputs))"
         elif count and not passes:
             problem = "no backward pass since the last step", f"count={count}", "loss.backward()", "0 if no samples"
         elif self._wanted == "mean" and passes > 1:
@@ -312,3 +312,11 @@ def _sharded(optimizer: Any, wanted: bool | None) -> bool:
             remedy="leave out shard=True",
         )  # fmt: skip
     return elementwise if wanted is None else wanted
+
+
+def _is_count(value: Any) -> bool:
+    """Tell whether a value, perhaps a tensor, is a finite number that is not negative."""
+    try:
+        return bool(math.isfinite(value) and value >= 0)
+    except TypeError:
+        return False

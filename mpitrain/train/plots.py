@@ -6,6 +6,7 @@ Figures are made without pyplot, so that neither a display nor its global state 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -146,5 +147,9 @@ def _literal(text: str) -> str:
 
 def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing from font"
+        )  # a line for each character, and again each time
+        figure.savefig(stream, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
     return stream.getvalue()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mpitrain.train.observer import Observer
 from mpitrain.train.report import write_report
 from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.signals import NameSignal, own_name
+from mpitrain.train.storage import alone
 from mpitrain.train.trainer import Trainer
 
 _MAY_CHANGE = (
@@ -122,22 +123,40 @@ def train_job(
             _check_same_job(job, begun)
     parts = assemble(job, comm)
     bits = settle_arithmetic(job, comm, blas_threads)
-    directory = RunDirectory.create(comm, job.name, resume=begun) if begun is not None else None
-    if directory:
-        _check_same_data(parts, directory, comm)
-    saved = _newest(directory, parts, comm) if directory else None
-    if saved is None and job.train.warm_start:
-        _warm_start(parts, Path(job.train.warm_start), comm)
-    # a new directory is made when all else is well, so that nothing is left of a run that never began
-    directory = directory or RunDirectory.create(comm, job.name, path=kept)
-    trainer = Trainer(job, comm, parts, directory, observer, on_phase, name_signal)
-    if saved is not None:
-        _check_not_past_the_end(parts, saved, comm)
-        trainer.restore(saved)
-    with _recording(comm, trainer, directory) if traced else nullcontext():
-        _keep_what_runs(job, comm, trainer, directory, bits)
-        stopped = trainer.run()
-        return _finish(job, comm, trainer, directory, stopped, report)
+    with ExitStack() as held:
+        directory = _to_go_on_with(begun, job, comm, held) if begun is not None else None
+        if directory:
+            _check_same_data(parts, directory, comm)
+        saved = _newest(directory, parts, comm) if directory else None
+        if saved is None and job.train.warm_start:
+            _warm_start(parts, Path(job.train.warm_start), comm)
+        # a new directory is made when all else is well, so that nothing is left of a run that never began
+        directory = directory or _new(kept, job, comm, held)
+        trainer = Trainer(job, comm, parts, directory, observer, on_phase, name_signal)
+        if saved is not None:
+            _check_not_past_the_end(parts, saved, comm)
+            trainer.restore(saved)
+        with _recording(comm, trainer, directory) if traced else nullcontext():
+            _keep_what_runs(job, comm, trainer, directory, bits)
+            stopped = trainer.run()
+            return _finish(job, comm, trainer, directory, stopped, report)
+
+
+def _to_go_on_with(run: Path, job: Job, comm: Communicator, held: ExitStack) -> RunDirectory:
+    """Return the directory of a run, which rank 0 holds before it cleans up what a crash has left half written."""
+    with agree(comm):
+        if comm.rank == 0 and run.is_dir():
+            held.enter_context(alone(run))
+    return RunDirectory.create(comm, job.name, resume=run)
+
+
+def _new(path: Path | None, job: Job, comm: Communicator, held: ExitStack) -> RunDirectory:
+    """Return a new directory, which rank 0 holds."""
+    directory = RunDirectory.create(comm, job.name, path=path)
+    with agree(comm):
+        if comm.rank == 0:
+            held.enter_context(alone(directory.path))
+    return directory
 
 
 def settle_arithmetic(job: Job, comm: Communicator, threads: int | None = None) -> Fingerprint | None:

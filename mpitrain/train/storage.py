@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mpitrain._errors import StorageError
+from mpitrain._errors import JobError, StorageError
 
 _REMEDIES = dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, or choose a directory that every rank can write to"
@@ -36,6 +37,37 @@ def disk(action: str, path: Path) -> Iterator[None]:
             operation=action,
             remedy=_REMEDIES.get(error.errno or 0, "choose a directory that every rank can write to"),
         ) from error
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other jobs from a run's directory for the time of the block.
+
+    Raises
+    ------
+    JobError
+        Another job has it.
+
+    Notes
+    -----
+    A lock of the operating system's, which goes with the process that holds it.  Where the file system has none for
+    directories (some that are mounted over a network), nobody is kept out.
+    """
+    with disk("open run directory", path):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JobError(
+                f"{path}: another job writes to this run", operation="open run directory",
+                remedy="wait for its end, or end it",
+            ) from error  # fmt: skip
+        except OSError:  # there are no such locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync_directory(path: Path) -> None:

@@ -235,6 +235,60 @@ class Counting(torch.nn.Module):
         return self.out(x)
 
 
+class Odd(torch.nn.Sequential):
+    """Gives what `wrong` makes of its output."""
+
+    def __init__(self, wrong):
+        super().__init__(*mlp())
+        self.wrong = wrong
+
+    def forward(self, x):
+        return self.wrong(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [(lambda y: (y, 1), "what the module gives is .* got tuple"), (torch.detach, "depends on no parameter that is tr")],
+)
+def test_outputs_from_which_no_gradient_comes_are_refused(wrong, message):
+    model = TorchModel(seeded(partial(Odd, wrong)), nn.CrossEntropy())
+    with pytest.raises(InputError, match=f"TorchModel: .*{message}"):
+        LocalWorld(1).run(lambda comm: trained(DataParallel, model, comm, feed_of("mlp")))
+
+
+def replace_layer(module):
+    module[0] = torch.nn.Linear(6, 8)
+
+
+def replace_parameter(module):
+    module[0].bias = torch.nn.Parameter(torch.zeros(8))
+
+
+def take_out(module):
+    del module[1]
+
+
+def add(module):
+    module[0].more = torch.nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize("change", [replace_layer, replace_parameter, take_out, add])
+def test_a_module_that_was_changed_is_refused_and_not_trained_in_part(change):
+    model = TorchModel(seeded(mlp), nn.CrossEntropy())
+    change(model.module)
+    with pytest.raises(InputError, match="other parameters or modules than when it was handed over"):
+        LocalWorld(1).run(lambda comm: trained(DataParallel, model, comm, feed_of("mlp")))
+
+
+def test_what_is_no_module_yet_is_refused():
+    with pytest.raises(InputError, match="TorchModel: module is of another kind; got the class Lstm"):
+        TorchModel(Lstm, nn.CrossEntropy())
+    with pytest.raises(
+        InputError, match=r"a parameter has no shape yet; got 0.weight; run the module on samples first"
+    ):
+        TorchModel(torch.nn.Sequential(torch.nn.LazyLinear(3)), nn.CrossEntropy())
+
+
 def test_what_no_checkpoint_would_hold_is_refused():
     with pytest.raises(InputError, match="changes buffers while it trains"):
         run_serially(TorchModel(seeded(Counting), nn.CrossEntropy()), feed_of("mlp"))

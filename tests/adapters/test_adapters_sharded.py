@@ -95,6 +95,30 @@ def computed_again_by_another_pass(layer: Callable[[torch.Tensor], torch.Tensor]
 
 AGAIN = {"within the pass": computed_again, "by another pass": computed_again_by_another_pass}
 
+
+def with_slope(module: Deep, x: torch.Tensor) -> torch.Tensor:
+    """Adds a derivative by the input, of a layer that is called again for it; one by what is not used is zero."""
+    y, unused = computed_again(module.second, x), torch.ones(3, requires_grad=True)
+    slope, nothing = torch.autograd.grad(torch.tanh(y).sum(), (x, unused), create_graph=True, materialize_grads=True)
+    return y + slope + nothing.sum()
+
+
+def with_slopes_left_in_inputs(module: Deep, x: torch.Tensor) -> torch.Tensor:
+    """As a constant: in a leaf, and in what is none."""
+    leaf = x.detach().requires_grad_()
+    double = 2 * leaf
+    torch.tanh(computed_again(module.second, double)).sum().backward(inputs=(leaf, double))
+    return module.second(x) + leaf.grad + double.grad
+
+
+def slope_computed_again(module: Deep, x: torch.Tensor) -> torch.Tensor:
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        y = module.second(x)
+        return y + torch.autograd.grad(torch.tanh(y).sum(), x, create_graph=True)[0]
+
+    return computed_again(layer, x)
+
+
 KINDS = {
     "attention": Attentive,
     "used by another": lambda: Deep(used_by_another),
@@ -103,6 +127,9 @@ KINDS = {
     "computed again, used by another": lambda: Deep(
         lambda module, x: computed_again(partial(used_by_another, module), x)
     ),
+    "its slope": lambda: Deep(with_slope),
+    "its slopes, left in inputs": lambda: Deep(with_slopes_left_in_inputs),
+    "its slope, computed again": lambda: Deep(slope_computed_again),
 }
 
 

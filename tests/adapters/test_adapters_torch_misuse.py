@@ -84,6 +84,11 @@ def bad_count(run):
     run.step(float("nan"))
 
 
+def count_of_text(run):
+    run.backward()
+    run.step("10")
+
+
 def nobody(run):
     run.step(0)
 
@@ -199,6 +204,7 @@ MISUSE = {
     twice: "no backward pass since the last step",
     no_count: "step: no count; .*len",
     bad_count: "this is no count; got nan",
+    count_of_text: "this is no count; got '10'",
     nobody: "no rank had samples",
     other_count: "another count than clip_grad_norm_ was handed; got 11; expected 10",
     backward_after_clip: "summed over ranks already; got reduced.*zero_grad",
@@ -347,8 +353,8 @@ def test_what_cannot_be_trained_is_refused():
              "torch.float32 on meta"),
             (lambda: mt.DistributedOptimizer(torch.optim.SGD(other.parameters()), module, comm), InputError,
              "the module has not; got 4 in parameter group 0"),
-            (lambda: mt.DistributedOptimizer(torch.optim.LBFGS(module.parameters()), module, comm, shard=True),
-             InputError, "LBFGS; expected ASGD"),
+            (lambda: mt.DistributedOptimizer(torch.optim.Adafactor(module.parameters()), module, comm, shard=True),
+             InputError, "Adafactor; expected ASGD"),
             (lambda: mt.DistributedOptimizer(torch.optim.SGD(module.parameters()), module, comm, reduction="avg"),
              InputError, "'avg'; expected \"sum\""),
             (lambda: mt.DistributedOptimizer(torch.optim.SGD(other.requires_grad_(False).parameters()), other, comm),
@@ -415,3 +421,15 @@ def test_a_sampler_needs_samples_for_every_rank():
                 mt.DistributedSampler(5, comm, batch_size)
 
     LocalWorld(2).run(rank)
+
+
+def test_what_cannot_be_wrapped_is_refused():
+    def rank(comm):
+        module = seeded(mlp)
+        with pytest.raises(InputError, match="evaluates the loss by itself, in a closure; got LBFGS"):
+            mt.DistributedOptimizer(torch.optim.LBFGS(module.parameters()), module, comm)
+        half = module.bfloat16()
+        with pytest.raises(DtypeError, match=r"got torch\.bfloat16 on cpu; expected all torch\.float32"):
+            mt.DistributedOptimizer(torch.optim.SGD(half.parameters(), lr=0.1), half, comm)
+
+    LocalWorld(1).run(rank)

@@ -322,10 +322,10 @@ def test_only_the_answer_to_this_question_counts(world: Communicator) -> None:
 class _Lines:
     """A channel that counts what is done with it."""
 
-    size = 2
+    rank, size = 1, 2
 
     def __init__(self) -> None:
-        self.open, self.begun, self.listened = True, 0, 0
+        self.open, self.begun, self.listened, self.aborted = True, 0, 0, 0
 
     def start_leaving(self) -> None:
         self.begun += 1
@@ -335,6 +335,9 @@ class _Lines:
 
     def close(self) -> None:
         self.open = False
+
+    def abort(self) -> None:
+        self.aborted += 1
 
 
 @pytest.fixture
@@ -349,7 +352,9 @@ def lines(world: Communicator, monkeypatch: pytest.MonkeyPatch) -> _Lines:
 
 
 @pytest.mark.mpi
-def test_an_end_that_was_interrupted_does_not_begin_again(lines: _Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_that_is_interrupted_ends_the_job_and_does_not_begin_again(
+    lines: _Lines, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What begins it again would wait for ranks that come once."""
     from mpitrain.comm import channel
 
@@ -358,10 +363,10 @@ def test_an_end_that_was_interrupted_does_not_begin_again(lines: _Lines, monkeyp
             raise KeyboardInterrupt
 
     monkeypatch.setattr(channel, "_answer_until", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        channel._leave_all()
     channel._leave_all()
-    assert (lines.begun, lines.open) == (1, False)
+    channel._leave_all()
+    assert (lines.begun, lines.open, lines.aborted) == (1, False, 1)
+    assert capsys.readouterr().err.startswith("[rank 1 of 2] error: interrupted at its end")
 
 
 @pytest.mark.mpi

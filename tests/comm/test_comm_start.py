@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import mpitrain.comm
 
 
@@ -36,3 +38,8 @@ def test_world_is_one_object_and_made_anew_when_freed() -> None:
         "a.free(); b = world(); print(b is a, b.allreduce(2))"
     )
     assert run(code) == "True 1\nFalse 2\n"
+
+
+def test_a_process_needs_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    assert run("from mpitrain.comm import world; print(world().size)") == "1\n"

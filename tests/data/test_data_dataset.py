@@ -61,7 +61,12 @@ def test_taking_rows_in_memory_copies_them():
 
 @pytest.mark.parametrize(
     ("changes", "classes"),
-    [({}, 3), ({"class_names": ("a", "b", "c", "d")}, 4), ({"targets": np.full(7, 8)}, 9)],
+    [
+        ({}, 3),
+        ({"class_names": ("a", "b", "c", "d")}, 4),
+        ({"targets": np.full(7, 8)}, 9),
+        ({"targets": np.full(7, 255, np.uint8)}, 256),
+    ],
 )
 def test_number_of_classes(changes, classes):
     assert table(**changes).classes == table(**changes).outputs == classes
@@ -152,6 +157,8 @@ def test_an_empty_set():
         ({"task": "regression"}, r"targets have the wrong shape; got \(7,\); expected \(n, outputs\)"),
         ({"task": "sequence"}, r"targets have the wrong shape; got \(7,\); expected \(7, 3\)"),
         ({"feature_names": ("age",)}, r"feature names do not fit; got 1 names; expected \(7, 3\)"),
+        ({"inputs": [[1.0]]}, "inputs are no array; got list; numpy.asarray gives one"),
+        ({"targets": None}, "targets are no array; got NoneType"),
         ({"task": "clustering"}, r"unknown task; got 'clustering'; expected classification or regression or sequence"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpitrain._errors import DtypeError, InputError
+from mpitrain._errors import DataError, DtypeError, InputError
 from mpitrain.arrays import Key
 from mpitrain.data import Dataset, Loader, evaluation_batches, partition
 from mpitrain.data.partition import by_feature, random
@@ -151,6 +151,15 @@ def test_dtypes(dtype):
     [batch] = Loader(tokens, 5, seed=0, dtype=dtype).batch(0)
     assert batch.inputs.dtype == np.int32
     assert batch.targets.dtype == np.int64
+
+
+def test_labels_between_integers_are_refused_and_not_cut_off():
+    between = Dataset(np.zeros((4, 2)), np.arange(4) + 0.5, "classification", "set")
+    for batches in (lambda: Loader(between, 4, seed=0).batch(0), lambda: list(evaluation_batches(between, 4))):
+        with pytest.raises(
+            DataError, match=r"set: labels are not integers; got float64; .*choose the task 'regression'"
+        ):
+            batches()
 
 
 def test_importance_factors_keep_the_mean_unbiased():

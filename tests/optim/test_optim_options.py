@@ -38,6 +38,37 @@ def test_bad_hyperparameters(name, options, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_a_learning_rate_is_sent_to_the_plan(name):
+    cls = OPTIMIZERS[name]
+    with pytest.raises(
+        InputError, match=rf"^{cls.__name__}: .*'lr'; expected by name: .*; .*Plan\(.*Constant\(lr=1e-3\)"
+    ):
+        cls(lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: optim.SGD([], momentum=0.9), "^SGD: too many positional arguments; expected by name: weight_decay$"),
+        (lambda: optim.Adam(beta=(0.9, 0.99)), "'beta'; expected by name: weight_decay, betas, eps; did you mean"),
+        (lambda: optim.Cosine(lr=0.1), "^Cosine: missing a required.* argument: 'steps'; expected by name: lr, steps"),
+        (lambda: optim.Constant(1e-3), "^Constant: too many positional arguments; expected by name: lr$"),
+    ],
+)
+def test_options_that_a_class_does_not_take(wrong, message):
+    with pytest.raises(InputError, match=message):
+        wrong()
+
+
+def test_a_class_of_the_users_may_be_made_as_its_own_initialiser_says():
+    class Mine(optim.SGD):
+        def __init__(self, factor, *others, **options):
+            super().__init__(weight_decay=factor * options["by"])
+
+    assert Mine(0.1, 2, by=3.0).weight_decay == pytest.approx(0.3)
+
+
 def test_numbers_of_numpy_and_lists_of_toml_are_welcome():
     optimizer = make_optimizer("adam", betas=[0, 0.99], eps=np.float32(1e-6))
     assert optimizer.betas == [0, 0.99]

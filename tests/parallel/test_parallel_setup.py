@@ -16,7 +16,7 @@ from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.data import Batches
 from mpitrain.method import Method
 from mpitrain.nn import Network
-from mpitrain.optim import SGD
+from mpitrain.optim import SGD, Constant
 from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
 
 
@@ -90,6 +90,29 @@ def check_mismatch_of_all_methods(comm: Communicator) -> None:
 
 def test_differing_initial_parameters_name_the_ranks(on_ranks):
     on_ranks(check_mismatch_of_all_methods)
+
+
+RULES = {
+    "rate": lambda rank: (SGD(), plan(3, schedule=Constant(lr=1.0 + rank))),
+    "end": lambda rank: (SGD(), plan(3, schedule=lambda step: 1.0 + rank * (step > 2))),
+    "steps": lambda rank: (SGD(), plan(3 + rank, schedule=Constant(lr=1.0))),
+    "clipping": lambda rank: (SGD(), plan(3, clip_norm=1.0 + rank)),
+    "option": lambda rank: (SGD(weight_decay=0.1 * rank), plan(3)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("make", [DataParallel, GradientParallel])
+def test_ranks_that_would_take_different_steps_are_named(make, rule):
+    with pytest.raises(MismatchError, match=r"setup: ranks were set up to take different steps; got .* on rank 1; exp"):
+        LocalWorld(2).run(lambda comm: make(comm).setup(mlp(), *rule(comm.rank)))
+
+
+def test_optimizers_that_do_not_say_what_they_hold_are_taken_for_the_same():
+    class Mine(SGD):
+        __repr__ = object.__repr__
+
+    LocalWorld(2).run(lambda comm: DataParallel(comm).setup(mlp(), Mine(), plan(3)))
 
 
 def check_setup_twice(comm: Communicator, make: Make) -> None:

@@ -55,6 +55,8 @@ WRONG: dict[str, tuple[Callable[[Communicator], Any], str]] = {
     "key": (lambda c: Plan(0, RATE, steps=1), "Plan: key is of another kind; got int: 0; expected a Key"),
     "seed": (lambda c: Key("0"), "Key: seed is not an integer; got '0'"),
     "schedule": (lambda c: Plan(KEY, 1e-3, steps=1), "Plan: schedule is no schedule; got 0.001; expected a function"),
+    "no rate": (lambda c: Plan(KEY, lambda step: None, steps=1), "Plan: the learning rate of step 1 is .*; got None"),
+    "last rate": (lambda c: Plan(KEY, [0, 1.0, np.nan].__getitem__, steps=2), "learning rate of step 2 is .*; got nan"),
     "clip": (lambda c: Plan(KEY, RATE, steps=1, clip_norm=-1), "Plan: clip_norm is not allowed; got -1"),
     "until": (lambda c: set_up(c, mlp(), 4).advance(RowsFeed(1), until=-5), "until is too small; got -5; expected at"),
     "until None": (lambda c: set_up(c, mlp(), 4).advance(RowsFeed(1), until=None), "until is not an integer; got None"),

@@ -1,5 +1,6 @@
 """The trainer on ranks that are threads: exact resumption, early stops, warm starts, the best checkpoint."""
 
+import errno
 import json
 import time
 import tomllib
@@ -14,6 +15,7 @@ from mpitrain.train import Job, Observer, checkpoint, session, train_job
 from mpitrain.train.assembly import assemble
 from mpitrain.train.predictor import Predictor
 from mpitrain.train.rundir import RunDirectory
+from mpitrain.train.storage import alone
 from mpitrain.train.trainer import Trainer
 
 PATIENCE_S = 30.0
@@ -113,6 +115,37 @@ def test_stopped_by_steps_and_resumed_is_uninterrupted(load, tmp_path, changes):
         key: one[key] for key in one if key[1] % 6 == 0 and key[0] != "train"
     }
     assert two.keys() - one.keys() <= {("train", 15), ("test", 15), ("valid", 15)}
+
+
+class Intruder(Observer):
+    """Tries to take the run's directory while the job trains."""
+
+    def __init__(self, path):
+        self.path, self.seen = path, []
+
+    def on_metrics(self, record):
+        with pytest.raises(JobError, match="run: another job writes to this run; wait for its end"), alone(self.path):
+            pass
+        self.seen.append(record)
+
+
+def test_a_run_has_one_job_at_a_time(load, tmp_path):
+    path = tmp_path / "run"
+    for where, steps in (({"run_dir": path}, 12), ({"resume": path}, 18)):
+        intruder = Intruder(path)
+        train(load(train__steps=steps), observer=intruder, **where)
+        assert intruder.seen
+        with alone(path), pytest.raises(JobError, match="another job writes to this run"):
+            train(load(), resume=path)
+
+
+def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
+    def refuse(handle, how):
+        raise OSError(errno.EBADF, "no such locks")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with alone(tmp_path), alone(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("changes", [{}, {"method__average_every": 5}], ids=["each step", "local SGD"])
