@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,12 @@ import click
 from rich.console import Console
 
 from mpitrain.cli.bench.outputs import hand_out, writable
+from mpitrain.cli.bench.start import start_ranks
 from mpitrain.cli.bench.training_tables import megabytes
 from mpitrain.cli.run import check_job_file, check_no_launcher
 from mpitrain.comm import abort_on_uncaught, leave_together, world
-from mpitrain.comm.launch import launch_command
 from mpitrain.train import Job, load_job
 from mpitrain.train.bench.job import JobCosts, measure_job
-from mpitrain.train.bench.memory import KINDS
 
 
 @click.command("job", short_help="Measure what a job's steps cost: time, operations, memory, communication.")
@@ -42,10 +40,7 @@ def job(
     if ranks is not None:
         Job.load(job, overrides)  # a mistake in it ends here, in one line
         more = [f"--rounds={rounds}", f"--round-s={round_s}", *([f"--json={json_file}"] if json_file else [])]
-        argv = [sys.executable, "-m", "mpitrain", "bench", "job", job, *(f"--set={each}" for each in overrides), *more]
-        argv, env = launch_command(ranks, argv)
-        code = subprocess.run(argv, env=env, check=False).returncode
-        sys.exit(code if code in (0, 1, 2) else 1)
+        sys.exit(start_ranks(ranks, ["bench", "job", job, *(f"--set={each}" for each in overrides), *more]))
     comm = world()
     abort_on_uncaught(comm)
     with leave_together(comm):
@@ -75,6 +70,6 @@ def lines(found: JobCosts) -> Iterator[str]:
         lost = found.pipeline
         predicted = f"{lost.simulated:.1%} simulated with the passes' times, {lost.formula:.1%} by formula"
         yield f"pipeline       overhead {lost.measured:.1%}; {predicted}"
-    yield "memory         " + ", ".join(f"{kind} {megabytes(found.memory[kind])}" for kind in KINDS)
+    yield "memory         " + ", ".join(f"{kind} {megabytes(each)}" for kind, each in found.memory.items())
     yield "               MB a rank, the mean: measured (predicted)"
     yield from found.notes

@@ -22,7 +22,7 @@ from mpitrain.train.assembly import Assembly, assemble, build_model
 from mpitrain.train.bench.communication import share_of, traced
 from mpitrain.train.bench.contest import timed
 from mpitrain.train.bench.expected import expected
-from mpitrain.train.bench.memory import KINDS, Memory, held
+from mpitrain.train.bench.memory import CODEC, Memory, codec_held_bytes, held
 from mpitrain.train.bench.overhead import Overhead, overhead
 from mpitrain.train.bench.ranks import product_flops_per_s
 from mpitrain.train.job import Job
@@ -58,7 +58,7 @@ class JobCosts:
     communication_share : float
         Part of a step that is spent in calls of communicators, waits for other ranks included.
     memory : dict of str to Memory
-        By kind.
+        By kind: parameters, gradients, optimizer, of a `Network` activations, and where there is one, codec.
     pipeline : Overhead, optional
         Where the model is cut into stages.
     notes : list of str
@@ -163,9 +163,13 @@ def _costs(
 
 def _counted(job: Job, parts: Assembly) -> tuple[int | None, list[str]]:
     """Return the operations of a step, or why they cannot be counted."""
-    model, shape = build_model(job, parts.samples.facts), (parts.feed.batch_size, *parts.samples.facts.sample_shape)
+    facts, method = parts.samples.facts, parts.method
+    divided = isinstance(method, Synchronous) and method.across is not None
+    model = build_model(job, facts) if divided else parts.model  # of which a rank may have a part only
+    shape = (parts.feed.batch_size, *facts.sample_shape)
     if not isinstance(model, Network):
-        return None, [f"operations are not counted: the model is no Network of layers but a {type(model).__name__}"]
+        what = "neither operations nor activations are counted"
+        return None, [f"{what}: the model is no Network of layers but a {type(model).__name__}"]
     try:
         return training_flops(model.layer, shape), []
     except InputError as error:
@@ -177,8 +181,10 @@ def memory_of(comm: Communicator, job: Job, parts: Assembly) -> dict[str, Memory
     method, model = parts.method, parts.model
     assert isinstance(method, Synchronous)
     measured, shared = held(comm, model.pool.nbytes if isinstance(model, Network) else 0, method)
+    if not isinstance(model, Network):
+        del measured["activations"]  # whose memory is its own library's
+    if codec_bytes := codec_held_bytes(method):
+        measured[CODEC] = float(codec_bytes)
     rows = ceil(ceil(parts.feed.batch_size / method.shares[0][1]) / job.method.microbatches)
-    foreseen: dict[str, float] = {}
-    if isinstance(model, Network) and _counted(job, parts)[0] is not None:
-        foreseen = expected(comm, model, method, shared, (rows, *parts.samples.facts.sample_shape))
-    return {kind: Memory(measured[kind], foreseen.get(kind)) for kind in KINDS}
+    foreseen = expected(comm, model, method, shared, (rows, *parts.samples.facts.sample_shape))
+    return {kind: Memory(each, foreseen.get(kind)) for kind, each in measured.items()}
