@@ -268,7 +268,7 @@ def _finish(
     }
     if trainer.method.loss_scale is not None:
         result |= {"loss_scale": trainer.method.loss_scale, "skipped_steps": trainer.method.skipped}
-    if "confusion" in metrics["test"]:
+    if "confusion" in metrics["test"] and trainer.parts.samples.facts.task != "sequence":
         result["confusion"] = metrics["test"]["confusion"].tolist()
         result["classes"] = list(trainer.parts.samples.train.class_names)
     return _keep(result, comm, directory, trainer.observer if report else None)

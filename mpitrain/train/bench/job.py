@@ -5,12 +5,11 @@ The job is trained as it is, on its own data, for as many steps as the measureme
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import ceil, prod
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from mpitrain._errors import InputError, JobError
 from mpitrain.comm import Communicator
@@ -21,6 +20,7 @@ from mpitrain.parallel import ModelAveraging, PipelineParallel, Synchronous
 from mpitrain.train.assembly import Assembly, assemble, build_model
 from mpitrain.train.bench.communication import share_of, traced
 from mpitrain.train.bench.contest import timed
+from mpitrain.train.bench.costs import JobCosts
 from mpitrain.train.bench.expected import expected
 from mpitrain.train.bench.memory import CODEC, Memory, codec_held_bytes, held
 from mpitrain.train.bench.overhead import Overhead, overhead
@@ -30,58 +30,6 @@ from mpitrain.train.session import settle_arithmetic
 
 _EVER = 10**9
 _WARM_STEPS = 3
-
-
-@dataclass(frozen=True)
-class JobCosts:
-    """What was found.
-
-    Parameters
-    ----------
-    title : str
-        The job in one line.
-    ranks, batch_size : int
-        How many ranks, and how many samples they take in a step together.
-    seconds : Quantiles
-        Of a step, on the slowest rank.
-    samples_per_s : float
-        Of all ranks together, from the median.
-    tokens_per_s : float, optional
-        Likewise; None: samples are no windows of tokens.
-    flops : int, optional
-        Operations of the matrix products of a step, of all ranks together, counted from shapes as on one rank; None:
-        they cannot be counted.
-    product_flops_per_s : float
-        What a rank's large product reaches in the job's dtype while the others do the same.
-    utilisation : float, optional
-        Counted operations a second, by those of all ranks' products.
-    communication_share : float
-        Part of a step that is spent in calls of communicators, waits for other ranks included.
-    memory : dict of str to Memory
-        By kind: parameters, gradients, optimizer, of a `Network` activations, and where there is one, codec.
-    pipeline : Overhead, optional
-        Where the model is cut into stages.
-    notes : list of str
-        What is not known, and why.
-    """
-
-    title: str
-    ranks: int
-    batch_size: int
-    seconds: Quantiles
-    samples_per_s: float
-    tokens_per_s: float | None
-    flops: int | None
-    product_flops_per_s: float
-    utilisation: float | None
-    communication_share: float
-    memory: dict[str, Memory]
-    pipeline: Overhead | None
-    notes: list[str]
-
-    def to_json(self) -> bytes:
-        """Return the figures as text."""
-        return TypeAdapter(JobCosts).dump_json(self, indent=1)
 
 
 def measure_job(job: Job, comm: Communicator, rounds: int = 7, round_s: float = 0.3) -> JobCosts:
