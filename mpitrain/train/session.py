@@ -106,8 +106,8 @@ def train_job(
     -------
     dict
         What ``result.json`` holds: ``job, ranks, steps, seconds, loss, metrics, weights_sha256, run_dir, report,
-        stopped, completed``, for a classification ``confusion`` and ``classes``, and in float16 ``loss_scale`` and
-        ``skipped_steps``.  The same on all ranks.
+        stopped, completed``, for a classification (not of the tokens of a text) ``confusion`` and ``classes``, and in
+        float16 ``loss_scale`` and ``skipped_steps``.  The same on all ranks.
 
     Notes
     -----

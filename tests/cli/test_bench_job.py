@@ -77,6 +77,17 @@ def test_what_cannot_be_counted_is_said(job):
     assert "got Own" in told[-1]
 
 
+def test_figures_of_a_run_are_kept_in_it_and_told_by_its_report(job):
+    run = job.parent
+    done = mpitrain("bench", "job", run, *QUICK, *settings(train__batch_size=8))
+    assert (done.code, (run / "costs.json").exists()) == (0, False)  # of another job
+    done = mpitrain("bench", "job", run, *QUICK)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[-1] == f"report         {run / 'report.html'}"
+    costs = json.loads((run / "costs.json").read_bytes())
+    assert f"{costs['communication_share']:.1%} of a step" in (run / "report.html").read_text()
+
+
 def test_a_mistake_in_the_job_is_one_line(job):
     done = mpitrain("bench", "job", job, "-n2", "--set", "mesh.pipes=2")
     assert done.code == 2
