@@ -59,6 +59,7 @@ def curve(
     axes.set_title(_literal(title), loc="left", color=_INK, fontsize=11)
     axes.set_xlabel("step")
     axes.margins(x=0.02)
+    axes.locator_params(axis="x", integer=True)
     found = [value for _, values in series.values() for value in values]
     if log and found and min(found) > 0 and max(found) / min(found) > 10**_DECADES_FOR_LOG:
         axes.set_yscale("log")

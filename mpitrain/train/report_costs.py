@@ -11,7 +11,7 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain.comm.bench.results import Quantiles
-from mpitrain.train.bench.costs import JobCosts
+from mpitrain.train.bench.costs import WORKSPACE, JobCosts
 from mpitrain.train.bench.memory import Memory
 from mpitrain.train.rundir import RunDirectory
 
@@ -81,7 +81,7 @@ def _memory(kinds: Mapping[str, Memory]) -> str:
     predicted = "".join(f"<td>{_megabytes(each.predicted_bytes)}</td>" for each in kinds.values())
     return (
         f'<table class="facts memory"><tr><th>MB a rank</th>{head}</tr><tr><th>measured</th>{measured}</tr>'
-        f"<tr><th>predicted</th>{predicted}</tr></table>"
+        f"<tr><th>predicted</th>{predicted}</tr></table><p>The mean over the ranks; {WORKSPACE}</p>"
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from mpitrain._errors import InputError, MissingExtraError
 from mpitrain.comm.bench.results import Quantiles
+from mpitrain.train import plots
 from mpitrain.train.bench.costs import JobCosts
 from mpitrain.train.bench.memory import Memory
 from mpitrain.train.bench.overhead import Overhead
@@ -107,6 +108,7 @@ def test_costs_that_lie_in_the_run_are_told(tmp_path):
         "communication12.5% of a step",
         "pipelineoverhead 30.0%; 25.0% simulated with the passes' times, 20.0% by formula",
         "MB a rankparametersactivationscodecmeasured3.007.501.00predicted3.00not known2.00",
+        "measured activations include the workspace",
         "not all is known",
     ):
         assert part in text
@@ -128,6 +130,13 @@ def test_many_classes_are_told_by_the_pairs_that_are_confused_most(tmp_path):
     assert not (path / "confusion.png").exists()
     finish(path, np.diag(np.full(31, 4)))
     assert "Classes confused most often (test)\nNone" in shown(path)
+
+
+def test_ticks_of_steps_are_whole_numbers(monkeypatch):
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    (axes,) = plots.curve("Loss", {"train": ((10, 20, 30), (3.0, 2.0, 1.0))}).axes
+    assert len(axes.get_xticks()) > 2
+    assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
 def finish(path, matrix):

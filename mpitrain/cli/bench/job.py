@@ -16,7 +16,7 @@ from mpitrain.cli.bench.training_tables import megabytes
 from mpitrain.cli.run import check_job_file, check_no_launcher
 from mpitrain.comm import abort_on_uncaught, leave_together, world
 from mpitrain.train import Job, RunDirectory, load_job
-from mpitrain.train.bench.costs import JobCosts
+from mpitrain.train.bench.costs import WORKSPACE, JobCosts
 from mpitrain.train.bench.job import measure_job
 from mpitrain.train.report import write_report
 from mpitrain.train.storage import write_atomic
@@ -80,5 +80,5 @@ def lines(found: JobCosts) -> Iterator[str]:
     for name, told in found.rows():
         yield f"{name:15}{told}"
     yield "memory         " + ", ".join(f"{kind} {megabytes(each)}" for kind, each in found.memory.items())
-    yield "               MB a rank, the mean: measured (predicted)"
+    yield f"               MB a rank, the mean: measured (predicted); {WORKSPACE}"
     yield from found.notes

@@ -12,6 +12,9 @@ from mpitrain.comm.bench.results import Quantiles
 from mpitrain.train.bench.memory import Memory
 from mpitrain.train.bench.overhead import Overhead
 
+WORKSPACE = "measured activations include the workspace of backward passes, predicted ones do not"
+"""What is to be said beside figures of memory."""
+
 
 @dataclass(frozen=True)
 class JobCosts:
