@@ -12,7 +12,8 @@ from mpitrain.parallel.pipeline import (
     ReproduciblePipelineParallel,
 )
 from mpitrain.parallel.reproducible import ReproducibleDataParallel, ReproducibleGradientParallel, ShardedLaneSteps
-from mpitrain.parallel.synchronous import Synchronous, Tally
+from mpitrain.parallel.synchronous import Synchronous
+from mpitrain.parallel.tally import Tally
 
 __all__ = [
     "DataParallel",

@@ -16,7 +16,7 @@ from mpitrain.method.steps import all_finite
 from mpitrain.nn.model import Model
 from mpitrain.optim import Optimizer
 from mpitrain.parallel.data import DataParallel
-from mpitrain.parallel.synchronous import Tally
+from mpitrain.parallel.tally import Tally
 
 
 class ModelAveraging(DataParallel):

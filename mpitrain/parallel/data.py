@@ -12,18 +12,18 @@ from typing import Any, ClassVar
 
 from mpitrain._errors import InputError
 from mpitrain._options import check_kind
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Layout, is_cupy, plain
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Layout, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.codecs import Codec, CompressedSum, make_codec
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Read, State, fill, pieces_of
-from mpitrain.method.steps import Part, all_finite, clip, divide, reduce_gradients, update
+from mpitrain.method.steps import Part, all_finite, reduce_gradients
 from mpitrain.nn.model import Reduce
 from mpitrain.optim import State as OptimizerState
-from mpitrain.optim import Terms
 from mpitrain.parallel import in_place
 from mpitrain.parallel.in_place import CommonGradients
-from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous
+from mpitrain.parallel.tally import Tally
 
 
 class DataParallel(Synchronous):
@@ -90,8 +90,7 @@ class DataParallel(Synchronous):
         self.params = FlatBuffer(layout, self._allocator)
         if self.precision:
             self._rounded = FlatBuffer(layout.astype(self.precision.dtype), self._allocator)
-        self._common = self._common_gradients(layout)
-        self.grads = self._common or GradientBuffer(layout, self._allocator)
+        self.grads = self._common_gradients(layout) or GradientBuffer(layout, self._allocator)
         whole = layout.whole()
         state = self.optimizer.init(whole, self._allocator)
         self.parts = (Part(whole, self.params.flat, self.grads.flat, state),)
@@ -126,43 +125,22 @@ class DataParallel(Synchronous):
         """What the optimizer keeps, of the whole model."""
         return self.parts[0].state
 
-    def _train_step(self, microbatches: list[Batch]) -> Tally:
-        phase = self.comm.phase
-        with phase("gradients"):
-            own = self._gradients(microbatches, self.grads, self._reduce)
-        if self._common:
-            total = self._step_in_place(self._common, own, microbatches, parameters_are_read=False)
-            self._common.release()
-            return total
-        with phase("reduce"):
+    def _reduced(self, own: Tally) -> Tally:
+        if self._compressed is None:
+            return super()._reduced(own)
+        with self.comm.phase("reduce"):
             total = self._sum(own)
-            self._sum_terms()
-            self._reduce_gradients(total.count)
-        with phase("check"):
-            total = self._agreed(replace(total, bad=float(total.bad or not all_finite(self.parts))))
-            taken = self._is_taken(not total.bad, microbatches)
-        self.step += 1
-        if not taken:
-            return total.untrained()
-        with phase("update"):
-            self._update(total.count)
-        return total
+            self._compressed.reduce(self.grads.buffer, self.step, total.count)
+        with self.comm.phase("check"):
+            return replace(total, bad=float(total.bad or not all_finite(self.parts)))
 
-    def _reduce_gradients(self, count: float) -> None:
-        if self._compressed:
-            self._compressed.reduce(self.grads.buffer, self.step, count)
-        else:
-            reduce_gradients(self.comm, self.grads.buffer, self.buckets)
+    def _reduce_gradients(self) -> None:
+        self._sum_terms()
+        reduce_gradients(self.comm, self.grads.buffer, self.buckets)
 
-    def _update(self, count: float) -> None:
-        """Divide, clip and update."""
-        if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.params.flat):
-            self._update_mean(self.parts[0], Terms((self.parts[0].grads,), self._scale * count))
-            return
-        divide(self.parts, self._scale * count)
-        reach = self._reach()
-        clip(self.parts, self.plan, reach)
-        update(self.optimizer, self.parts, self.plan, self.updates, reach)
+    def _hand_out(self) -> None:
+        if isinstance(self.grads, CommonGradients):
+            self.grads.release()
 
     def state(self) -> State:
         """See `Method.state`."""

@@ -7,23 +7,23 @@ and 2 the parameters are one array for all ranks of a node, so that on one node 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 
 from mpitrain._errors import InputError
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, Layout, is_cupy
+from mpitrain.arrays import Allocator, Batch, Gradients, Layout
 from mpitrain.comm import Communicator
 from mpitrain.method.precision import Precision
-from mpitrain.method.steps import Reach, all_finite, clip, divide, update
-from mpitrain.optim import Terms
+from mpitrain.method.steps import Reach
+from mpitrain.nn.model import Reduce
 from mpitrain.parallel import in_place
 from mpitrain.parallel.buckets import StreamedGradients, WholeGradients
 from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.owned import OwnedParameters
 from mpitrain.parallel.sharded import ShardedParameters
-from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Tally
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES
+from mpitrain.parallel.tally import Tally
 
 
 class GradientSteps(OwnedParameters):
@@ -64,49 +64,20 @@ class GradientSteps(OwnedParameters):
         largest = self.across.allreduce(np.int64(layout.nbytes), "max") if self.across else layout.nbytes
         return int(largest) <= self.bucket_bytes
 
-    def _train_step(self, microbatches: list[Batch]) -> Tally:
-        phase = self.comm.phase
-        with phase("gradients"):
-            own = self._gradients(microbatches, self.grads, self._reduce)
-            if isinstance(self.params, ShardedParameters):
-                self.params.end_passes()
-        if isinstance(self.grads, CommonGradients):
-            total = self._step_in_place(self.grads, own, microbatches, parameters_are_read=True)
-            with phase("gather"):
-                self._publish()
-            return total
-        with phase("reduce"):
-            self._reduce_gradients()
-        with phase("check"):
-            total = self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
-            taken = self._is_taken(not total.bad, microbatches)
-        self.step += 1
-        if not taken:
-            return total.untrained()
-        with phase("update"):
-            self._update(total.count)
-        with phase("gather"):
-            self._publish()
-        return total
+    def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
+        tally = super()._gradients(microbatches, grads, reduce)
+        if isinstance(self.params, ShardedParameters):
+            self.params.end_passes()
+        return tally
 
     def _reduce_gradients(self) -> None:
-        """Sum over all ranks the gradients of this rank's shards."""
         self._sum_terms()
         self.grads.reduce()
 
-    def _update(self, count: float) -> None:
-        """Divide, clip and update; in one pass where nothing is clipped."""
-        if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
-            read = isinstance(self.params, FlatBuffer) and not self.precision and self._owners.transport == "shared"
-            for part in self.parts:
-                self._update_mean(part, Terms((part.grads,), self._scale * count, parameters_are_read=read))
-            return
-        divide(self.parts, self._scale * count)
-        clip(self.parts, self.plan, self._over_model())
-        update(self.optimizer, self.parts, self.plan, self.updates, self._reach(self._owners))
-
     def _over_model(self) -> Reach:
-        """Return over which ranks a sum over the whole model goes."""
+        return self._reach(self._owners)
+
+    def _over_tensors(self) -> Reach:
         return self._reach(self._owners)
 
 

@@ -27,7 +27,9 @@ from mpitrain.method.steps import Part, add_sums, check_finite, clip, divide, up
 from mpitrain.method.tiles import Tiles
 from mpitrain.nn.model import Model
 from mpitrain.optim import Optimizer, finite
-from mpitrain.parallel.synchronous import Synchronous, Tally, checked
+from mpitrain.parallel.checks import checked
+from mpitrain.parallel.synchronous import Synchronous
+from mpitrain.parallel.tally import Tally
 
 
 class LaneSteps(Synchronous):
@@ -97,9 +99,6 @@ class LaneSteps(Synchronous):
         self._sum_lanes([grads.flat[:size] for grads in self._lane_grads])
         self._add_uses({use: [grads.views[use].reshape(-1) for grads in self._lane_grads] for use in self._further})
 
-    def _hand_out(self) -> None:
-        """Give all ranks the parameters that were updated: nothing to do where each updates all."""
-
     def _train_step(self, microbatches: list[Batch]) -> Tally:
         phase = self.comm.phase
         with phase("gradients"):
@@ -117,8 +116,7 @@ class LaneSteps(Synchronous):
             divide(self.parts, self._scale * total.count)
             clip(self.parts, self.plan, tiles=self._tiles)
             update(self.optimizer, self.parts, self.plan, self.updates, tiles=self._tiles)
-        with phase("gather"):
-            self._hand_out()
+        self._hand_out()
         return total
 
     def _lane_gradients(self, microbatches: list[Batch]) -> list[Tally]:

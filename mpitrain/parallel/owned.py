@@ -98,6 +98,15 @@ class OwnedParameters(Synchronous):
             part.params[...] = initial.flat[part.shard.start - start : part.shard.stop - start]
         return initial
 
+    @property
+    def _parameters_are_read(self) -> bool:
+        shared = isinstance(self.params, FlatBuffer) and not self.precision
+        return shared and self._owners.transport == "shared"
+
+    def _hand_out(self) -> None:
+        with self.comm.phase("gather"):
+            self._publish()
+
     def _publish(self) -> None:
         """Give all ranks the parameters that their owners have written, or see to it that they are gathered anew."""
         if isinstance(self.params, ShardedParameters):

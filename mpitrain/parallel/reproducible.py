@@ -95,9 +95,6 @@ class ShardedLaneSteps(LaneSteps, OwnedParameters):
         number = next(n for n, bucket in enumerate(self._buckets) if segment in bucket.segments)
         return self.parts[number], np.clip(self._shard_cuts[number], segment.offset, segment.stop)
 
-    def _hand_out(self) -> None:
-        self._publish()
-
 
 def _tile_cuts(layout: Layout, start: int, ranks: int) -> list[int]:
     """Return where the shards of a stretch, laid out so from ``start`` on, begin, and where the last one ends."""

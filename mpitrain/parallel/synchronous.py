@@ -1,16 +1,15 @@
 """What the synchronous methods share: the walk over steps, the gradient of a rank's share, evaluation, and the state.
 
-A method is left to say where parameters, gradients and optimizer state lie (`Synchronous._allocate`), and how the
-gradients of all ranks become an update (`Synchronous._train_step`).
+A method is left to say where parameters, gradients and optimizer state lie (`Synchronous._allocate`), how the gradients
+of all ranks are summed (`Synchronous._reduce_gradients`), and how all get what was updated (`Synchronous._hand_out`).
 """
 
 from __future__ import annotations
 
-import reprlib
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +18,7 @@ import numpy as np
 from mpitrain._errors import InputError, MismatchError
 from mpitrain._options import check_kind, check_whole
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, plain
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, is_cupy, plain
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
 from mpitrain.data import Batches
@@ -27,37 +26,27 @@ from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, Piece, Read, State, box_size, fill, pieces_of
-from mpitrain.method.steps import Part, Reach, add_sums, check_finite, verify_replicas
+from mpitrain.method.steps import (
+    Part,
+    Reach,
+    add_sums,
+    all_finite,
+    check_finite,
+    clip,
+    divide,
+    update,
+    verify_replicas,
+)
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite
+from mpitrain.parallel import in_place
+from mpitrain.parallel.checks import check_parts, checked, two_numbers
 from mpitrain.parallel.in_place import CommonGradients
+from mpitrain.parallel.tally import Tally
 from mpitrain.parallel.whole import whole_tensor
 
 DEFAULT_BUCKET_BYTES = 4 << 20
 COMMUNICATOR = "a Communicator, e.g. mpitrain.world(); Communicator.from_mpi(comm) makes one of mpi4py's"
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What the ranks sum at each step besides the gradients; it also carries what they must agree on."""
-
-    loss: float = 0.0  # sum of the samples' losses
-    count: float = 0.0  # what it is to be divided by
-    samples: float = 0.0
-    stops: float = 0.0  # ranks that were asked to stop
-    bad: float = 0.0  # ranks whose own loss or gradient is not finite
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(a + b for a, b in zip(self.numbers, other.numbers, strict=True)))
-
-    @property
-    def numbers(self) -> tuple[float, ...]:
-        """All of them, in this order."""
-        return self.loss, self.count, self.samples, self.stops, self.bad
-
-    def untrained(self) -> Tally:
-        """Return that of a step that was skipped: nothing was learnt from its samples."""
-        return Tally(stops=self.stops)
 
 
 class _NotSetUpError(InputError, AttributeError):
@@ -190,10 +179,6 @@ class Synchronous(Method):
         )
         return Reach((*groups, self.across) if self.across else groups, frozenset(numbers))
 
-    @abstractmethod
-    def _train_step(self, microbatches: list[Batch]) -> Tally:
-        """Take one step; return its sums over all ranks."""
-
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
@@ -267,6 +252,63 @@ class Synchronous(Method):
         """Tell whether parameters and optimizer state are now the same on all ranks."""
         return True
 
+    def _train_step(self, microbatches: list[Batch]) -> Tally:
+        """Take one step; return its sums over all ranks."""
+        phase = self.comm.phase
+        with phase("gradients"):
+            own = self._gradients(microbatches, self.grads, self._reduce)
+        if isinstance(self.grads, CommonGradients):
+            return self._step_in_place(self.grads, own, microbatches)
+        total = self._reduced(own)
+        with phase("check"):
+            total = self._agreed(total)
+            taken = self._is_taken(not total.bad, microbatches)
+        self.step += 1
+        if not taken:
+            return total.untrained()
+        with phase("update"):
+            self._update(total.count)
+        self._hand_out()
+        return total
+
+    def _reduced(self, own: Tally) -> Tally:
+        """Sum the gradients over all ranks; return the sum of their tallies, which tells whether all is finite."""
+        with self.comm.phase("reduce"):
+            self._reduce_gradients()
+        with self.comm.phase("check"):
+            return self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts))))
+
+    @abstractmethod
+    def _reduce_gradients(self) -> None:
+        """Sum the gradients of all ranks into those of this rank's parts.  Collective."""
+
+    def _update(self, count: float) -> None:
+        """Divide, clip and update; in one pass where nothing is clipped."""
+        if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
+            for part in self.parts:
+                terms = Terms((part.grads,), self._scale * count, parameters_are_read=self._parameters_are_read)
+                self._update_mean(part, terms)
+            return
+        divide(self.parts, self._scale * count)
+        clip(self.parts, self.plan, self._over_model())
+        update(self.optimizer, self.parts, self.plan, self.updates, self._over_tensors())
+
+    @property
+    def _parameters_are_read(self) -> bool:
+        """Whether other ranks read the parameters that this rank updates, where they lie."""
+        return False
+
+    def _over_model(self) -> Reach:
+        """Return over which ranks a sum over the whole model goes."""
+        return self._reach()
+
+    def _over_tensors(self) -> Reach:
+        """Return over which ranks a sum over each whole tensor goes."""
+        return self._reach()
+
+    def _hand_out(self) -> None:
+        """Let all ranks have what was updated, and what was read of them: nothing to do where each updates all."""
+
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
         """Sum the gradients of this rank's samples, times the scale of this step, into ``grads``."""
         grads.zero()
@@ -275,7 +317,7 @@ class Synchronous(Method):
         loss_sum = count = 0.0
         for number, batch in enumerate(microbatches):
             key = rng.child(f"microbatch{number}")
-            loss, weight = _two_numbers(self._pass(batch, grads, key, reduce))
+            loss, weight = two_numbers(self._pass(batch, grads, key, reduce))
             loss_sum, count = loss_sum + loss, count + weight
             grads.end_pass()
         samples = sum(len(batch) for batch in microbatches)
@@ -303,9 +345,7 @@ class Synchronous(Method):
         """Return a context in which float16 may overflow, for that is looked for, without a warning."""
         return np.errstate(over="ignore", invalid="ignore") if self._scaler else nullcontext()
 
-    def _step_in_place(
-        self, grads: CommonGradients, own: Tally, microbatches: list[Batch], parameters_are_read: bool
-    ) -> Tally:
+    def _step_in_place(self, grads: CommonGradients, own: Tally, microbatches: list[Batch]) -> Tally:
         """Take the rest of a step: all ranks' gradients are summed, divided and used in one pass."""
         phase, (part,) = self.comm.phase, self.parts
         with phase("check"):
@@ -314,12 +354,13 @@ class Synchronous(Method):
         with phase("reduce"):
             grads.reduce()
             total = self._agreed(self._sum(own))
-        terms = grads.terms(total.count, parameters_are_read)
+        terms = grads.terms(total.count, self._parameters_are_read)
         if total.bad:
             self._check_sums(replace(part, grads=terms.sum()), own, microbatches)
         self.step += 1
         with phase("update"):
             self._update_mean(part, terms)
+        self._hand_out()
         return total
 
     def _update_mean(self, part: Part, terms: Terms) -> None:
@@ -349,7 +390,7 @@ class Synchronous(Method):
         return replace(total, stops=stops, bad=bad)
 
     def _reduce(self, array: Array) -> Array:
-        self.comm.allreduce(array, out=array)
+        self._owners.allreduce(array, out=array)
         return array
 
     def _is_taken(self, good: bool, microbatches: list[Batch]) -> bool:
@@ -432,32 +473,3 @@ class Synchronous(Method):
         """See `Method.load_parameters`."""
         for part in self.parts:
             fill("params", part.params, part.shard, read)
-
-
-def checked(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield batches, once it is seen that they are some."""
-    expected = "batches, as evaluation_batches(dataset, 64, comm.rank, comm.size) gives"
-    check_kind("evaluate", "batches", batches, Iterable, expected)
-    for batch in batches:
-        check_kind("evaluate", "one of batches", batch, Batch, expected)
-        yield batch
-
-
-def check_parts(model: object, optimizer: object, plan: object) -> None:
-    """Raise an InputError unless a method can be set up with these."""
-    models = "a Model, e.g. Network(layer, loss), mpitrain.adapters.TorchModel(module, loss) or JaxModel(…)"
-    check_kind("setup", "model", model, Model, models)
-    check_kind("setup", "optimizer", optimizer, Optimizer, "an Optimizer of mpitrain.optim, e.g. Adam()")
-    check_kind("setup", "plan", plan, Plan, "a Plan(Key(seed=0), Constant(lr=1e-3), steps=100)")
-
-
-def _two_numbers(found: Any) -> tuple[float, float]:
-    """Return what a model, perhaps a user's, gave as loss and count."""
-    try:
-        loss_sum, count = map(float, found)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            "the model's loss_and_gradients gave no loss", got=reprlib.repr(found),
-            expected="(loss_sum, count), two numbers",
-        ) from error  # fmt: skip
-    return loss_sum, count

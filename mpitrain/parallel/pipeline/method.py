@@ -34,20 +34,12 @@ from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Plan
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, State
-from mpitrain.method.steps import (
-    Part,
-    Reach,
-    add_sums,
-    all_finite,
-    clip,
-    divide,
-    reduce_gradients,
-    update,
-)
+from mpitrain.method.steps import Part, Reach, add_sums, reduce_gradients
 from mpitrain.nn import Network, Sequential
 from mpitrain.nn.cutting import part, units
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer
+from mpitrain.parallel.checks import check_parts, checked
 from mpitrain.parallel.pipeline.cuts import partition
 from mpitrain.parallel.pipeline.executor import Executor
 from mpitrain.parallel.pipeline.links import Links
@@ -56,7 +48,8 @@ from mpitrain.parallel.pipeline.schedules import FAMILIES
 from mpitrain.parallel.pipeline.stages import Microbatch, Stages
 from mpitrain.parallel.pipeline.ties import Ties
 from mpitrain.parallel.pipeline.validator import validate
-from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous, Tally, check_parts, checked
+from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous
+from mpitrain.parallel.tally import Tally
 from mpitrain.parallel.whole import whole_tensor
 
 _T = TypeVar("_T")
@@ -209,24 +202,6 @@ class PipelineParallel(Synchronous):
         """A share for each rank, see `Synchronous.evaluation_shares`."""
         return ((self.comm.rank, self.comm.size),)
 
-    def _train_step(self, microbatches: list[Batch]) -> Tally:
-        phase = self.comm.phase
-        with phase("gradients"):
-            own = self._gradients(microbatches, self.grads, self._reduce if self.data.size > 1 else None)
-        with phase("reduce"):
-            self._reduce_gradients()
-        with phase("check"):
-            total = self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
-            taken = self._is_taken(not total.bad, microbatches)
-        self.step += 1
-        if not taken:
-            return total.untrained()
-        with phase("update"):
-            divide(self.parts, self._scale * total.count)
-            clip(self.parts, self.plan, self._over_stages())
-            update(self.optimizer, self.parts, self.plan, self.updates, self._reach())
-        return total
-
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
         """Pass the microbatches through the pipeline; its last rank tells of loss and count.  Collective over it."""
         (tally,) = self._flow(microbatches, [grads], reduce)
@@ -275,13 +250,8 @@ class PipelineParallel(Synchronous):
             reduce_gradients(self.data, self.grads.buffer, self.params.layout.buckets(self.bucket_bytes))
         self._ties.sum(self.grads.views)
 
-    def _over_stages(self) -> Reach:
-        """Return over which ranks a sum over all stages goes, in which a tied tensor counts once."""
-        return self._reach(self.pipe, elsewhere=self._ties.copies)
-
-    def _reduce(self, array: Array) -> Array:
-        self.data.allreduce(array, out=array)
-        return array
+    def _over_model(self) -> Reach:
+        return self._reach(self.pipe, elsewhere=self._ties.copies)  # in which a tied tensor counts once
 
     @property
     def _last_rank(self) -> int:

@@ -20,9 +20,10 @@ from mpitrain.method.evaluation import filled, something
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import add_sums
 from mpitrain.method.tiles import Tiles
+from mpitrain.parallel.checks import checked
 from mpitrain.parallel.lanes import LaneSteps, deal
 from mpitrain.parallel.pipeline.method import PipelineParallel
-from mpitrain.parallel.synchronous import Tally, checked
+from mpitrain.parallel.tally import Tally
 
 
 class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):

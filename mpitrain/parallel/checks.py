@@ -1,0 +1,43 @@
+"""Whether what users hand to a method is what it takes, in one clear line if not."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mpitrain._errors import InputError
+from mpitrain._options import check_kind
+from mpitrain.arrays import Batch
+from mpitrain.method.method import Plan
+from mpitrain.nn.model import Model
+from mpitrain.optim import Optimizer
+
+
+def checked(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches, once it is seen that they are some."""
+    expected = "batches, as evaluation_batches(dataset, 64, comm.rank, comm.size) gives"
+    check_kind("evaluate", "batches", batches, Iterable, expected)
+    for batch in batches:
+        check_kind("evaluate", "one of batches", batch, Batch, expected)
+        yield batch
+
+
+def check_parts(model: object, optimizer: object, plan: object) -> None:
+    """Raise an InputError unless a method can be set up with these."""
+    models = "a Model, e.g. Network(layer, loss), mpitrain.adapters.TorchModel(module, loss) or JaxModel(…)"
+    check_kind("setup", "model", model, Model, models)
+    check_kind("setup", "optimizer", optimizer, Optimizer, "an Optimizer of mpitrain.optim, e.g. Adam()")
+    check_kind("setup", "plan", plan, Plan, "a Plan(Key(seed=0), Constant(lr=1e-3), steps=100)")
+
+
+def two_numbers(found: Any) -> tuple[float, float]:
+    """Return what a model, perhaps a user's, gave as loss and count."""
+    try:
+        loss_sum, count = map(float, found)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            "the model's loss_and_gradients gave no loss", got=reprlib.repr(found),
+            expected="(loss_sum, count), two numbers",
+        ) from error  # fmt: skip
+    return loss_sum, count
