@@ -133,7 +133,8 @@ class OwnedParameters(Synchronous):
 
     def _gathered(self) -> FlatBuffer:
         """Return all parameters as they are updated, in float32.  Collective: each bucket is gathered."""
-        found = FlatBuffer(self.model.layout, self._private or self._owners.shared)
+        layout = self.params.layout.astype(self.model.layout.dtype)
+        found = FlatBuffer(layout, self._private or self._owners.shared)
         for bucket, part in zip(self._buckets, self.parts, strict=True):
             place, start = found.flat[bucket.start : bucket.stop], part.shard.start - bucket.start
             place[start : start + part.shard.size] = part.params

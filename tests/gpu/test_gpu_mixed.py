@@ -20,7 +20,7 @@ from mpitrain.comm import LocalWorld
 from mpitrain.data.windows import windows
 from mpitrain.method import Plan, Precision
 from mpitrain.nn import CrossEntropy, Network
-from mpitrain.parallel import DataParallel, GradientParallel, PipelineParallel
+from mpitrain.parallel import DataParallel, GradientParallel, GradientPipelineParallel, PipelineParallel
 
 STEPS = 6
 EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -113,9 +113,16 @@ def test_training_skips_the_same_steps(xp, allocator, precision, make):
         np.testing.assert_allclose(params, expected[1], rtol=0, atol=4 * EPS[precision.compute])
 
 
+PIPELINES = {
+    "1f1b": PipelineParallel,
+    "zb-h1": partial(PipelineParallel, schedule="zb-h1"),
+    "gradient": GradientPipelineParallel,
+}
+
+
 @pytest.mark.parametrize("kind", ["mlp", "gpt"])
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-def test_a_pipeline_sends_16_bits_and_skips_the_same_steps(xp, allocator, precision, schedule, kind):
+@pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES.keys())
+def test_a_pipeline_sends_16_bits_and_skips_the_same_steps(xp, allocator, precision, make, kind):
     samples = data.load("digits")
     if kind == "gpt":
         tokens = np.random.default_rng(0).integers(0, 17, 48 * 80 + 1)
@@ -131,11 +138,11 @@ def test_a_pipeline_sends_16_bits_and_skips_the_same_steps(xp, allocator, precis
         sent = comm.ledger.snapshot().get((comm.ledger.axis, "isend"))
         on_device = {name: is_cupy(view) for name, view in method.params.views.items()}
         assert set(on_device.values()) == {allocate is not plain}
-        own = {name: to_host(view) for name, view in method.params.views.items()}
+        own = {name: to_host(view) for name, view in method.whole().views.items()}
         return progress, own, sent.logical_bytes if sent else 0, method.predict(samples.inputs[:2])
 
     def pipeline(allocate):
-        return LocalWorld(2).run(run, partial(PipelineParallel, schedule=schedule), allocate)
+        return LocalWorld(2).run(run, make, allocate)
 
     (expected,) = LocalWorld(1).run(run, DataParallel, plain)
     assert expected[0].skipped > 0 or precision.compute == "bfloat16"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -39,7 +38,6 @@ from mpitrain.parallel import (
     GradientParallel,
     GradientPipelineParallel,
     PipelineParallel,
-    ReproducibleGradientPipelineParallel,
 )
 from mpitrain.train.bench.memory import held_bytes, predicted
 
@@ -187,16 +185,16 @@ TABLE = Dataset(
 )  # fmt: skip
 
 
-def check_exact(comm: Communicator) -> None:
-    """Small integers: float32 is exact in any order, so that replicas of all kinds take the very same step."""
+def check_exact(comm: Communicator, precision: Precision | None = None) -> None:
+    """Small integers: both types are exact in any order, so that replicas of all kinds take the very same step."""
     mesh, found = mesh_of(comm), []
     for made in (GradientPipelineParallel, PipelineParallel):
         layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
-        method = made(mesh, microbatches=4)
+        method = made(mesh, microbatches=4, precision=precision)
         method.setup(Network(layers, nn.MeanSquaredError()), SGD(), plan(1, schedule=lambda step: 0.25))
         method.load_parameters({f"params/{n}.weight": w.astype("f4") for n, w in enumerate(WEIGHTS)}.__getitem__)
         method.advance(RowsFeed(TABLE, 8, dtype=np.float32), until=1)
-        found.append(united(comm, method.params.views))
+        found.append(united(comm, method.whole().views))
     values = [np.asarray(TABLE.inputs)]
     for weight in WEIGHTS:
         values.append(values[-1] @ weight)
@@ -209,13 +207,20 @@ def check_exact(comm: Communicator) -> None:
     mesh.free()
 
 
-def test_integers_are_exact():
-    LocalWorld(4, timeout_s=20).run(check_exact)
+every_precision = pytest.mark.parametrize(
+    "precision", [None, Precision(compute="float16", emulate=True, initial_scale=4.0)], ids=["float32", "float16"]
+)
+
+
+@every_precision
+def test_integers_are_exact(precision):
+    LocalWorld(4, timeout_s=20).run(check_exact, precision)
 
 
 @pytest.mark.mpi
-def test_integers_are_exact_over_mpi(world):
-    check_exact(world)
+@every_precision
+def test_integers_are_exact_over_mpi(world, precision):
+    check_exact(world, precision)
 
 
 # What is sent and kept.
@@ -423,9 +428,3 @@ def test_a_stage_may_have_nothing_to_train():
 def test_a_mesh_without_stages_is_refused():
     with pytest.raises(InputError, match="the mesh does not fit; got data; expected pipe, and data or tensor"):
         LocalWorld(2).run(lambda comm: GradientPipelineParallel(ProcessMesh(comm, data=2)))
-
-
-@pytest.mark.parametrize("made", [GradientPipelineParallel, partial(ReproducibleGradientPipelineParallel, lanes=2)])
-def test_passes_in_16_bits_are_refused(made):
-    with pytest.raises(InputError, match="do not compute in 16 bits; got bfloat16; use no precision, or let each rank"):
-        LocalWorld(2).run(lambda comm: made(comm, precision=Precision(compute="bfloat16", emulate=True)))

@@ -34,7 +34,7 @@ from mpitrain.data import Dataset, evaluation_batches
 from mpitrain.method import Precision
 from mpitrain.nn import Network
 from mpitrain.optim import SGD, make_optimizer
-from mpitrain.parallel import DataParallel, PipelineParallel
+from mpitrain.parallel import DataParallel, GradientPipelineParallel, PipelineParallel
 from mpitrain.parallel.synchronous import Synchronous
 from mpitrain.parallel.tensor import divided_network
 
@@ -321,13 +321,13 @@ class Overflows(nn.Linear):
             grads["bias"][...] = np.inf
 
 
-def check_any_axis(comm: Communicator) -> None:
+def check_any_axis(comm: Communicator, made: Any) -> None:
     mesh = ProcessMesh(comm, data=2, pipe=2, tensor=2)
     for bad in range(comm.size):
         layers = nn.Sequential(nn.Flatten(), Overflows(32, 3), nn.Tanh(), Overflows(3, 3))
         for layer in layers.layers[1::2]:
             layer.bad = bad == comm.rank
-        method = PipelineParallel(mesh, precision=HALF, microbatches=2)
+        method = made(mesh, precision=HALF, microbatches=2)
         method.setup(Network(layers, nn.CrossEntropy()), make_optimizer("adam"), plan(2))  # no tensor is divided
         before = every_slot(method)
         progress = method.advance(RowsFeed(IMAGES, dtype=np.float32), 1)
@@ -336,32 +336,37 @@ def check_any_axis(comm: Communicator) -> None:
     mesh.free()
 
 
-def test_wherever_a_gradient_overflows_the_ranks_of_all_axes_skip():
-    LocalWorld(8, timeout_s=20).run(check_any_axis)
+every_pipeline = pytest.mark.parametrize("made", [PipelineParallel, GradientPipelineParallel])
 
 
-def check_all_axes(comm: Communicator) -> None:
+@every_pipeline
+def test_wherever_a_gradient_overflows_the_ranks_of_all_axes_skip(made):
+    LocalWorld(8, timeout_s=20).run(check_any_axis, made)
+
+
+def check_all_axes(comm: Communicator, made: Any) -> None:
     """Pipelines whose stages are divided train as the simulation of one rank."""
     mesh = ProcessMesh(comm, data=-1, pipe=2, tensor=2)
     layer = nn.MODELS["mlp"](32, 3, hidden=[5], activation="tanh")
-    method = PipelineParallel(mesh, precision=Precision(**SKIPPING), microbatches=2)
+    method = made(mesh, precision=Precision(**SKIPPING), microbatches=2)
     network = divided_network(layer, nn.CrossEntropy(), mesh["tensor"])
     method.setup(network, SGD(), plan(20, schedule=lambda step: 0.25))
     progress = method.advance(RowsFeed(IMAGES, dtype=np.float32), 20)
     expected, skipped = simulated(Precision(**SKIPPING), 20, 0.25)
     assert progress.skipped == skipped
     same_on_all(comm, (progress.skipped, progress.loss_scale, progress.loss, method.weights_sha256()))
-    start = initial()
-    for each in method.params.layout:
+    start, whole = initial(), method.whole()
+    for each in whole.layout:
         box = tuple(slice(*span) for span in each.box)
-        off = np.linalg.norm(expected[each.name][box] - method.params.views[each.name])
+        off = np.linalg.norm(expected[each.name][box] - whole.views[each.name])
         assert off < BOUNDS["float16"] * distance(expected, start)
     mesh.free()
 
 
 @pytest.mark.parametrize("size", [4, pytest.param(8, marks=pytest.mark.slow)])
-def test_stages_that_are_divided_train_alike(size):
-    LocalWorld(size, timeout_s=20).run(check_all_axes)
+@every_pipeline
+def test_stages_that_are_divided_train_alike(size, made):
+    LocalWorld(size, timeout_s=20).run(check_all_axes, made)
 
 
 # Ends and states
@@ -424,8 +429,13 @@ ZB = partial(PipelineParallel, schedule="zb-h1")
 
 @pytest.mark.parametrize(
     ("writer", "reader"),
-    [(PipelineParallel, ZB), (PipelineParallel, DataParallel), (DataParallel, ZB)],
-    ids=["pipeline-zb", "pipeline-data", "data-zb"],
+    [
+        (PipelineParallel, ZB),
+        (PipelineParallel, DataParallel),
+        (DataParallel, ZB),
+        (DataParallel, GradientPipelineParallel),
+    ],
+    ids=["pipeline-zb", "pipeline-data", "data-zb", "data-gradient"],
 )
 def test_a_run_that_is_resumed_goes_on_with_its_scale_and_skips(on_ranks, writer, reader):
     on_ranks(resumed, writer, reader)

@@ -11,6 +11,7 @@ import pytest
 from parallel_cases import IMAGES, TEXT, KeptKeys, RowsFeed, cnn, gpt, mlp, plan, same_on_all
 from pipeline_cases import CASES, Case, fits, united
 from test_parallel_mixed import BOUNDS, SKIPPING, distance, initial, simulated
+from test_pipeline_gradient import mesh_of
 
 from mpitrain import nn
 from mpitrain._errors import InputError, NonFiniteError
@@ -124,14 +125,17 @@ def check_half(comm: Communicator, model: str, compute: str) -> None:
     scale = {"initial_scale": 2.0**15, "growth_interval": 1} if compute == "float16" else {}
     precision = Precision(compute=compute, emulate=True, **scale)
 
-    def found(comm: Communicator, make: Any) -> Any:
-        method = make(comm, lanes=LANES, precision=precision)
+    def found(where: Any, make: Any) -> Any:
+        method = make(where, lanes=LANES, precision=precision)
         return (*outcome(method, model, "lamb"), method.skipped, method.loss_scale)
 
     expected = LocalWorld(1).run(found, ReproducibleDataParallel)[0]
     assert (0 < expected[-2] < STEPS) if compute == "float16" else expected[-1] is None
     for make in (ReproducibleDataParallel, ReproducibleGradientParallel, ReproduciblePipelineParallel):
         assert found(comm, make) == expected
+    mesh = mesh_of(comm)
+    assert found(mesh, ReproducibleGradientPipelineParallel) == expected
+    mesh.free()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +250,7 @@ def check_order(comm: Communicator) -> None:
         is_last = method.pipe.rank == method.pipe.size - 1
         return [{"loss": np.array(NUMBERS[lane][turn])} for lane, turn in (b.index for b in batches)] if is_last else []
 
-    method._sums = sums  # type: ignore[method-assign]
+    method._sums = lambda batches, params: sums(batches)  # type: ignore[method-assign]
     method.model.metrics = dict  # type: ignore[method-assign, assignment]
     own = [lane for lane, _ in method.evaluation_shares]
     batches = [Batch(np.zeros(2), np.zeros(2), np.array([lane, turn])) for turn in (0, 1) for lane in own]

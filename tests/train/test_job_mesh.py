@@ -128,11 +128,6 @@ def test_another_number_of_ranks_than_the_mesh_needs_is_said(file: Path, setting
             "; got 2; expected 1; 1 divides the optimizer state of each stage; or leave out mesh.pipe",
         ),
         (["mesh.pipe=2", 'method.kind="gradient"', "method.stage=3"], "method.stage: does not go with mesh.pipe > 1"),
-        (
-            ["mesh.pipe=2", 'method.kind="gradient"', 'precision.compute="bfloat16"'],
-            'precision.compute: does not go with mesh.pipe > 1 and method.kind = "gradient"; got "bfloat16"; expected '
-            '"float32"; or set method.kind = "pipeline"',
-        ),
         (["mesh.pipe=2", 'method.codec="fp16"'], "method.codec.kind: does not go with mesh.pipe > 1; got "),
         (["mesh.pipe=2", "method.average_every=2"], "method.average_every: does not go with mesh.pipe > 1; got 2"),
         (

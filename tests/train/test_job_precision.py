@@ -17,10 +17,12 @@ from mpitrain.comm import LocalWorld
 from mpitrain.parallel import (
     DataParallel,
     GradientParallel,
+    GradientPipelineParallel,
     ModelAveraging,
     PipelineParallel,
     ReproducibleDataParallel,
     ReproducibleGradientParallel,
+    ReproducibleGradientPipelineParallel,
     ReproduciblePipelineParallel,
 )
 from mpitrain.train import session, train_job
@@ -65,14 +67,16 @@ def test_what_does_not_fit_is_refused_before_anything_starts(job_file: Path, set
         (("method.average_every=2",), ModelAveraging),
         (("method.kind=gradient", "method.stage=3"), GradientParallel),
         (("method.kind=pipeline",), PipelineParallel),
+        (("method.kind=gradient", "mesh.pipe=2"), GradientPipelineParallel),
         (("reproducible=true",), ReproducibleDataParallel),
         (("reproducible=true", "method.kind=gradient"), ReproducibleGradientParallel),
         (("reproducible=true", "method.kind=pipeline"), ReproduciblePipelineParallel),
+        (("reproducible=true", "method.kind=gradient", "mesh.pipe=2"), ReproducibleGradientPipelineParallel),
     ],
 )
 def test_a_method_computes_as_the_job_says(job_file: Path, settings: tuple[str, ...], kind: type):
     job = Job.load(job_file, [*EMULATED, "precision.growth_interval=7", *settings])
-    (parts,) = LocalWorld(1).run(lambda comm: assemble(job, comm))
+    parts = LocalWorld(job.mesh.pipe or 1).run(lambda comm: assemble(job, comm))[0]
     assert type(parts.method) is kind
     assert parts.method.precision.compute == "float16"
     assert parts.method.precision.growth_interval == 7
@@ -107,9 +111,10 @@ def train(job: Job, **options: Any) -> dict[str, Any]:
 
 
 PIPELINE = ("method.kind=pipeline", "method.microbatches=4")
+DIVIDED = ("method.kind=gradient", "mesh.pipe=2", "method.microbatches=4")
 
 
-@pytest.mark.parametrize("method", [(), PIPELINE], ids=["data", "pipeline"])
+@pytest.mark.parametrize("method", [(), PIPELINE, DIVIDED], ids=["data", "pipeline", "gradient and pipeline"])
 def test_a_run_tells_its_scale_and_skips_and_is_resumed_with_them(
     job_file: Path, tmp_path: Path, method: tuple[str, ...]
 ):

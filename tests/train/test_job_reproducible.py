@@ -91,6 +91,7 @@ MIXED: dict[str, dict[str, Any]] = {
         (4, "gradient 2", "bfloat16"),
         (3, "pipeline", "float16"),
         (4, "data and pipeline", "float16"),
+        (4, "gradient and pipeline", "float16"),
     ],
 )
 def test_so_have_those_of_passes_in_16_bits(folder, ranks, method, compute):

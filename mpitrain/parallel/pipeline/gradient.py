@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
-from mpitrain._errors import InputError
 from mpitrain.arrays import Allocator, FlatBuffer, Layout
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.method.precision import Precision
@@ -33,8 +32,9 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
         As for `PipelineParallel`.
     allocator : Allocator, optional
         Where all memory of this rank's lives; None: where the ranks of a stage share it, as far as they are on a node.
-    precision : None
-        Refused.
+    precision : Precision, optional
+        In which 16-bit type the parameters of stages are gathered, the stages compute, and activations and their
+        gradients are sent, see there; each rank then keeps the float32 parameters of its shards.
 
     Notes
     -----
@@ -49,7 +49,9 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
     shard by shard, a d-th of the bytes of `PipelineParallel`.
 
     Memory per rank, with k numbers of optimizer state a parameter: n of parameters, or n/d where the d ranks share
-    them; n of gradients, and n/d more in ordinary memory; kn/d of optimizer state.
+    them; n of gradients, and n/d more in ordinary memory; kn/d of optimizer state.  With a precision, parameters take
+    half as much, and those of a rank's shards n/d more in float32; what evaluates, predicts or hashes gathers n in
+    float32, once where memory is shared, and lets it go afterwards.
     """
 
     reads_in_place: ClassVar[bool] = False  # stages on other nodes might not, and all take the same steps
@@ -68,14 +70,17 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
         allocator: Allocator | None = None,
         precision: Precision | None = None,
     ) -> None:
-        if precision:
-            raise InputError(
-                "stages that divide optimizer state do not compute in 16 bits", operation=type(self).__name__,
-                got=precision.compute, remedy="use no precision, or let each rank keep the state of its stages",
-            )  # fmt: skip
         super().__init__(
-            where, schedule=schedule, chunks=chunks, microbatches=microbatches, costs=costs, allocator=allocator
+            where, schedule=schedule, chunks=chunks, microbatches=microbatches, costs=costs, allocator=allocator,
+            precision=precision,
         )  # fmt: skip
+
+    @property
+    def _read(self) -> FlatBuffer:
+        return self.params
+
+    def _round_to_read(self) -> None:
+        """Nothing to do: each owner rounds what it has updated, before it is gathered."""
 
     def _stretches(self, layout: Layout) -> list[Bucket]:
         return buckets_apart(layout, self._ties.shared)

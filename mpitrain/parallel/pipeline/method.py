@@ -15,7 +15,7 @@ import numpy as np
 from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
 from mpitrain._options import NON_NEGATIVE, check, check_kind
-from mpitrain._typing import Array
+from mpitrain._typing import Array, DType
 from mpitrain.arrays import (
     Allocator,
     Batch,
@@ -25,7 +25,6 @@ from mpitrain.arrays import (
     Key,
     Layout,
     Segment,
-    namespace,
 )
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
@@ -141,8 +140,8 @@ class PipelineParallel(Synchronous):
             )  # fmt: skip
         self._network, self._layers = model, model.layer
         super().setup(model, optimizer, plan)
-        self._evaluator = self._make_executor(self.params)
-        self.executor = self._make_executor(self._rounded) if self.precision else self._evaluator
+        self._evaluator = self._make_executor(model.layout.dtype)
+        self.executor = self._make_executor(self.precision.dtype) if self.precision else self._evaluator
 
     def _held(self, layout: Layout) -> Layout:
         """Cut the model into stages; return the layout of this rank's."""
@@ -162,10 +161,10 @@ class PipelineParallel(Synchronous):
         state = self.optimizer.init(layout.whole(), self._allocator)
         self.parts = (Part(layout.whole(), self.params.flat, self.grads.flat, state),)
 
-    def _make_executor(self, params: FlatBuffer) -> Executor:
-        """Return what runs this rank's stages, computing and sending in the dtype of ``params``."""
-        links = Links(self.pipe, self.sizes, self._network.pool, params.xp, params.layout.dtype)
-        return Executor(self.pipe, self.sizes, Stages(self._network, self._own, params), links)
+    def _make_executor(self, dtype: DType) -> Executor:
+        """Return what runs this rank's stages, and sends in ``dtype``."""
+        links = Links(self.pipe, self.sizes, self._network.pool, self.params.xp, dtype)
+        return Executor(self.pipe, self.sizes, Stages(self._network, self._own), links)
 
     def _cuts(self) -> tuple[int, ...]:
         """Return which units each stage begins and ends with."""
@@ -192,6 +191,10 @@ class PipelineParallel(Synchronous):
     def _read(self) -> FlatBuffer:
         return self._rounded if self.precision else self.params
 
+    def _round_to_read(self) -> None:
+        """Make what passes read of the parameters, in 16 bits."""
+        self._rounded.flat[...] = self.params.flat
+
     @property
     def shares(self) -> tuple[tuple[int, int], ...]:
         """The share of this rank's pipeline, see `Synchronous.shares`."""
@@ -216,8 +219,8 @@ class PipelineParallel(Synchronous):
             grads.zero()
         with self._overflowing():
             if self.precision:
-                self._rounded.flat[...] = self.params.flat
-            ready = [self._ready(batch, True, key, reduce) for batch, key in zip(microbatches, keys, strict=True)]
+                self._round_to_read()
+            ready = [self._to_train(batch, key, reduce) for batch, key in zip(microbatches, keys, strict=True)]
             losses = self.executor.train(self.schedule, ready, [sums[number // each] for number in range(len(ready))])
         for grads in sums:
             grads.end_pass()
@@ -233,12 +236,18 @@ class PipelineParallel(Synchronous):
             tally = replace(tally, loss=loss_sum, count=count, samples=samples)
         return tally
 
-    def _ready(self, batch: Batch, training: bool, key: Key, reduce: Reduce | None = None) -> Microbatch:
-        """Return a batch with the surroundings of its passes."""
-        params, scale = (self._read, self._scale) if training else (self.params, 1.0)
+    def _to_train(self, batch: Batch, key: Key, reduce: Reduce | None) -> Microbatch:
+        """Return a batch with what its passes in training need."""
+        return self._ready(batch, self._read, self._scale, training=True, key=key, reduce=reduce)
+
+    def _to_evaluate(self, batch: Batch, params: FlatBuffer) -> list[Microbatch]:
+        """Return a batch in as many parts as it is evaluated in, with what their passes need."""
+        parts = [batch.part(rows) for rows in self._network.slices(batch.inputs)]
+        return [self._ready(each, params, training=False, key=self.plan.key, reduce=None) for each in parts]
+
+    def _ready(self, batch: Batch, params: FlatBuffer, scale: float = 1.0, **options: Any) -> Microbatch:
         batch = self._network.prepared(batch, params)
-        call = self._network.surroundings(params, batch, scale, training=training, key=key, reduce=reduce)
-        return Microbatch(batch, call, scale)
+        return Microbatch(batch, params, self._network.surroundings(params, batch, scale, **options), scale)
 
     def _reduce_gradients(self) -> None:
         """Sum all gradients over the pipelines, and then those of tied tensors over the stages.
@@ -261,8 +270,9 @@ class PipelineParallel(Synchronous):
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`: each rank hands in its own batches, all of which pass through the pipeline."""
         own: dict[str, Array] | None = None
+        params = self.whole()
         for round_ in self._rounds(checked(batches)):
-            for found in self._sums(round_):
+            for found in self._sums(round_, params):
                 own = add_sums(own, found)
         sums: dict[str, Array] | None = self.pipe.broadcast_object(own, self._last_rank)
         total = self.data.allreduce(something(filled(self.data, sums)))
@@ -277,23 +287,22 @@ class PipelineParallel(Synchronous):
                 return
             yield found
 
-    def _sums(self, batches: Sequence[Batch]) -> list[dict[str, Array]]:
+    def _sums(self, batches: Sequence[Batch], params: FlatBuffer) -> list[dict[str, Array]]:
         """Pass batches through the pipeline; return each one's sums (`Model.sums`) on its last rank, elsewhere none."""
-        parts = [(number, b.part(rows)) for number, b in enumerate(batches) for rows in self._network.slices(b.inputs)]
-        ready = [self._ready(part, False, self.plan.key) for _, part in parts]
+        parts = [(number, each) for number, b in enumerate(batches) for each in self._to_evaluate(b, params)]
+        ready = [each for _, each in parts]
         found = dict[int, dict[str, Array]]()
-        for outputs, (number, _), each in zip(self._evaluator.outputs(ready), parts, ready, strict=False):
+        for outputs, (number, each) in zip(self._evaluator.outputs(ready), parts, strict=False):
             found[number] = add_sums(found.get(number), self._network.loss.sums(outputs, each.batch))
         return list(found.values())
 
     def predict(self, inputs: Array) -> Array:
         """See `Method.predict`: the first rank's inputs, which all ranks hand in alike."""
-        count = len(inputs)
+        count, params = len(inputs), self.whole()
         zeros = np.zeros(count, np.int64)
-        batch = Batch(inputs, zeros, zeros)
-        ready = [self._ready(batch.part(rows), False, self.plan.key) for rows in self._network.slices(inputs)]
+        ready = self._to_evaluate(Batch(inputs, zeros, zeros), params)
         shape = self._evaluator.shapes(ready[0])[-1]
-        outputs: Array = namespace(self.params.flat).empty((count, *shape), self.params.layout.dtype)
+        outputs: Array = params.xp.empty((count, *shape), params.layout.dtype)
         start = 0
         for found in self._evaluator.outputs(ready):
             outputs[start : start + len(found)] = found
@@ -314,24 +323,24 @@ class PipelineParallel(Synchronous):
 
     def weights_sha256(self) -> str:
         """See `Method.weights_sha256`: tensor by tensor through the first rank."""
-        layout, digest = self.model.layout, ""
+        layout, digest, params = self.model.layout, "", self.whole()
         names = sorted(segment.name for segment in layout)
         if self.pipe.rank == 0:
-            digest = sha256(self._whole(layout[name], self._fetched(name)) for name in names)
+            digest = sha256(self._whole(layout[name], self._fetched(name, params)) for name in names)
         else:
             for name in names:
                 if self._owner(name) == self.pipe.rank:
-                    self.pipe.send(self.params.views[name], 0)
+                    self.pipe.send(params.views[name], 0)
         found: str = self.pipe.broadcast_object(digest)
         return found
 
-    def _fetched(self, name: str) -> Array:
+    def _fetched(self, name: str, params: FlatBuffer) -> Array:
         """Return the values of a tensor, on the pipeline's first rank."""
         owner = self._owner(name)
         if owner == 0:
-            return self.params.views[name]
-        xp, segment = namespace(self.params.flat), self.model.layout[name]
-        received: Array = self.pipe.recv(xp.empty(segment.shape, self.params.layout.dtype), owner)
+            return params.views[name]
+        shape = self.model.layout[name].shape
+        received: Array = self.pipe.recv(params.xp.empty(shape, params.layout.dtype), owner)
         return received
 
     def _whole(self, segment: Segment, part: Array) -> Array:

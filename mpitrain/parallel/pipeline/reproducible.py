@@ -100,8 +100,9 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         """See `LaneSteps.evaluate`: each rank hands in batches of `evaluation_shares` in turn, or any others."""
         own = self._handed_in or self._dealt[:1]
         sums: list[dict[str, Array] | None] = [None] * len(self._dealt)
+        params = self.whole()
         for round_ in self._rounds((own[number % len(own)], batch) for number, batch in enumerate(checked(batches))):
-            found = self._sums([batch for _, batch in round_])
+            found = self._sums([batch for _, batch in round_], params)
             for (lane, _), each in zip(round_, found, strict=False):  # none on other ranks than the last
                 number = self._dealt.index(lane)
                 sums[number] = add_sums(sums[number], each)

@@ -18,6 +18,8 @@ class Microbatch:
     ----------
     batch : Batch
         In the parameters' library; the first stage reads the inputs, the last one the targets.
+    params : FlatBuffer
+        The parameters of this rank's stages, in the dtype in which they compute.
     call : Call
         The surroundings of its passes.
     scale : float
@@ -25,6 +27,7 @@ class Microbatch:
     """
 
     batch: Batch
+    params: FlatBuffer
     call: Call
     scale: float = 1.0
 
@@ -73,23 +76,21 @@ class Stages:
         The whole model, whose loss is used.
     layers : dict of int to Sequential
         This rank's stages, by number.
-    params : FlatBuffer
-        Their parameters, in the dtype in which they compute.
     """
 
-    def __init__(self, network: Network, layers: Mapping[int, Sequential], params: FlatBuffer) -> None:
-        self._network, self._layers, self._params = network, layers, params
+    def __init__(self, network: Network, layers: Mapping[int, Sequential]) -> None:
+        self._network, self._layers = network, layers
 
     def forward(self, stage: int, microbatch: Microbatch, x: Array) -> Pass:
         """Compute a stage's output."""
-        y, context = self._layers[stage].forward(self._params.tree, x, microbatch.call)
+        y, context = self._layers[stage].forward(microbatch.params.tree, x, microbatch.call)
         return Pass(microbatch, x, y, [context])
 
     def output_shape(self, stage: int, empty: Microbatch, sample_shape: Shape) -> Shape:
         """Return the shape of a sample behind a stage, given that before it; ``empty`` has no samples."""
         x = empty.batch.inputs
         if stage > 0:
-            x = empty.call.xp.empty((0, *sample_shape), self._params.layout.dtype)
+            x = empty.call.xp.empty((0, *sample_shape), empty.params.layout.dtype)
         way = self.forward(stage, empty, x)
         way.release()
         return tuple(way.y.shape[1:])
@@ -104,7 +105,7 @@ class Stages:
     def backward(self, kind: str, stage: int, way: Pass, grads: Gradients) -> Array | None:
         """Compute B, W or both; return the gradient of the input, None from W and from the first stage."""
         layer, call, context = self._layers[stage], way.microbatch.call, way.contexts[0]
-        params, is_first = self._params.tree, stage == 0
+        params, is_first = way.microbatch.params.tree, stage == 0
         assert way.dy is not None
         match kind:
             case "BW":

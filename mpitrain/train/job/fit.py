@@ -152,9 +152,6 @@ def _precision(job: Job) -> Iterator[Problem]:
         yield Problem("precision.compute", 'needs device = "gpu"', compute, '"float32"', remedy)
     if job.dtype != "float32":
         yield Problem("dtype", f'does not go with precision.compute = "{compute}"', job.dtype, '"float32"')
-    if job.in_stages and method.kind == "gradient":
-        what, remedy = 'does not go with mesh.pipe > 1 and method.kind = "gradient"', 'or set method.kind = "pipeline"'
-        yield Problem("precision.compute", what, compute, '"float32"', remedy)
     if method.codec and compute == "float16":
         what = 'keeps what it leaves out also of steps that overflow, as with precision.compute = "float16"'
         yield Problem("method.codec.kind", what, method.codec.kind, 'no codec, or precision.compute = "bfloat16"')
