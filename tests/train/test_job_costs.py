@@ -102,6 +102,10 @@ METHODS: dict[str, tuple[int, list[str], tuple[float, float, float]]] = {
         2, ["mesh.pipe=2", 'precision.compute="bfloat16"', EMULATE],
         (1.5 * (N + TABLE) / 2, (N + TABLE) / 2, N + TABLE),
     ),
+    "gradient 1, 1f1b, bfloat16": (
+        4, ['method.kind="gradient"', "mesh.data=2", "mesh.pipe=2", 'precision.compute="bfloat16"', EMULATE],
+        ((N + TABLE) / 2, (N + TABLE) / 2 * 1.5, (N + TABLE) / 2),
+    ),
     "local SGD": (2, ["method.average_every=2"], (N, N, 2 * N)),
     "lanes": (2, [*LANES, "lanes=5"], (N, 5 / 2 * (N + TABLE) + N, 2 * N)),
     "lanes, bfloat16": (
