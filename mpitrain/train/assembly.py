@@ -40,9 +40,9 @@ from mpitrain.parallel import (
     ReproduciblePipelineParallel,
     Synchronous,
 )
-from mpitrain.parallel.pipeline import counted
 from mpitrain.parallel.tensor import divided_network
 from mpitrain.train.cadence import Cadence
+from mpitrain.train.cutting import cut_words, cutting
 from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
 from mpitrain.train.job.model import LOSS_OF_TASK, BuiltModel
@@ -129,7 +129,7 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     feed, axes = _batches(job, samples.train), axes_of(job, comm)
     _check_lanes(job, feed)
     model = build_model(job, samples.facts, axes.tensor)
-    method = _method(job, axes, model, samples.facts, feed.batch_size)
+    method = _method(job, axes, model, samples.facts, feed)
     steps_per_epoch = feed.share(*method.shares[0], job.method.microbatches).steps_per_epoch
     steps = job.train.steps or (job.train.epochs or 1) * steps_per_epoch
     method.setup(model, optimizer or job_optimizer(job), _plan(job, feed.batch_size, steps))
@@ -137,7 +137,7 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     held_out = {kind: partial(batches, part) for kind, part in samples.held_out.items()}
     title = (
         f"{job.name}: {model.layout.global_parameter_count:,} parameters, {len(samples.train):,} samples, "
-        f"batches of {feed.batch_size}, {steps:,} steps on {_ranks(comm, axes)}{_passes(job)}"
+        f"batches of {feed.batch_size}, {steps:,} steps on {_ranks(comm, axes)}{cut_words(job, method)}{_passes(job)}"
     )
     cadence = _cadence(job, steps, steps_per_epoch)
     parts = Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
@@ -358,11 +358,11 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
     return Plan(Key(job.seed), course, steps, section.clip_norm, section.clip_value)
 
 
-def _method(job: Job, axes: Axes, model: Model, facts: Facts, batch_size: int) -> Synchronous:
-    section, on_gpu, precision = job.method, job.device == "gpu", _precision(job, facts, batch_size)
+def _method(job: Job, axes: Axes, model: Model, facts: Facts, feed: Batches) -> Synchronous:
+    section, on_gpu, precision = job.method, job.device == "gpu", _precision(job, facts, feed.batch_size)
     if axes.pipes:
         whole = build_model(job, facts) if axes.tensor else model
-        return _pipeline(job, axes.pipes, whole, facts, precision)
+        return _pipeline(job, axes.pipes, cutting(job, axes.pipes, model, whole, feed, precision), precision)
     if job.lanes is not None:
         made = ReproducibleGradientParallel if section.kind == "gradient" else ReproducibleDataParallel
         return made(axes.data, lanes=job.lanes, microbatches=section.microbatches, precision=precision)
@@ -379,14 +379,14 @@ def _method(job: Job, axes: Axes, model: Model, facts: Facts, batch_size: int) -
     return DataParallel(comm, across=axes.tensor, **options)
 
 
-def _pipeline(job: Job, mesh: ProcessMesh, whole: Model, facts: Facts, precision: Precision | None) -> Synchronous:
-    """Return the method of a model in stages, which are balanced by the costs of the whole model's layers."""
+def _pipeline(job: Job, mesh: ProcessMesh, cut: Mapping[str, Any], precision: Precision | None) -> Synchronous:
+    """Return the method of a model in stages; ``cut``: see `cutting`."""
     section = job.method
     options: dict[str, Any] = {
         "schedule": section.schedule,
         "chunks": section.chunks,
         "microbatches": section.microbatches,
-        "costs": counted(whole, facts.sample_shape) if isinstance(whole, Network) else None,
+        **cut,
         "allocator": device if job.device == "gpu" else None,
         "precision": precision,
     }

@@ -205,6 +205,7 @@ def _facts(run: RunDirectory, records: list[dict[str, Any]], result: Mapping[str
     last = records[-1] if records else {}
     facts = {
         "ranks": result.get("ranks"),
+        "pipeline cut at layers": ", ".join(map(str, result.get("cuts") or [])) or None,
         "steps": result.get("steps", last.get("step")),
         "seconds": result.get("seconds", last.get("seconds")),
         "loss": result.get("loss", last.get("loss")),

@@ -16,6 +16,7 @@ from mpitrain.comm.tracing import trace
 from mpitrain.train import checkpoint
 from mpitrain.train.assembly import Assembly, assemble, single_numbers
 from mpitrain.train.checkpoint import Checkpoint, OnPhase
+from mpitrain.train.cutting import cut_facts
 from mpitrain.train.environment import describe_environment
 from mpitrain.train.facts import Facts
 from mpitrain.train.fingerprint import Fingerprint, agreed_fingerprint, changes, fingerprint
@@ -32,6 +33,7 @@ _MAY_CHANGE = (
     "method.stage",
     "method.schedule",
     "method.chunks",
+    "method.cuts",
     "method.bucket_bytes",
     "mesh",  # likewise
     "model.recompute",  # the same bits
@@ -106,8 +108,8 @@ def train_job(
     -------
     dict
         What ``result.json`` holds: ``job, ranks, steps, seconds, loss, metrics, weights_sha256, run_dir, report,
-        stopped, completed``, for a classification (not of the tokens of a text) ``confusion`` and ``classes``, and in
-        float16 ``loss_scale`` and ``skipped_steps``.  The same on all ranks.
+        stopped, completed``, for a classification (not of the tokens of a text) ``confusion`` and ``classes``, of a
+        pipeline ``cuts``, and in float16 ``loss_scale`` and ``skipped_steps``.  The same on all ranks.
 
     Notes
     -----
@@ -205,6 +207,8 @@ def _keep_what_runs(
 ) -> None:  # fmt: skip
     """Write job and environment, and forget what came after the step at which training goes on."""
     environment = describe_environment(comm, comm.library)
+    if cut := cut_facts(job, trainer.method):
+        environment["pipeline"] = cut
     with agree(comm):
         if comm.rank == 0:
             if bits is not None:
@@ -266,6 +270,8 @@ def _finish(
         "stopped": stopped,
         "completed": trainer.completed,
     }
+    if cut := cut_facts(job, trainer.method):
+        result["cuts"] = cut["cuts"]
     if trainer.method.loss_scale is not None:
         result |= {"loss_scale": trainer.method.loss_scale, "skipped_steps": trainer.method.skipped}
     if "confusion" in metrics["test"] and trainer.parts.samples.facts.task != "sequence":

@@ -28,7 +28,7 @@ def measured(job: Path, ranks: int, **changes: Any) -> tuple[dict[str, Any], lis
 def test_a_pipeline_is_told_in_figures_and_in_words(job):
     found, (title, *told) = measured(job, 2, mesh__pipe=2, method__microbatches=4)
     assert title == found["title"]
-    assert title.endswith("on 2 ranks, data 1 × pipe 2")
+    assert title.endswith("on 2 ranks, data 1 × pipe 2, cut at [3] of 6 layers by counted cost")
     assert (found["ranks"], found["batch_size"], found["seconds"]["count"]) == (2, 16, 2)
     assert found["samples_per_s"] == pytest.approx(16 / found["seconds"]["p50"], rel=1e-3)
     assert found["tokens_per_s"] is None

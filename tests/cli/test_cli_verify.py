@@ -3,6 +3,9 @@
 import pytest
 from commands import mpitrain, settings, write_job
 
+from mpitrain.cli.verify import Side, _settings, side
+from mpitrain.train import Job
+
 MODEL = """
 import mpitrain
 from mpitrain import nn
@@ -59,7 +62,12 @@ def test_the_same_in_words(broken):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method__kind": "gradient", "method__stage": 2}, {"mesh__tensor": 3}, {"mesh__pipe": 3}],
+    [
+        {},
+        {"method__kind": "gradient", "method__stage": 2},
+        {"mesh__tensor": 3},
+        {"mesh__pipe": 3, "method__kind": "pipeline", "method__cuts": [1, 2]},
+    ],
     ids=["data-parallel", "gradient-parallel", "tensor-parallel", "pipeline"],
 )
 def test_a_method_is_the_serial_run(job, changes):
@@ -70,6 +78,15 @@ def test_a_method_is_the_serial_run(job, changes):
     assert loss.startswith("loss: largest difference ")
     assert verdict == "equal"
     assert "✗" not in done.out
+
+
+@pytest.mark.parametrize(("cuts", "other"), [("[1, 2]", ("method.cuts=counted",)), ('"measured"', ())])
+def test_cuts_that_fit_one_number_of_stages_are_those_of_the_parallel_run(job, cuts, other):
+    given = ('method.kind="pipeline"', f"method.cuts={cuts}")
+    sides = Side("3 ranks", 3), side("serial")
+    parallel, serial = _settings(Job.load(job, given), given, sides)
+    assert parallel == given
+    assert serial == (*given, "mesh={}", "mesh.pipe=1", *other)
 
 
 @pytest.mark.slow

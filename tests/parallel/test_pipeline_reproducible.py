@@ -20,6 +20,7 @@ from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
 from mpitrain.data import evaluation_batches
 from mpitrain.method import Precision, tiles
 from mpitrain.nn.containers import Sequential
+from mpitrain.nn.cutting import units
 from mpitrain.optim import SGD, make_optimizer
 from mpitrain.parallel import (
     DataParallel,
@@ -159,6 +160,18 @@ def check_simulation(comm: Communicator, make: Any) -> None:
 @pytest.mark.parametrize("make", [ReproducibleDataParallel, ReproducibleGradientParallel, ReproduciblePipelineParallel])
 def test_training_in_16_bits_is_a_serial_simulation_but_for_rounding(on_ranks, make):
     on_ranks(check_simulation, make)
+
+
+@pytest.mark.parametrize("model", ["cnn", "gpt", "three uses"])
+def test_the_bits_are_the_same_wherever_the_model_is_cut(model):
+    """Tied tensors lie on one stage or on two, and norms are of other parts of the model."""
+
+    def train(comm: Communicator, cut: int) -> Any:
+        return outcome(ReproduciblePipelineParallel(comm, lanes=LANES, cuts=[cut]), model, "lamb")
+
+    expected, count = serial(model, "lamb", 1), len(units(MODELS[model][0]().layer))
+    for cut in (1, count // 2, count - 1):
+        assert LocalWorld(2, timeout_s=20).run(train, cut) == [expected] * 2, cut
 
 
 Made = type[ReproduciblePipelineParallel]

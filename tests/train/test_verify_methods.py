@@ -53,6 +53,8 @@ METHODS: dict[str, list[str]] = {
     "data, pipe": ["mesh.data=2", "mesh.pipe=2"],
     "pipe, tensor": ["mesh.pipe=2", "mesh.tensor=2", 'method.schedule="zb-h1"'],
     "gradient 1, pipe": ["mesh.data=2", "mesh.pipe=2", 'method.kind="gradient"'],
+    "1f1b, by times": ["mesh.data=2", "mesh.pipe=2", 'method.cuts="measured"'],
+    "by times, tensor": ["mesh.pipe=2", "mesh.tensor=2", 'method.cuts="measured"'],
 }
 
 MICROBATCHES = {2: 4, 3: 3, 4: 4}

@@ -1,8 +1,9 @@
 """Pipeline-parallel SGD: schedules as data, a validator, a simulator, and one executor."""
 
-from mpitrain.parallel.pipeline.costs import UnitTimes, counted, measured
+from mpitrain.parallel.pipeline.costs import counted
 from mpitrain.parallel.pipeline.cuts import partition
 from mpitrain.parallel.pipeline.gradient import GradientPipelineParallel, ReproducibleGradientPipelineParallel
+from mpitrain.parallel.pipeline.measuring import UnitTimes, measured
 from mpitrain.parallel.pipeline.method import PipelineParallel
 from mpitrain.parallel.pipeline.reproducible import ReproduciblePipelineParallel
 from mpitrain.parallel.pipeline.schedule import Family, Operation, Schedule, Sizes

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from mpitrain._errors import InputError
+from mpitrain._options import check_whole
 
 
 def partition(costs: Sequence[float], parts: int) -> tuple[int, ...]:
@@ -53,6 +54,40 @@ def partition(costs: Sequence[float], parts: int) -> tuple[int, ...]:
         ]
         cuts.append([0, *choices])
     return _walk_back(cuts, n)
+
+
+def edges(cuts: Sequence[int], count: int, parts: int) -> tuple[int, ...]:
+    """Return where the parts of a row of units begin and end that is cut where the caller says.
+
+    Parameters
+    ----------
+    cuts : sequence of int
+        Number of the first unit of each part but the first.
+    count : int
+        How many units there are.
+    parts : int
+        How many parts there must be.
+
+    Returns
+    -------
+    tuple of int, length parts + 1
+        As of `partition`.
+
+    Raises
+    ------
+    InputError
+        They give another number of parts, or a part without units.
+    """
+    for cut in cuts:
+        check_whole("pipeline", "one of cuts", cut, 1)
+    found = (0, *cuts, count)
+    if len(cuts) != parts - 1 or any(start >= stop for start, stop in pairwise(found)):
+        raise InputError(
+            f"these cuts do not make {parts} stages of {count} layers", operation="pipeline", got=list(cuts),
+            expected=f"{parts - 1} ascending numbers of layers from 1 to {count - 1}",
+            remedy="leave out cuts, and stages are balanced",
+        )  # fmt: skip
+    return found
 
 
 def _walk_back(cuts: list[list[int]], stop: int) -> tuple[int, ...]:

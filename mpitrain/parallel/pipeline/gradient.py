@@ -28,7 +28,7 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
     where : Communicator or ProcessMesh
         As for `PipelineParallel`.  Ranks along ``data`` have the same stages, and divide their optimizer state; a
         single pipeline keeps all of it.
-    schedule, chunks, microbatches, costs
+    schedule, chunks, microbatches, costs, cuts
         As for `PipelineParallel`.
     allocator : Allocator, optional
         Where all memory of this rank's lives; None: where the ranks of a stage share it, as far as they are on a node.
@@ -67,12 +67,13 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
         chunks: int = 1,
         microbatches: int = 1,
         costs: Sequence[float] | None = None,
+        cuts: Sequence[int] | None = None,
         allocator: Allocator | None = None,
         precision: Precision | None = None,
     ) -> None:
         super().__init__(
-            where, schedule=schedule, chunks=chunks, microbatches=microbatches, costs=costs, allocator=allocator,
-            precision=precision,
+            where, schedule=schedule, chunks=chunks, microbatches=microbatches, costs=costs, cuts=cuts,
+            allocator=allocator, precision=precision,
         )  # fmt: skip
 
     @property
@@ -103,7 +104,7 @@ class ReproducibleGradientPipelineParallel(ShardedLaneSteps, ReproduciblePipelin
 
     Parameters
     ----------
-    where, lanes, microbatches, schedule, chunks, costs
+    where, lanes, microbatches, schedule, chunks, costs, cuts
         As for `ReproduciblePipelineParallel`.
     allocator, precision
         As for `GradientPipelineParallel`.

@@ -39,7 +39,7 @@ from mpitrain.nn.cutting import part, units
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer
 from mpitrain.parallel.checks import check_parts, checked
-from mpitrain.parallel.pipeline.cuts import partition
+from mpitrain.parallel.pipeline.cuts import edges, partition
 from mpitrain.parallel.pipeline.executor import Executor
 from mpitrain.parallel.pipeline.links import Links
 from mpitrain.parallel.pipeline.schedule import Sizes
@@ -73,6 +73,8 @@ class PipelineParallel(Synchronous):
     costs : sequence of float, optional
         Of each unit (`mpitrain.nn.cutting.units`), by which the stages are balanced; rank 0's count.  None: the number
         of its parameters.
+    cuts : sequence of int, optional
+        In place of ``costs``: the number of the first unit of each stage but the first; rank 0's count.
     bucket_bytes : int
         Largest piece in which gradients are reduced over ``data``.
     allocator : Allocator, optional
@@ -86,12 +88,18 @@ class PipelineParallel(Synchronous):
     chunks, m microbatches on p ranks: 2 (pv − 1) m messages over all ranks; the gradients of tensors that are tied
     across stages; and an allreduce of five numbers.  The overhead is that of the schedule.  A rank keeps parameters,
     gradients and optimizer state of its stages alone, and the activations of as many microbatches as the schedule says.
+
+    Attributes
+    ----------
+    cuts : tuple of int
+        Where the model is cut, once it is set up: as the parameter of this name.
     """
 
     kind: ClassVar[Kind] = "sharded"
 
     params: FlatBuffer
     grads: GradientBuffer
+    cuts: tuple[int, ...]
     _ties: Ties
 
     def __init__(
@@ -102,6 +110,7 @@ class PipelineParallel(Synchronous):
         chunks: int = 1,
         microbatches: int = 1,
         costs: Sequence[float] | None = None,
+        cuts: Sequence[int] | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         allocator: Allocator | None = None,
         precision: Precision | None = None,
@@ -117,7 +126,12 @@ class PipelineParallel(Synchronous):
         self.sizes = Sizes(self.pipe.size, chunks, microbatches)
         self.schedule = FAMILIES[schedule].schedule(self.sizes)
         validate(self.schedule)
-        self.costs: Sequence[float] | None = comm.broadcast_object(costs)
+        self.costs: Sequence[float] | None
+        self._given: Sequence[int] | None
+        self.costs, self._given = comm.broadcast_object((costs, cuts))
+        if self.costs is not None and self._given is not None:
+            got = f"{len(self.costs)} costs, {len(self._given)} cuts"
+            raise InputError("stages are balanced by costs or cut by cuts", operation="PipelineParallel", got=got)
 
     @property
     def _owners(self) -> Communicator:
@@ -145,7 +159,9 @@ class PipelineParallel(Synchronous):
 
     def _held(self, layout: Layout) -> Layout:
         """Cut the model into stages; return the layout of this rank's."""
-        layers = [part(self._layers, *cut) for cut in pairwise(self._cuts())]
+        found = self._edges()
+        self.cuts = found[1:-1]
+        layers = [part(self._layers, *cut) for cut in pairwise(found)]
         names = [frozenset(each.name for each in layer.parameters()) for layer in layers]
         used = [frozenset().union(*(names[s] for s in self.sizes.stages_of(rank))) for rank in range(self.sizes.ranks)]
         if "_ties" in vars(self):
@@ -166,9 +182,11 @@ class PipelineParallel(Synchronous):
         links = Links(self.pipe, self.sizes, self._network.pool, self.params.xp, dtype)
         return Executor(self.pipe, self.sizes, Stages(self._network, self._own), links)
 
-    def _cuts(self) -> tuple[int, ...]:
+    def _edges(self) -> tuple[int, ...]:
         """Return which units each stage begins and ends with."""
         row = units(self._layers)
+        if self._given is not None:
+            return edges(self._given, len(row), self.sizes.stages)
         costs = self.costs
         if costs is None:
             costs = [1 + sum(np.prod(each.shape, dtype=int) for each in layer.parameters()) for _, layer in row]

@@ -38,7 +38,7 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
     microbatches : int
         Into how many parts a lane is cut.  What flows through a pipeline in a step are those of all its lanes, so that
         one each is enough to fill it.
-    schedule, chunks, costs, allocator, precision
+    schedule, chunks, costs, cuts, allocator, precision
         As for `PipelineParallel`.
 
     Notes
@@ -57,13 +57,14 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         chunks: int = 1,
         microbatches: int = 1,
         costs: Sequence[float] | None = None,
+        cuts: Sequence[int] | None = None,
         allocator: Allocator | None = None,
         precision: Precision | None = None,
     ) -> None:
         self.lanes, self._dealt = lanes, deal(lanes, _pipelines(where), type(self).__name__, "pipeline")
         flow = microbatches * len(self._dealt)
         super().__init__(
-            where, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, allocator=allocator,
+            where, schedule=schedule, chunks=chunks, microbatches=flow, costs=costs, cuts=cuts, allocator=allocator,
             precision=precision,
         )  # fmt: skip
         self.microbatches = microbatches  # of a lane, as which a batch is dealt out

@@ -12,10 +12,9 @@ from mpitrain.comm import Communicator
 from mpitrain.comm.codecs import Codec
 from mpitrain.nn import Layer, Model, Network, Sequential
 from mpitrain.nn.costs import cost, kept_bytes
-from mpitrain.nn.cutting import part
+from mpitrain.nn.cutting import part, units
 from mpitrain.parallel import DataParallel, PipelineParallel, Synchronous
 from mpitrain.parallel.lanes import LaneSteps
-from mpitrain.parallel.pipeline import partition
 from mpitrain.train.bench.memory import CODEC, predicted
 
 
@@ -94,9 +93,8 @@ def _kept(model: Model, method: Synchronous, shape: Shape) -> float | None:
 def _kept_in_flight(layer: Layer, method: PipelineParallel, shape: Shape, dtype: DType) -> float:
     """Return the bytes that the passes keep which are in a rank's stages at a time."""
     assert isinstance(layer, Sequential)
-    assert method.costs is not None
     sizes, kept = method.sizes, list[int]()
-    for cut in pairwise(partition(method.costs, sizes.stages)):
+    for cut in pairwise((0, *method.cuts, len(units(layer)))):
         stage = part(layer, *cut)
         kept.append(kept_bytes(stage, shape, dtype) + (prod(shape) * dtype.itemsize if cut[0] else 0))
         shape = cost(stage, shape).shape

@@ -20,6 +20,7 @@ from mpitrain.train.job.reference import type_words
 from mpitrain.train.job.section import UNSET, Problem, Section, choices, kind_of
 
 _LONGEST_VALUE = 60
+_IN_JSON = (str, bool, int, float, list, tuple)
 
 _WORDS = {
     "int_type": "is not an integer",
@@ -46,7 +47,7 @@ def show(value: Any) -> str:
     """Return a value as TOML would write it, on one line and not too long."""
     if isinstance(value, dict):
         return "a table"
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | int | float | list) else str(value)
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, _IN_JSON) else str(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 

@@ -95,8 +95,13 @@ def _stages(job: Job) -> Iterator[Problem]:
     if method.schedule != "1f1b" and method.kind != "pipeline" and mesh.pipe is None:
         expected = 'method.kind = "pipeline", or mesh.pipe'
         yield Problem("method.schedule", "is the order of a pipeline", method.schedule, expected)
+    if method.cuts != "counted" and method.kind != "pipeline" and mesh.pipe is None:
+        expected = 'method.kind = "pipeline", or mesh.pipe'
+        yield Problem("method.cuts", "is where a pipeline is cut", method.cuts, expected)
     if not job.in_stages:
         return
+    if method.cuts == "measured" and job.device == "gpu":
+        yield Problem("method.cuts", "is timed on the CPU only", method.cuts, '"counted" or numbers of layers')
     if method.stage > 1:
         what = "does not go with mesh.pipe > 1, where gradients are complete only after the last microbatch"
         remedy = "1 divides the optimizer state of each stage; or leave out mesh.pipe"

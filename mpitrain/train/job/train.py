@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
+from mpitrain._names import did_you_mean
 from mpitrain.train.job.codec import CodecSection
 from mpitrain.train.job.section import Count, NonNegative, PathText, Positive, Problem, Section, rejected
 
 _BATCH_WORDS = 'integer ≥ 1 or "full"'
+_CUT_WORDS = '"counted", "measured" or array of ascending (integer ≥ 1)'
 
 
 def lower_is_better(metric: str) -> bool:
@@ -24,6 +27,17 @@ def _batch_size(value: Any) -> int | Literal["full"]:
     if type(value) is int and value >= 1:
         return value
     raise rejected(Problem("", "is not a batch size", value, _BATCH_WORDS))
+
+
+def _cuts(value: Any) -> tuple[int, ...] | str:
+    if isinstance(value, str) and value in ("counted", "measured"):
+        return value
+    if not isinstance(value, list | tuple):
+        remedy = did_you_mean(value, ("counted", "measured")) if isinstance(value, str) else ""
+        raise rejected(Problem("", "is not where a model can be cut", value, _CUT_WORDS, remedy))
+    if any(type(each) is not int for each in value) or any(a >= b for a, b in pairwise((0, *value))):
+        raise rejected(Problem("", "are not numbers of layers in ascending order", list(value), _CUT_WORDS))
+    return tuple(value)
 
 
 class MethodSection(Section):
@@ -49,6 +63,12 @@ class MethodSection(Section):
     )
     chunks: Count = Field(
         1, description='Of `schedule = "interleaved"`: stages of each rank; microbatches divide by the ranks.'
+    )
+    cuts: Annotated[Literal["counted", "measured"] | tuple[int, ...], PlainValidator(_cuts), _CUT_WORDS] = Field(
+        "counted",
+        description="Of a pipeline: where the model is cut into stages. `counted` and `measured` balance the work of "
+        "its layers, counted from shapes, or timed by the ranks before training; an array has the number, from 0, of "
+        "the first layer of each stage but the first.",
     )
     microbatches: Count = Field(
         1,
