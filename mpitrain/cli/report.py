@@ -10,7 +10,10 @@ import click
 @click.command("report", short_help="Write the report of a run again.")
 @click.argument("run", type=click.Path(path_type=Path))
 def command(run: Path) -> None:
-    """Write report.html and its pictures for the run directory RUN, also while it is still running."""
+    """Write report.html and its pictures for the run directory RUN, also while it is still running.
+
+    What its steps cost it tells once `mpitrain bench job RUN` has measured that.
+    """
     from mpitrain.train.report import write_report
 
     click.echo(write_report(run))

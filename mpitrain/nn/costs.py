@@ -11,7 +11,8 @@ from functools import singledispatch
 from math import prod
 
 from mpitrain._errors import InputError
-from mpitrain._typing import Shape
+from mpitrain._typing import DType, Shape
+from mpitrain.arrays.dtypes import is_half
 from mpitrain.nn.activations import Activation
 from mpitrain.nn.attention import CausalAttention, query_blocks
 from mpitrain.nn.batchnorm import BatchNorm
@@ -83,6 +84,52 @@ def cost(layer: Layer, shape: Shape) -> Cost:
         Nobody has said what this layer costs.
     """
     raise InputError("nobody has said what this layer costs", operation="cost", got=type(layer).__name__)
+
+
+def kept_bytes(layer: Layer, shape: Shape, dtype: DType) -> int:
+    """Return the bytes that a forward pass leaves for the backward pass, inputs not included.
+
+    Parameters
+    ----------
+    layer, shape
+        As for `cost`.
+    dtype : dtype
+        Of the passes.  In 16 bits, layers that compute in float32 keep copies in float32 of what they read, input and
+        parameters; all that they compute, in float32; and their output in 16 bits.
+
+    Raises
+    ------
+    InputError
+        As for `cost`.
+    """
+    return _kept_in_half(layer, shape) if is_half(dtype) else cost(layer, shape).kept * dtype.itemsize
+
+
+@singledispatch
+def _kept_in_half(layer: Layer, shape: Shape) -> int:
+    found = cost(layer, shape)
+    if not layer.computes_in_float32:
+        return 2 * found.kept
+    read = prod(shape) + sum(each.segment().size for each in layer.parameters())
+    return 4 * (read + found.kept) + 2 * prod(found.shape)
+
+
+@_kept_in_half.register
+def _(layer: Sequential, shape: Shape) -> int:
+    kept = 0
+    for each in layer.layers:
+        kept, shape = kept + _kept_in_half(each, shape), cost(each, shape).shape
+    return kept
+
+
+@_kept_in_half.register
+def _(layer: Residual, shape: Shape) -> int:
+    return sum(_kept_in_half(each, shape) for _, each in layer.children) + 2 * prod(cost(layer, shape).shape)
+
+
+@_kept_in_half.register
+def _(layer: Recompute, shape: Shape) -> int:
+    return 2 * cost(layer, shape).kept  # its output alone, whatever it computes in
 
 
 def training_flops(layer: Layer, shape: Shape) -> int:

@@ -179,6 +179,9 @@ class Layer(ABC):
     takes_indices: bool = False
     """Whether the input is integers (token numbers) instead of numbers of the parameters' dtype."""
 
+    computes_in_float32: bool = False
+    """Whether passes over 16-bit floats are computed in float32, as `mpitrain.nn.in_float32` has them."""
+
     def parameters(self) -> Sequence[Parameter]:
         """Return the tensors that the layer wants; none unless overridden."""
         return ()

@@ -34,6 +34,7 @@ def in_float32(layer: _L) -> _L:
     layer.forward = _forward(layer.forward)  # type: ignore[assignment, method-assign]
     layer.backward_input = _backward_input(layer.backward_input)  # type: ignore[assignment, method-assign]
     layer.backward_weight = _backward_weight(layer.backward_weight)  # type: ignore[assignment, method-assign]
+    layer.computes_in_float32 = True
     return layer
 
 

@@ -339,6 +339,12 @@ class Synchronous(Method):
         """Where passes read parameters; in 16 bits, they are others than those that are updated."""
         return self.params
 
+    @property
+    def rounded(self) -> FlatBuffer | None:
+        """The parameters in 16 bits that passes read, where these are a copy of ``params``; None where they are not."""
+        read = self._read
+        return read if isinstance(read, FlatBuffer) and read is not self.params else None
+
     def _overflowing(self) -> AbstractContextManager[Any]:
         """Return a context in which float16 may overflow, for that is looked for, without a warning."""
         return np.errstate(over="ignore", invalid="ignore") if self._scaler else nullcontext()

@@ -60,6 +60,7 @@ def curve(
     axes.set_title(_literal(title), loc="left", color=_INK, fontsize=11)
     axes.set_xlabel("step")
     axes.margins(x=0.02)
+    axes.locator_params(axis="x", integer=True)
     found = [value for _, values in series.values() for value in values]
     if log and found and min(found) > 0 and max(found) / min(found) > 10**_DECADES_FOR_LOG:
         axes.set_yscale("log")
@@ -85,22 +86,22 @@ def confusion(matrix: Array, classes: Sequence[str]) -> bytes:
     Returns
     -------
     bytes
-        A PNG; cells are shaded by their share of the row, and hold the number where there are few classes.
+        A PNG; cells are shaded by their share of the row, and hold the number.  Of more than some thirty classes nobody
+        could read it.
     """
     count = len(classes)
     side = min(2.4 + 0.36 * count, 9.0)
     figure, axes = _blank(side, side)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    if count <= 24:
-        for (row, column), number in np.ndenumerate(matrix):
-            colour = "white" if share[row, column] > 0.5 else _INK
-            faint = "#bbbbbb" if number == 0 else colour
-            axes.text(column, row, f"{number:g}", ha="center", va="center", color=faint, fontsize=8)
-        names = [_literal(name) for name in classes]
-        upright = max(map(len, classes)) > 3
-        axes.set_xticks(range(count), names, rotation=45 if upright else 0, ha="right" if upright else "center")
-        axes.set_yticks(range(count), names)
+    for (row, column), number in np.ndenumerate(matrix):
+        colour = "white" if share[row, column] > 0.5 else _INK
+        faint = "#bbbbbb" if number == 0 else colour
+        axes.text(column, row, f"{number:g}", ha="center", va="center", color=faint, fontsize=8 if count <= 24 else 6.5)
+    names = [_literal(name) for name in classes]
+    upright = max(map(len, classes)) > 3
+    axes.set_xticks(range(count), names, rotation=45 if upright else 0, ha="right" if upright else "center")
+    axes.set_yticks(range(count), names)
     axes.set_title("Confusion matrix (test)", loc="left", color=_INK, fontsize=11)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")

@@ -16,13 +16,20 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import InputError
+from mpitrain._typing import Array
 from mpitrain.train import plots
+from mpitrain.train.report_costs import costs_part
 from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.storage import write_atomic
 
 _KINDS = ("train", "valid", "test")
+_DRAWN_CLASSES = 30
+"""Most classes of which the confusion matrix is drawn."""
+
+_PAIRS = 12
+"""Most pairs of confused classes that are told of more."""
+
 _NOT_METRICS = ("step", "epoch", "kind", "loss", "lr", "samples_per_s", "tokens_per_s", "seconds")
-_RATES = (("samples/s", "samples_per_s"), ("tokens/s", "tokens_per_s"))
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #5c6b7a; --line: #d9e0e7; --page: #f6f8fa; --card: #fff; }
 @media (prefers-color-scheme: dark) {
@@ -38,7 +45,7 @@ h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; } h2 { margin: 2.2re
 .tile { padding: .7rem 1.1rem; min-width: 9rem; }
 .tile b { display: block; font-size: 1.6rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span, th { color: var(--soft); font-weight: 400; }
-.facts { width: 100%; padding: .4rem .6rem; border-collapse: separate; border-spacing: 0; }
+.facts { width: 100%; margin-top: .8rem; padding: .4rem .6rem; border-collapse: separate; border-spacing: 0; }
 th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; } th { width: 10rem; white-space: nowrap; }
 td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 pre { font: .86em/1.5 ui-monospace, monospace; }
@@ -99,10 +106,32 @@ def _pictures(records: list[dict[str, Any]], result: Mapping[str, Any]) -> Itera
         yield "throughput", plots.curve(f"Throughput ({unit}/s)", rates, smooth=True, from_zero=True)
     if lrs := _by_kind(records, "lr"):
         yield "learning_rate", plots.curve("Learning rate", lrs, from_zero=True)
-    if result.get("confusion"):
-        matrix = np.asarray(result["confusion"])
-        classes = result.get("classes") or range(len(matrix))
-        yield "confusion", plots.confusion(matrix, [str(name) for name in classes])
+    if 0 < len(result.get("confusion") or ()) <= _DRAWN_CLASSES:
+        yield "confusion", plots.confusion(*_confusion(result))
+
+
+def _confusion(result: Mapping[str, Any]) -> tuple[Array, list[str]]:
+    """Return the confusion matrix of a result, and the names of its classes."""
+    matrix = np.asarray(result["confusion"])
+    return matrix, [str(name) for name in result.get("classes") or range(len(matrix))]
+
+
+def _confused(result: Mapping[str, Any]) -> str:
+    """Return the pairs of classes that are confused most, where these are too many for a picture of all."""
+    if len(result.get("confusion") or ()) <= _DRAWN_CLASSES:
+        return ""
+    matrix, names = _confusion(result)
+    wrong, totals = matrix - np.diag(np.diag(matrix)), matrix.sum(axis=1)
+    pairs = [divmod(int(place), len(matrix)) for place in np.argsort(-wrong, axis=None, kind="stable")[:_PAIRS]]
+    rows = "".join(
+        f"<tr><td>{escape(names[row])}</td><td>{escape(names[column])}</td>"
+        f"<td>{wrong[row, column]:,} of {totals[row]:,}</td></tr>"
+        for row, column in pairs
+        if wrong[row, column]
+    )
+    head = "<tr><th>class</th><th>was taken for</th><th>samples</th></tr>"
+    table = f'<table class="facts">{head}{rows}</table>' if rows else "<p>None</p>"
+    return f"<h2>Classes confused most often (test)</h2>\n{table}"
 
 
 def _by_kind(records: Iterable[Mapping[str, Any]], key: str) -> dict[str, plots.Series]:
@@ -140,10 +169,13 @@ def _page(
 <p class="state">{escape(_state(records, result))}</p>
 {_tiles(result)}
 {_facts(run, records, result)}
+<h2>Cost</h2>
+{costs_part(run, records, result.get("ranks"))}
 <h2>Curves</h2>
 <div class="figures">
 {figures or "<p>No metrics yet.</p>"}
 </div>
+{_confused(result)}
 <h2>How it was run</h2>
 {_details("Job", run.job.read_text(encoding="utf-8", errors="replace"))}
 {_details("Environment", environment)}
@@ -171,14 +203,12 @@ def _tiles(result: Mapping[str, Any]) -> str:
 
 def _facts(run: RunDirectory, records: list[dict[str, Any]], result: Mapping[str, Any]) -> str:
     last = records[-1] if records else {}
-    rates = {name: next((r[key] for r in reversed(records) if _is_number(r.get(key))), None) for name, key in _RATES}
     facts = {
         "ranks": result.get("ranks"),
         "pipeline cut at layers": ", ".join(map(str, result.get("cuts") or [])) or None,
         "steps": result.get("steps", last.get("step")),
         "seconds": result.get("seconds", last.get("seconds")),
         "loss": result.get("loss", last.get("loss")),
-        **rates,
         "weights (SHA-256)": result.get("weights_sha256"),
         "run directory": str(run.path.resolve()),
     }

@@ -40,6 +40,7 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.result = self.path / "result.json"
         self.trace = self.path / "trace.json"
+        self.costs = self.path / "costs.json"
         self.completed = self.path / "COMPLETED"
 
     @classmethod

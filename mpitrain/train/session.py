@@ -110,8 +110,8 @@ def train_job(
     -------
     dict
         What ``result.json`` holds: ``job, ranks, steps, seconds, loss, metrics, weights_sha256, run_dir, report,
-        stopped, completed``, for a classification ``confusion`` and ``classes``, of a pipeline ``cuts``, and in float16
-        ``loss_scale`` and ``skipped_steps``.  The same on all ranks.
+        stopped, completed``, for a classification (not of the tokens of a text) ``confusion`` and ``classes``, of a
+        pipeline ``cuts``, and in float16 ``loss_scale`` and ``skipped_steps``.  The same on all ranks.
 
     Notes
     -----
@@ -307,7 +307,7 @@ def _finish(
         result["cuts"] = cut["cuts"]
     if trainer.method.loss_scale is not None:
         result |= {"loss_scale": trainer.method.loss_scale, "skipped_steps": trainer.method.skipped}
-    if "confusion" in metrics["test"]:
+    if "confusion" in metrics["test"] and trainer.parts.samples.facts.task != "sequence":
         result["confusion"] = metrics["test"]["confusion"].tolist()
         result["classes"] = list(trainer.parts.samples.train.class_names)
     return _keep(result, comm, directory, trainer.observer if report else None)

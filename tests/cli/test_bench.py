@@ -109,6 +109,21 @@ def test_the_figure(tmp_path: Path) -> None:
     assert list(above.lines[-1].get_ydata()) == [1.0, 2.0]  # best rival, µs
 
 
+@pytest.mark.parametrize(
+    ("ours_s", "expected"),
+    [((1.01e-6, 0.99e-6), {"1", "0.995"}), ((4e-6, 0.7e-6), {"0.5", "1"}), ((1e-6 / 30, 30e-6), {"0.1", "1", "10"})],
+)
+def test_ratios_near_one_have_plain_ticks(ours_s: tuple[float, float], expected: set[str]) -> None:
+    own = [measured(size, seconds, mpi4py=1e-6) for size, seconds in zip((4, 1024), ours_s, strict=True)]
+    made = plot.figure(Report([], [launch("default", *own)], []))
+    made.canvas.draw()
+    below = made.axes[1].yaxis
+    found = {text.get_text() for text in (*below.get_majorticklabels(), *below.get_minorticklabels())} - {""}
+    assert expected <= found
+    assert all(label == f"{float(label):g}" for label in found)
+    assert len(found) < 15
+
+
 def test_a_set_up_that_fails_is_given_up_and_the_others_go_on() -> None:
     told: list[str] = []
     asked: list[tuple[str, int]] = []

@@ -68,10 +68,24 @@ def test_what_cannot_be_counted_is_said(job):
     job.write_text(text.replace(model, '[model]\nbuild = "my.py:build"\n\n'))
     found, told = measured(job, 1)
     assert (found["flops"], found["utilisation"]) == (None, None)
-    assert {each["predicted_bytes"] for each in found["memory"].values()} == {None}
+    activations = found["memory"].pop("activations")
+    assert (activations["measured_bytes"] > 0, activations["predicted_bytes"]) == (True, None)
+    for memory in found["memory"].values():
+        assert memory["measured_bytes"] == memory["predicted_bytes"] > 0
     assert told[-1] == found["notes"][0]
     assert "operations are not counted" in told[-1]
     assert "got Own" in told[-1]
+
+
+def test_figures_of_a_run_are_kept_in_it_and_told_by_its_report(job):
+    run = job.parent
+    done = mpitrain("bench", "job", run, *QUICK, *settings(train__batch_size=8))
+    assert (done.code, (run / "costs.json").exists()) == (0, False)  # of another job
+    done = mpitrain("bench", "job", run, *QUICK)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[-1] == f"report         {run / 'report.html'}"
+    costs = json.loads((run / "costs.json").read_bytes())
+    assert f"{costs['communication_share']:.1%} of a step" in (run / "report.html").read_text()
 
 
 def test_a_mistake_in_the_job_is_one_line(job):

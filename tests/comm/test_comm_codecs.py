@@ -50,6 +50,14 @@ def test_every_codec_is_in_the_suite():
 
 
 @pytest.mark.parametrize("name", suite.CODECS)
+def test_what_a_codec_remembers_is_as_much_as_it_says(name: str):
+    codec = suite.CODECS[name]
+    taken = suite.layout().select(each.name for each in suite.layout() if codec.takes(each))
+    held = sum(each.size for buffer in codec.init(taken, suite.KEY).values() for each in buffer.layout)
+    assert held == sum(map(codec.remembered, taken))
+
+
+@pytest.mark.parametrize("name", suite.CODECS)
 @pytest.mark.parametrize("check", suite.CHECKS, ids=lambda check: check.__name__)
 def test_conforms(on_ranks: Callable[..., None], check: Callable[..., None], name: str):
     on_ranks(check, suite.CODECS[name])

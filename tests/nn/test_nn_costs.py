@@ -10,7 +10,7 @@ import pytest
 from mpitrain import nn
 from mpitrain._errors import InputError
 from mpitrain.arrays import FlatBuffer, Key
-from mpitrain.nn.costs import cost, training_flops
+from mpitrain.nn.costs import cost, kept_bytes, training_flops
 from mpitrain.nn.layer import Call, Context
 
 CASES: dict[str, tuple[nn.Layer, tuple[int, ...]]] = {
@@ -49,18 +49,34 @@ def test_convolutions_and_attention() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_what_the_forward_pass_keeps_is_what_is_counted(name: str) -> None:
     layer, shape = CASES[name]
-    network = nn.Network(layer, nn.CrossEntropy())
-    params = FlatBuffer(network.layout)
-    network.initialise(params, Key(0))
-    inputs: Any = np.zeros(shape, np.int64 if layer.takes_indices else np.float32)
-    call = Call(training=True, key=Key(0), index=np.arange(len(inputs)))
-    y, context = layer.forward(params.tree if params.tree else {}, inputs, call)
+    y, context = forward(layer, shape, np.float32)
     assert cost(layer, shape).shape == y.shape
     assert cost(layer, shape).kept == held(context)
 
 
-def held(context: Context) -> int:
-    return sum(array.size for array in context._held) + sum(map(held, context.children))
+HALF_CASES = {**CASES, "recomputed in float32": (nn.Recompute(nn.Sigmoid()), (3, 4))}
+
+
+def forward(layer: nn.Layer, shape: tuple[int, ...], dtype: Any) -> tuple[Any, Context]:
+    network = nn.Network(layer, nn.CrossEntropy())
+    drawn, params = FlatBuffer(network.layout), FlatBuffer(network.layout.astype(dtype))
+    network.initialise(drawn, Key(0))
+    params.flat[...] = drawn.flat
+    inputs: Any = np.zeros(shape, np.int64 if layer.takes_indices else dtype)
+    call = Call(training=True, key=Key(0), index=np.arange(len(inputs)))
+    return layer.forward(params.tree if params.tree else {}, inputs, call)
+
+
+def held(context: Context, unit: str = "size") -> int:
+    return sum(getattr(array, unit) for array in context._held) + sum(held(child, unit) for child in context.children)
+
+
+@pytest.mark.parametrize("name", HALF_CASES)
+def test_in_16_bits_copies_in_float32_are_counted_too(name: str) -> None:
+    layer, shape = HALF_CASES[name]
+    _, context = forward(layer, shape, np.float16)
+    assert kept_bytes(layer, shape, np.dtype(np.float16)) == held(context, "nbytes")
+    assert kept_bytes(layer, shape, np.dtype(np.float64)) == 8 * cost(layer, shape).kept
 
 
 class Mine(nn.Layer):

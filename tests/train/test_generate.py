@@ -51,6 +51,14 @@ def test_what_was_learnt_is_written_also_beyond_the_context(letters: Predictor):
     assert generate(letters, "a", 0) == ""
 
 
+def test_the_result_of_a_text_has_no_matrix_of_its_letters(tmp_path: Path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    trained(tmp_path, {"source": "text", "path": "a.txt"}, {"kind": "bigram"}, steps=1)
+    result = json.loads((tmp_path / "run" / "result.json").read_bytes())
+    assert "test_accuracy" in result["metrics"]
+    assert not {"confusion", "classes"} & set(result)
+
+
 def test_the_seed_and_the_place_decide(letters: Predictor):
     texts = {seed: generate(letters, "a", 30, temperature=5.0, seed=seed) for seed in (0, 1)}
     assert texts[0] != texts[1]

@@ -10,6 +10,11 @@ import numpy as np
 import pytest
 
 from mpitrain._errors import InputError, MissingExtraError
+from mpitrain.comm.bench.results import Quantiles
+from mpitrain.train import plots
+from mpitrain.train.bench.costs import JobCosts
+from mpitrain.train.bench.memory import Memory
+from mpitrain.train.bench.overhead import Overhead
 from mpitrain.train.report import write_report
 from mpitrain.train.rundir import RunDirectory
 
@@ -74,15 +79,72 @@ def test_a_finished_run(tmp_path):
     assert names == {"loss.png", "accuracy.png", "throughput.png", "learning_rate.png", "confusion.png"}
 
 
-def test_rates_are_those_of_the_last_record(tmp_path):
+def test_rates_are_the_medians_of_all_records(tmp_path):
     path = make(tmp_path / "run", steps=3)
-    assert "samples/s103" in Page(write_report(path).read_text()).text
+    assert "samples/s102 (p10 101, p90 103) over 3 records of the training" in Page(write_report(path).read_text()).text
     RunDirectory(path).append_metrics(
-        {"step": 4, "kind": "train", "loss": 1.0, "samples_per_s": 7.0, "tokens_per_s": 56.0}
+        {"step": 4, "kind": "train", "loss": 1.0, "samples_per_s": 7.0, "tokens_per_s": 5600.0}
     )
     text = Page(write_report(path).read_text()).text
-    assert "samples/s7tokens/s56" in text
+    assert "tokens/s5,600 (p10 5,600, p90 5,600) over 1 record of the training" in text
     assert not (path / "tokens_per_s.png").exists()
+
+
+def test_costs_that_lie_in_the_run_are_told(tmp_path):
+    path = make(tmp_path / "a run", steps=0)
+    assert f"memory are not measured while training, but by mpitrain bench job '{path}' -n 2" in shown(path)
+    memory = {"parameters": Memory(3e6, 3e6), "activations": Memory(7.5e6), "codec": Memory(1e6, 2e6)}
+    seconds = Quantiles(7, 0.04, 0.045, 0.05, 0.055, 0.06)
+    costs = JobCosts(
+        "<digits>: on 2 ranks", 2, 64, seconds, 1280.0, 9000.0, 4 * 10**9, 80e9, 0.5, 0.125, memory,
+        Overhead(0.3, 0.25, 0.2), ["not all is known"],
+    )  # fmt: skip
+    (path / "costs.json").write_bytes(costs.to_json())
+    text = shown(path)
+    for part in (
+        "Measured by mpitrain bench job: <digits>: on 2 ranks",
+        "step50 ms (p10 40, p90 60): 1,280 samples/s, 9,000 tokens/s",
+        "operations4 GFLOP a step, 50.0% of 80 GFLOP/s of each rank's products",
+        "communication12.5% of a step",
+        "pipelineoverhead 30.0%; 25.0% simulated with the passes' times, 20.0% by formula",
+        "MB a rankparametersactivationscodecmeasured3.007.501.00predicted3.00not known2.00",
+        "measured activations include the workspace",
+        "not all is known",
+    ):
+        assert part in text
+    assert "not measured while training" not in text
+
+
+def test_many_classes_are_told_by_the_pairs_that_are_confused_most(tmp_path):
+    path = make(tmp_path / "run", steps=0)
+    finish(path, np.diag(np.full(30, 4)))
+    assert "Classes confused" not in shown(path)
+    assert (path / "confusion.png").exists()
+    (path / "confusion.png").unlink()
+    matrix = np.diag(np.full(31, 4000))
+    matrix[7, 30], matrix[2, 1], matrix[1, 2] = 9, 10, 3
+    finish(path, matrix)
+    assert "confused most often (test)classwas taken forsamples2110 of 4,0107309 of 4,009123 of 4,003" in (
+        shown(path).replace("\n", "")
+    )
+    assert not (path / "confusion.png").exists()
+    finish(path, np.diag(np.full(31, 4)))
+    assert "Classes confused most often (test)\nNone" in shown(path)
+
+
+def test_ticks_of_steps_are_whole_numbers(monkeypatch):
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    (axes,) = plots.curve("Loss", {"train": ((10, 20, 30), (3.0, 2.0, 1.0))}).axes
+    assert len(axes.get_xticks()) > 2
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
+def finish(path, matrix):
+    RunDirectory(path).finish({"job": "many", "confusion": matrix, "classes": []})
+
+
+def shown(path):
+    return Page(write_report(path).read_text()).text
 
 
 def test_it_needs_no_other_file_nor_the_network(tmp_path):
@@ -140,6 +202,9 @@ def test_bad_input(tmp_path):
     with pytest.raises(InputError, match=r"report: .*nowhere: holds no run; name the directory with its job\.toml"):
         write_report(tmp_path / "nowhere")
     path = make(tmp_path / "run")
+    (path / "costs.json").write_text('{"title": 3}')
+    with pytest.raises(InputError, match=r"report: .*costs\.json: cannot be read.*not what mpitrain bench job writes"):
+        write_report(path)
     for text in ("{", "[1]"):
         (path / "result.json").write_text(text)
         with pytest.raises(InputError, match=r"report: .*result\.json: "):

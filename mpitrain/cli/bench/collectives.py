@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from mpitrain._errors import LaunchError
 from mpitrain.cli.bench import plot, tables
 from mpitrain.cli.bench.campaign import Start, launcher, run_campaign
 from mpitrain.cli.bench.outputs import hand_out, typed, writable
+from mpitrain.cli.bench.start import start_ranks
 from mpitrain.cli.checks.world import plural
 from mpitrain.cli.run import check_no_launcher
 from mpitrain.comm import Communicator, abort_on_uncaught, leave_together, tuning, world
@@ -164,7 +164,7 @@ def _tune(ranks: int | None, options: dict[str, Any]) -> None:
     if ranks is None:
         _tune_here(options)
     else:
-        sys.exit(_start(ranks, _tuning_arguments(options)))
+        sys.exit(start_ranks(ranks, ["bench", "collectives", *_tuning_arguments(options)]))
 
 
 def _tuning_arguments(options: dict[str, Any]) -> list[str]:
@@ -174,13 +174,6 @@ def _tuning_arguments(options: dict[str, Any]) -> list[str]:
         "--repeats": options["repeats"],
     }
     return ["--tune", *(f"{name}={value}" for name, value in given.items() if value)]
-
-
-def _start(ranks: int, arguments: Sequence[str]) -> int:
-    """Start ranks with this command, which print for themselves; return 0, 2 for a user's error, 1 else."""
-    argv, env = launch_command(ranks, [sys.executable, "-m", "mpitrain", "bench", "collectives", *arguments])
-    code = subprocess.run(argv, env=env, check=False).returncode
-    return code if code in (0, 1, 2) else 1
 
 
 def _tune_here(options: dict[str, Any]) -> None:

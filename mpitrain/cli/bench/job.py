@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +9,17 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from mpitrain._errors import MissingExtraError
 from mpitrain.cli.bench.outputs import hand_out, writable
+from mpitrain.cli.bench.start import start_ranks
 from mpitrain.cli.bench.training_tables import megabytes
 from mpitrain.cli.run import check_job_file, check_no_launcher
 from mpitrain.comm import abort_on_uncaught, leave_together, world
-from mpitrain.comm.launch import launch_command
-from mpitrain.train import Job, load_job
-from mpitrain.train.bench.job import JobCosts, measure_job
-from mpitrain.train.bench.memory import KINDS
+from mpitrain.train import Job, RunDirectory, load_job
+from mpitrain.train.bench.costs import WORKSPACE, JobCosts
+from mpitrain.train.bench.job import measure_job
+from mpitrain.train.report import write_report
+from mpitrain.train.storage import write_atomic
 
 
 @click.command("job", short_help="Measure what a job's steps cost: time, operations, memory, communication.")
@@ -31,28 +33,40 @@ from mpitrain.train.bench.memory import KINDS
 def job(
     job: str, ranks: int | None, overrides: tuple[str, ...], rounds: int, round_s: float, json_file: Path | None
 ) -> None:
-    """Train the job in the file JOB for some seconds, and tell what a step costs; nothing of it is kept.
+    """Train the job in the file JOB for some seconds, and tell what a step costs; nothing of the training is kept.
 
     Told are samples and tokens a second, counted operations and what part of the ranks' own products they are, memory
     by kind, measured and predicted, the share of communication, and what a pipeline loses to filling and draining.
     Without -n this is one rank, or one of those that mpirun or srun has started.
+
+    JOB may be the directory of a run: its report then tells the figures too, unless --set makes it another job.
     """
     check_no_launcher(ranks)
-    check_job_file(job, ranks or 1)
+    run = RunDirectory(Path(job)) if Path(job).is_dir() else None
+    file = str(run.job) if run else job
+    check_job_file(file, ranks or 1)
     if ranks is not None:
-        Job.load(job, overrides)  # a mistake in it ends here, in one line
+        Job.load(file, overrides)  # a mistake in it ends here, in one line
         more = [f"--rounds={rounds}", f"--round-s={round_s}", *([f"--json={json_file}"] if json_file else [])]
-        argv = [sys.executable, "-m", "mpitrain", "bench", "job", job, *(f"--set={each}" for each in overrides), *more]
-        argv, env = launch_command(ranks, argv)
-        code = subprocess.run(argv, env=env, check=False).returncode
-        sys.exit(code if code in (0, 1, 2) else 1)
+        sys.exit(start_ranks(ranks, ["bench", "job", job, *(f"--set={each}" for each in overrides), *more]))
     comm = world()
     abort_on_uncaught(comm)
     with leave_together(comm):
-        found = measure_job(load_job(job, overrides, comm), comm, rounds, round_s)
+        found = measure_job(load_job(file, overrides, comm), comm, rounds, round_s)
         if comm.rank == 0:
             hand_out(found, _show, lambda report, path: None, json_file, None)
+            if run and not overrides:
+                _keep(found, run)
         comm.barrier()
+
+
+def _keep(found: JobCosts, run: RunDirectory) -> None:
+    """Put the figures into a run's directory and report."""
+    write_atomic(run.costs, found.to_json())
+    try:
+        click.echo(f"{'report':15}{write_report(run.path)}")
+    except MissingExtraError as error:
+        click.echo(f"no report: {error}")
 
 
 def _show(found: JobCosts, console: Console) -> None:
@@ -63,18 +77,8 @@ def _show(found: JobCosts, console: Console) -> None:
 def lines(found: JobCosts) -> Iterator[str]:
     """Yield what was found, for people."""
     yield found.title
-    seconds = found.seconds
-    times_ms = f"{seconds.p50 * 1e3:.4g} ms (p10 {seconds.p10 * 1e3:.4g}, p90 {seconds.p90 * 1e3:.4g})"
-    tokens = f", {found.tokens_per_s:,.0f} tokens/s" if found.tokens_per_s else ""
-    yield f"step           {times_ms}: {found.samples_per_s:,.0f} samples/s{tokens}"
-    if found.flops and found.utilisation:
-        whose = f"{found.product_flops_per_s / 1e9:.0f} GFLOP/s of each rank's products"
-        yield f"operations     {found.flops / 1e9:.4g} GFLOP a step, {found.utilisation:.1%} of {whose}"
-    yield f"communication  {found.communication_share:.1%} of a step, waits included"
-    if found.pipeline:
-        lost = found.pipeline
-        predicted = f"{lost.simulated:.1%} simulated with the passes' times, {lost.formula:.1%} by formula"
-        yield f"pipeline       overhead {lost.measured:.1%}; {predicted}"
-    yield "memory         " + ", ".join(f"{kind} {megabytes(found.memory[kind])}" for kind in KINDS)
-    yield "               MB a rank, the mean: measured (predicted)"
+    for name, told in found.rows():
+        yield f"{name:15}{told}"
+    yield "memory         " + ", ".join(f"{kind} {megabytes(each)}" for kind, each in found.memory.items())
+    yield f"               MB a rank, the mean: measured (predicted); {WORKSPACE}"
     yield from found.notes

@@ -24,7 +24,7 @@ Line: TypeAlias = tuple[str, str, list[Measurement]]
 _COLOURS = ("#1f5f99", "#c2571a", "#1b7f5c", "#8a4fa3", "#b3912a", "#4aa3b5", "#a33c5b", "#777777")
 RIVAL_COLOUR = "#222222"
 _DPI = 144
-
+_SHORT, _LONG = 3, 100  # upper end of an axis by its lower
 
 _FORMATS = (".png", ".svg", ".pdf")
 
@@ -131,6 +131,21 @@ def _label(above: Axes, below: Axes, operation: str, sizes: list[int]) -> None:
         axes.set_yscale("log")
         axes.set_xticks(sizes, [size_text(size) for size in sizes], fontsize=8)
         axes.xaxis.minorticks_off()
+        _plain_ticks(axes)
         axes.grid(color="#dddddd", linewidth=0.6, which="major")
         axes.spines[["top", "right"]].set_visible(False)
     below.yaxis.set_major_formatter("{x:g}")
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Write plain numbers on a vertical axis that shows few powers of ten: on a short one any, else also 2 and 5."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axes.get_ylim()
+    is_short = high < _SHORT * low
+    if high < _LONG * low:
+        axes.yaxis.set_major_formatter("{x:g}")
+        if not is_short:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter("{x:g}" if is_short else "")
+    axes.tick_params(axis="y", which="both", labelsize=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import click
 
 from mpitrain.cli.bench import plot, training_plot, training_tables
 from mpitrain.cli.bench.outputs import hand_out, typed, writable
+from mpitrain.cli.bench.start import start_ranks
 from mpitrain.cli.run import check_no_launcher
 from mpitrain.comm import abort_on_uncaught, leave_together, world
-from mpitrain.comm.launch import launch_command
 from mpitrain.train.bench.ranks import Spec, check, measure
 from mpitrain.train.bench.tasks import TASKS
 
@@ -48,7 +47,7 @@ def training(ranks: int | None, json_file: Path | None, plot_file: Path | None, 
     if plot_file is not None:
         plot.check(plot_file)
     if ranks is not None:
-        sys.exit(_start(ranks))
+        sys.exit(start_ranks(ranks, _without_ranks(sys.argv[1:])))
     spec, comm = Spec(**options, command=typed()), world()
     abort_on_uncaught(comm)
     with leave_together(comm):
@@ -56,13 +55,6 @@ def training(ranks: int | None, json_file: Path | None, plot_file: Path | None, 
         if comm.rank == 0:
             hand_out(report, training_tables.show, training_plot.draw, json_file, plot_file)
         comm.barrier()
-
-
-def _start(ranks: int) -> int:
-    """Start ranks with the rest of this command line, which print for themselves; return 0, 2 for a user's error, 1."""
-    argv, env = launch_command(ranks, [sys.executable, "-m", "mpitrain", *_without_ranks(sys.argv[1:])])
-    code = subprocess.run(argv, env=env, check=False).returncode
-    return code if code in (0, 1, 2) else 1
 
 
 def _without_ranks(words: list[str]) -> list[str]:

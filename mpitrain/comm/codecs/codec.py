@@ -49,6 +49,10 @@ class Codec(Checked, ABC):
         """
         return {}
 
+    def remembered(self, segment: Segment) -> int:
+        """Return how many numbers `init` gives for a tensor that the codec takes; none unless overridden."""
+        return 0
+
     @abstractmethod
     def sum(
         self,

@@ -64,6 +64,10 @@ class PowerSGD(Codec):
             q.views[factor.name][...] = xp.asarray(normal)
         return {"q": q}
 
+    def remembered(self, segment: Segment) -> int:
+        """See `Codec.remembered`: b·rank, for Q."""
+        return _matrix_shape(segment.shape)[1] * self.rank
+
     def sum(
         self,
         comm: Communicator,

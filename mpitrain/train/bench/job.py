@@ -5,12 +5,11 @@ The job is trained as it is, on its own data, for as many steps as the measureme
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import ceil, prod
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from mpitrain._errors import InputError, JobError
 from mpitrain.comm import Communicator
@@ -21,8 +20,9 @@ from mpitrain.parallel import ModelAveraging, PipelineParallel, Synchronous
 from mpitrain.train.assembly import Assembly, assemble
 from mpitrain.train.bench.communication import share_of, traced
 from mpitrain.train.bench.contest import timed
+from mpitrain.train.bench.costs import JobCosts
 from mpitrain.train.bench.expected import expected
-from mpitrain.train.bench.memory import KINDS, Memory, held
+from mpitrain.train.bench.memory import CODEC, Memory, codec_held_bytes, held
 from mpitrain.train.bench.overhead import Overhead, overhead
 from mpitrain.train.bench.ranks import product_flops_per_s
 from mpitrain.train.job import Job
@@ -31,58 +31,6 @@ from mpitrain.train.session import settle_arithmetic
 
 _EVER = 10**9
 _WARM_STEPS = 3
-
-
-@dataclass(frozen=True)
-class JobCosts:
-    """What was found.
-
-    Parameters
-    ----------
-    title : str
-        The job in one line.
-    ranks, batch_size : int
-        How many ranks, and how many samples they take in a step together.
-    seconds : Quantiles
-        Of a step, on the slowest rank.
-    samples_per_s : float
-        Of all ranks together, from the median.
-    tokens_per_s : float, optional
-        Likewise; None: samples are no windows of tokens.
-    flops : int, optional
-        Operations of the matrix products of a step, of all ranks together, counted from shapes as on one rank; None:
-        they cannot be counted.
-    product_flops_per_s : float
-        What a rank's large product reaches in the job's dtype while the others do the same.
-    utilisation : float, optional
-        Counted operations a second, by those of all ranks' products.
-    communication_share : float
-        Part of a step that is spent in calls of communicators, waits for other ranks included.
-    memory : dict of str to Memory
-        By kind.
-    pipeline : Overhead, optional
-        Where the model is cut into stages.
-    notes : list of str
-        What is not known, and why.
-    """
-
-    title: str
-    ranks: int
-    batch_size: int
-    seconds: Quantiles
-    samples_per_s: float
-    tokens_per_s: float | None
-    flops: int | None
-    product_flops_per_s: float
-    utilisation: float | None
-    communication_share: float
-    memory: dict[str, Memory]
-    pipeline: Overhead | None
-    notes: list[str]
-
-    def to_json(self) -> bytes:
-        """Return the figures as text."""
-        return TypeAdapter(JobCosts).dump_json(self, indent=1)
 
 
 def measure_job(job: Job, comm: Communicator, rounds: int = 7, round_s: float = 0.3) -> JobCosts:
@@ -164,9 +112,13 @@ def _costs(
 
 def _counted(job: Job, parts: Assembly) -> tuple[int | None, list[str]]:
     """Return the operations of a step, or why they cannot be counted."""
-    model, shape = build_model(job, parts.samples.facts), (parts.feed.batch_size, *parts.samples.facts.sample_shape)
+    facts, method = parts.samples.facts, parts.method
+    divided = isinstance(method, Synchronous) and method.across is not None
+    model = build_model(job, facts) if divided else parts.model  # of which a rank may have a part only
+    shape = (parts.feed.batch_size, *facts.sample_shape)
     if not isinstance(model, Network):
-        return None, [f"operations are not counted: the model is no Network of layers but a {type(model).__name__}"]
+        what = "neither operations nor activations are counted"
+        return None, [f"{what}: the model is no Network of layers but a {type(model).__name__}"]
     try:
         return training_flops(model.layer, shape), []
     except InputError as error:
@@ -178,8 +130,10 @@ def memory_of(comm: Communicator, job: Job, parts: Assembly) -> dict[str, Memory
     method, model = parts.method, parts.model
     assert isinstance(method, Synchronous)
     measured, shared = held(comm, model.pool.nbytes if isinstance(model, Network) else 0, method)
+    if not isinstance(model, Network):
+        del measured["activations"]  # whose memory is its own library's
+    if codec_bytes := codec_held_bytes(method):
+        measured[CODEC] = float(codec_bytes)
     rows = ceil(ceil(parts.feed.batch_size / method.shares[0][1]) / job.method.microbatches)
-    foreseen: dict[str, float] = {}
-    if isinstance(model, Network) and _counted(job, parts)[0] is not None:
-        foreseen = expected(comm, model, method, shared, (rows, *parts.samples.facts.sample_shape))
-    return {kind: Memory(measured[kind], foreseen.get(kind)) for kind in KINDS}
+    foreseen = expected(comm, model, method, shared, (rows, *parts.samples.facts.sample_shape))
+    return {kind: Memory(each, foreseen.get(kind)) for kind, each in measured.items()}

@@ -15,6 +15,7 @@ from mpitrain.nn import Network
 from mpitrain.nn.costs import cost
 from mpitrain.parallel.buckets import StreamedGradients
 from mpitrain.parallel.lanes import LaneSteps
+from mpitrain.parallel.owned import OwnedParameters
 from mpitrain.parallel.reproducible import ShardedLaneSteps
 from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import Synchronous
@@ -22,6 +23,9 @@ from mpitrain.train.bench.tasks import Task
 
 KINDS = ("parameters", "gradients", "optimizer", "activations")
 """Of memory."""
+
+CODEC = "codec"
+"""A further kind: what a codec of gradients remembers from step to step."""
 
 _STATES = 2
 """Numbers that Adam keeps for each parameter."""
@@ -93,55 +97,81 @@ def held(comm: Communicator, pool_nbytes: int, method: Synchronous) -> tuple[dic
     return dict(zip(KINDS, mean.tolist(), strict=True)), sharers > 1
 
 
+def codec_held_bytes(method: Synchronous) -> int:
+    """Return the bytes of what a codec remembers on this rank, the same on all; 0 where there is none."""
+    return sum(piece.array.nbytes for piece in method.state().pieces if piece.name.startswith("codec."))
+
+
 def predicted(method: Synchronous, n: float, ranks: int, shared: bool, states: int = _STATES) -> dict[str, float]:
-    """Return the bytes a rank by the formulas of the methods, see `GradientParallel` and ``docs/results/training.md``.
+    """Return the bytes a rank by the formulas of the methods, see `GradientParallel` and ``docs/bench.md``.
 
     Parameters
     ----------
     method : Synchronous
         Which formula.
     n : float
-        Bytes of the parameters, in a pipeline of a stage's.
+        Bytes of the parameters in the model's dtype, in a pipeline of a stage's.
     ranks : int
         How many hold the same.
     shared : bool
         Whether all of them have the parameters, or those that are gathered, in one memory.
     states : int
         Numbers that the optimizer keeps for each parameter.
+
+    Notes
+    -----
+    Of a reproducible method, the gradients are those that lanes are summed into.
     """
-    stage = getattr(method, "stage", 0)
-    own = n / ranks
-    apart = 0.0 if shared or ranks == 1 else own  # shards lie among the gradients where ranks share those
-    streamed = isinstance(method.grads, StreamedGradients)
-    gradients = own + _passing(method) if streamed else n + apart if stage else float(n)
-    common = _gathered(method) if stage == 3 else n
+    updated = n / ranks if isinstance(method, OwnedParameters) else n
     return {
-        "parameters": common / (ranks if shared else 1) + (own if stage == 3 else 0.0), "gradients": gradients,
-        "optimizer": states * (own if stage else float(n)),
-    }  # fmt: skip
+        "parameters": _parameters_predicted(method, n, updated, ranks if shared else 1),
+        "gradients": _gradients_predicted(method, n, updated, shared or ranks == 1),
+        "optimizer": states * updated,
+    }
 
 
-def _passing(method: Synchronous) -> int:
+def _parameters_predicted(method: Synchronous, n: float, updated: float, sharers: int) -> float:
+    """Return the bytes of what passes read, once for all that share it, and of what is updated if that lies apart."""
+    if isinstance(method.params, ShardedParameters):
+        return _gathered(method.params) / sharers + updated
+    if method.precision is None:
+        return n / sharers
+    halves = n * method.precision.dtype.itemsize / method.model.layout.dtype.itemsize
+    return halves / sharers + updated
+
+
+def _gradients_predicted(method: Synchronous, n: float, updated: float, within: bool) -> float:
+    """Return the bytes of gradients; ``within``: sums of shards lie among them, as where ranks share these."""
+    if isinstance(method, ShardedLaneSteps):
+        return updated
+    if isinstance(method.grads, StreamedGradients):
+        return updated + _passing(method.grads)
+    return n if within or not isinstance(method, OwnedParameters) else n + updated
+
+
+def _passing(grads: StreamedGradients) -> int:
     """Return the bytes through which streamed gradients pass: the largest bucket, and small ones, which wait."""
-    buckets = getattr(method.grads, "buckets", ())
-    largest = max(buckets, key=lambda bucket: bucket.size, default=None)
-    held = [each.size for each in buckets if each is largest or each.segments[0].group != "decay"]
-    return int(sum(held) * method.params.layout.dtype.itemsize)
+    largest = max(grads.buckets, key=lambda bucket: bucket.size, default=None)
+    held = [each.size for each in grads.buckets if each is largest or each.segments[0].group != "decay"]
+    return sum(held) * grads.layout.dtype.itemsize
 
 
-def _gathered(method: Synchronous) -> int:
+def _gathered(params: ShardedParameters) -> int:
     """Return the bytes through which parameters pass: the largest bucket of weights, and of biases."""
     largest: dict[str, int] = {}
-    for bucket in getattr(method.grads, "buckets", ()):
+    for bucket in params.buckets:
         group = bucket.segments[0].group
         largest[group] = max(largest.get(group, 0), bucket.size)
-    return int(sum(largest.values()) * method.params.layout.dtype.itemsize)
+    return sum(largest.values()) * params.layout.dtype.itemsize
 
 
 def _parameters(method: Synchronous) -> tuple[list[Array], int]:
     """Return the memory of parameters that ranks may share, and the bytes of what each has by itself besides."""
-    params = method.params
-    return (params.passages, params.nbytes) if isinstance(params, ShardedParameters) else ([params.flat], 0)
+    params, own = method.params, [part.params for part in method.parts]
+    if isinstance(params, ShardedParameters):
+        return params.passages, held_bytes(own)
+    rounded = [method.rounded.flat] if method.rounded else []
+    return [params.flat], held_bytes([params.flat, *own, *rounded]) - params.flat.nbytes
 
 
 def _sums(method: Synchronous) -> list[Array]:
@@ -181,12 +211,13 @@ def _sharers(comm: Communicator, params: Array) -> int:
 
     Collective.
     """
-    first = params[:1].copy()
+    place = params.view(np.uint16)[:1]  # a small float would round the numbers of many ranks to one
+    first = place.copy()
     comm.barrier()
-    params[:1] = comm.rank
+    place[:] = comm.rank
     comm.barrier()
-    found = comm.allgather_object(float(params[0]) if params.size else -1.0 - comm.rank)
+    found = comm.allgather_object(int(place[0]) if place.size else -1 - comm.rank)
     comm.barrier()
-    params[:1] = first
+    place[:] = first
     comm.barrier()
     return found.count(found[comm.rank])
