@@ -25,6 +25,9 @@ from __future__ import annotations
 
 from typing import Any
 
+INTERRUPTED = 130
+"""What a program ends with that Ctrl-C has ended, as shells report it."""
+
 _UNSET: Any = object()
 
 

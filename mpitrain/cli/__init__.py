@@ -9,7 +9,7 @@ from importlib import import_module
 import click
 
 from mpitrain import __version__, _env
-from mpitrain._errors import LaunchError, MpitrainError
+from mpitrain._errors import INTERRUPTED, LaunchError, MpitrainError
 from mpitrain._names import did_you_mean
 
 _COMMANDS = {
@@ -66,7 +66,7 @@ def main() -> None:
             error.show()
         sys.exit(2)
     except click.Abort:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except MpitrainError as error:
         if not isinstance(error, LaunchError) or _speaks_first():
             click.echo(f"mpitrain: error: {error}", err=True)

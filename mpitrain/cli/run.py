@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mpitrain import _env
-from mpitrain._errors import JobError, LaunchError
+from mpitrain._errors import INTERRUPTED, JobError, LaunchError
 from mpitrain.cli.display import STYLES, headline, observer
 from mpitrain.cli.init import job_names
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from mpitrain.comm import Communicator
 
 _SHOW_CURSOR = "\x1b[?25h"
-
-INTERRUPTED = 130
-"""What shells say of a program that Ctrl-C has ended."""
 
 _TWICE = "twice"
 """What is noted of a second Ctrl-C."""

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mpitrain import _env
+from mpitrain._errors import INTERRUPTED
 from mpitrain.cli.display import show
-from mpitrain.cli.run import INTERRUPTED, check_job_file, check_no_launcher, launch, sender, take_part
+from mpitrain.cli.run import check_job_file, check_no_launcher, launch, sender, take_part
 
 if TYPE_CHECKING:
     from mpitrain.comm import Communicator

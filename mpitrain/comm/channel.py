@@ -22,6 +22,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from mpitrain._errors import INTERRUPTED
 from mpitrain.comm.absence import Answer
 from mpitrain.comm.watchdog import print_stacks, say, watchdog
 
@@ -160,9 +161,9 @@ class Channel:
             self._comm.Free()
         _channels.discard(self)
 
-    def abort(self) -> None:
-        """End all ranks of the job."""
-        MPI.COMM_WORLD.Abort(1)
+    def abort(self, code: int = 1) -> None:
+        """End all ranks of the job, with this exit code."""
+        MPI.COMM_WORLD.Abort(code)
 
     def _heard(self, ranks: Sequence[int], number: int) -> dict[int, Answer]:
         found = {rank: self._answers.get(rank) for rank in ranks}
@@ -226,13 +227,15 @@ def _leave_all() -> None:
     if os.getpid() != _PID:  # a forked child must not speak for its parent
         return
     try:
-        watchdog.stop()
         channels = [channel for channel in _channels if channel.open and channel.size > 1]
         try:
+            watchdog.stop()
             _answer_until([channel.start_leaving() for channel in channels], channels)
         except KeyboardInterrupt:  # which on any other line ends the job as well; others may wait for this rank in vain
+            if not channels:
+                raise
             say(channels[0], "error: interrupted at its end, where it waits for the other ranks; the job ends here")
-            channels[0].abort()
+            channels[0].abort(INTERRUPTED)
     finally:  # a second beginning of this would meet nobody
         for channel in _channels:
             channel.close()

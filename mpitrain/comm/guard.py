@@ -12,17 +12,23 @@ from types import TracebackType
 import numpy as np
 
 from mpitrain import _env
-from mpitrain._errors import AbortError, CommunicationError, LaunchError, MismatchError, MpitrainError, PeerError
+from mpitrain._errors import (
+    INTERRUPTED,
+    AbortError,
+    CommunicationError,
+    LaunchError,
+    MismatchError,
+    MpitrainError,
+    PeerError,
+)
 from mpitrain.comm.callsite import call_site
 from mpitrain.comm.communicator import Communicator
-
-_INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a process that ends with this error: 2 for what a user can mend, 1 else."""
     if isinstance(error, KeyboardInterrupt):
-        return _INTERRUPTED
+        return INTERRUPTED
     return error.exit_code if isinstance(error, MpitrainError) else 1
 
 

@@ -60,7 +60,8 @@ def _uncounted(comm: Communicator) -> Iterator[None]:
 def _load() -> Any:
     """Import mpi4py, which starts MPI, with the settings that it reads at that moment."""
     # Open MPI ends a process that has no home, and does not say so; batch systems may start one without environment.
-    _env.set_default("HOME", os.path.expanduser("~"))
+    home = os.path.expanduser("~")
+    _env.set_default("HOME", home if os.path.isabs(home) else "/")  # as "~" comes back of a user whom no table has
     # One-sided communication through UCX prints a line per rank where there is no such network.
     _env.set_default("OMPI_MCA_osc", "^ucx")
     # Open MPI looks for such networks for a second; only its one-sided communication would use what it finds here.

@@ -336,7 +336,7 @@ class _Lines:
     def close(self) -> None:
         self.open = False
 
-    def abort(self) -> None:
+    def abort(self, code: int = 1) -> None:
         self.aborted += 1
 
 

@@ -18,12 +18,14 @@ def _write(folder: Path, files: dict[str, str]) -> None:
 
 
 def _second(limit: str, used: int, droppable: int = 0) -> dict[str, str]:
-    stat = f"anon 5\ninactive_anon 7\ninactive_file {droppable}\nactive_file 9"
+    twice_read = droppable // 4
+    stat = f"anon 5\ninactive_anon 7\ninactive_file {droppable - twice_read}\nactive_file {twice_read}"
     return {"memory.max": limit, "memory.current": str(used), "memory.stat": stat}
 
 
 def _first(limit: int, used: int, droppable: int = 0) -> dict[str, str]:
-    stat = f"inactive_file 1\ntotal_inactive_file {droppable}"
+    twice_read = droppable // 4
+    stat = f"inactive_file 1\ntotal_inactive_file {droppable - twice_read}\ntotal_active_file {twice_read}"
     return {"memory.limit_in_bytes": str(limit), "memory.usage_in_bytes": str(used), "memory.stat": stat}
 
 

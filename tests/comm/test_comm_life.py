@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conformance import same
 
+from mpitrain import _env
 from mpitrain._errors import CommunicationError, InputError
 from mpitrain.comm import Communicator
 from mpitrain.comm.calls import Call, Handle
@@ -60,6 +61,8 @@ def test_the_memory_of_its_node_goes_with_it(world: Communicator, loops: str, mo
             x = np.ones(1000)
             same(part.allreduce(x), np.full(1000, float(world.size)))
             name, plan = part.transport, part.allreduce_plan(x)
+            if part.node.size == part.size > 1 and _env.transport() is None:
+                assert name == "shared", part.transport_reason
             assert mapped() - before == (name == "shared")
         assert part.transport == name
         assert mapped() - before == (name == "shared" and loops == "on")  # through which the plan passes its array

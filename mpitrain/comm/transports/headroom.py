@@ -15,10 +15,13 @@ _MEMINFO = Path("/proc/meminfo")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
 _NAMES = {
-    2: ("memory.max", "memory.current", "inactive_file"),
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", ""),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 }
-"""By version of control groups: the files of limit and use, and in ``memory.stat`` what the kernel can drop at once."""
+"""By version of control groups: the files of limit and use, and how the names of totals begin in ``memory.stat``."""
+
+_DROPPABLE = "(?:inactive_file|active_file|slab_reclaimable)"
+"""What the kernel drops before it ends anything: copies of files too, however often they were read."""
 
 _NO_LIMIT = 2**62
 """From here on a limit of version 1 says that there is none."""
@@ -52,7 +55,7 @@ def _groups(membership: Path, cgroups: Path) -> Iterator[tuple[int, Path]]:
     A container may show the path outside of it; what is not there has no limit that could be read.
     """
     for line in _text(membership).splitlines():
-        _, controllers, path = line.split(":", 2)
+        controllers, _, path = line.partition(":")[2].partition(":")
         version = 2 if controllers == "" else 1
         if version == 2 or "memory" in controllers.split(","):
             top = cgroups if version == 2 else cgroups / "memory"
@@ -67,12 +70,12 @@ def _group(group: tuple[int, Path]) -> int | None:
     limit, used = (_text(folder / name).strip() for name in names[:2])
     if not (limit.isdigit() and used.isdigit()) or int(limit) >= _NO_LIMIT:  # "max", or no such group
         return None
-    droppable = re.search(rf"^{names[2]} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
-    return max(0, int(limit) - int(used) + (int(droppable[1]) if droppable else 0))
+    droppable = re.findall(rf"^{names[2]}{_DROPPABLE} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+    return max(0, int(limit) - int(used) + sum(map(int, droppable)))
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return ""
