@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from inspect import signature
 from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, Self, TypeVar
@@ -172,6 +172,12 @@ class Checked:
         for found in fields(self):
             if "allowed" in found.metadata:
                 check(self.name, found.name, getattr(self, found.name), found.metadata["allowed"])
+
+
+def declared(thing: object) -> dict[str, Any]:
+    """Return by name what something holds in fields made by `option`."""
+    found = fields(thing) if is_dataclass(thing) and not isinstance(thing, type) else ()
+    return {each.name: getattr(thing, each.name) for each in found if "allowed" in each.metadata}
 
 
 T = TypeVar("T")

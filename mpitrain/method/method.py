@@ -110,7 +110,9 @@ class Plan:
             )  # fmt: skip
         check_whole("Plan", "steps", self.steps, 0)
         for step in (1, max(self.steps, 1)):
-            check("Plan", f"the learning rate of step {step}", self.schedule(step), _RATE)
+            rate = self.schedule(step)
+            rate = rate.item() if getattr(rate, "ndim", None) == 0 else rate  # NumPy's and JAX's schedules give arrays
+            check("Plan", f"the learning rate of step {step}", rate, _RATE)
         for name in ("clip_norm", "clip_value"):
             if (bound := getattr(self, name)) is not None:
                 check("Plan", name, bound, POSITIVE)

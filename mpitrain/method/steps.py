@@ -5,7 +5,6 @@ Each works on the parts of the flat range that a rank updates: all of it for dat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpitrain._errors import MismatchError, NonFiniteError
+from mpitrain._options import declared
 from mpitrain._typing import Array
 from mpitrain.arrays import FlatBuffer, Shard, namespace
 from mpitrain.comm import Communicator
@@ -104,10 +104,9 @@ def verify_settings(comm: Communicator, optimizer: Optimizer, plan: Plan) -> Non
     MismatchError
         Naming the first rank whose rule differs from rank 0's.
     """
-    rule = re.sub(r" at 0x\w+", "", repr(optimizer))  # where a process has it says nothing
     first, last = (float(plan.schedule(step)) for step in (1, max(plan.steps, 1)))
     told = comm.allgather_object(
-        f"{rule}, {plan.steps} steps, learning rate {first:g} to {last:g}, clip_norm {plan.clip_norm}, "
+        f"{_rule(optimizer)}, {plan.steps} steps, learning rate {first:g} to {last:g}, clip_norm {plan.clip_norm}, "
         f"clip_value {plan.clip_value}"
     )
     for rank, each in enumerate(told):
@@ -116,6 +115,12 @@ def verify_settings(comm: Communicator, optimizer: Optimizer, plan: Plan) -> Non
                 "ranks were set up to take different steps", operation="setup", got=f"{each} on rank {rank}",
                 expected=f"{told[0]} as on rank 0",
             )  # fmt: skip
+
+
+def _rule(optimizer: Optimizer) -> str:
+    """Return an optimizer's name and its declared options; what else it holds may be this rank's own business."""
+    options = ", ".join(f"{name}={value!r}" for name, value in declared(optimizer).items())
+    return f"{getattr(optimizer, 'name', type(optimizer).__name__)}({options})"
 
 
 def reduce_gradients(comm: Communicator, grads: FlatBuffer, buckets: tuple[tuple[int, int], ...]) -> None:

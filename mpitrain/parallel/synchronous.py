@@ -122,6 +122,8 @@ class Synchronous(Method):
         """See `Method.setup`."""
         check_parts(model, optimizer, plan)
         self.model, self.optimizer, self.plan = model, optimizer, plan
+        for comm in filter(None, (self.comm, self.across)):  # first, for how memory is laid out follows from these
+            verify_settings(comm, optimizer, plan)
         self.step = self.skipped = 0
         self._scaler, self._scale = (self.precision.scaler() if self.precision else None), 1.0
         self._feed: Feed | None = None
@@ -148,7 +150,7 @@ class Synchronous(Method):
         self.model.initialise(params, self.plan.key.child("init"))
 
     def _verify(self, replicas: Communicator | None, stretches: Iterable[FlatBuffer]) -> None:
-        """Check that ranks hold the same values of the same tensors, and update them alike.  Collective.
+        """Check that ranks hold the same values of the same tensors.  Collective.
 
         Parameters
         ----------
@@ -157,8 +159,6 @@ class Synchronous(Method):
         stretches : iterable of FlatBuffer
             The parameters, part by part; ranks along ``across`` may cut theirs elsewhere.
         """
-        for comm in filter(None, (replicas, self.across)):
-            verify_settings(comm, self.optimizer, self.plan)
         common = []
         for params in stretches:
             if replicas:

@@ -16,8 +16,9 @@ from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.data import Batches
 from mpitrain.method import Method
 from mpitrain.nn import Network
-from mpitrain.optim import SGD, Constant
+from mpitrain.optim import LAMB, SGD, Constant
 from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
+from mpitrain.parallel.pipeline import PipelineParallel
 
 
 def initial_hash(comm: Communicator, make: Make, dtype: str) -> str:
@@ -97,22 +98,32 @@ RULES = {
     "end": lambda rank: (SGD(), plan(3, schedule=lambda step: 1.0 + rank * (step > 2))),
     "steps": lambda rank: (SGD(), plan(3 + rank, schedule=Constant(lr=1.0))),
     "clipping": lambda rank: (SGD(), plan(3, clip_norm=1.0 + rank)),
+    "one clips": lambda rank: (SGD(), plan(3, clip_norm=1.0 if rank else None)),
+    "kind": lambda rank: (SGD() if rank else LAMB(), plan(3)),
     "option": lambda rank: (SGD(weight_decay=0.1 * rank), plan(3)),
 }
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("make", [DataParallel, GradientParallel])
+@pytest.mark.parametrize("make", [DataParallel, GradientParallel, PipelineParallel])
 def test_ranks_that_would_take_different_steps_are_named(make, rule):
     with pytest.raises(MismatchError, match=r"setup: ranks were set up to take different steps; got .* on rank 1; exp"):
         LocalWorld(2).run(lambda comm: make(comm).setup(mlp(), *rule(comm.rank)))
 
 
-def test_optimizers_that_do_not_say_what_they_hold_are_taken_for_the_same():
-    class Mine(SGD):
-        __repr__ = object.__repr__
+@pytest.mark.mpi
+@pytest.mark.parametrize("make", [DataParallel, GradientParallel])
+def test_ranks_are_named_before_they_lay_out_memory_apart(world: Communicator, make: Make) -> None:
+    if world.size > 1:
+        with pytest.raises(MismatchError, match="setup: ranks were set up to take different steps"):
+            make(world).setup(mlp(), SGD(), plan(3, clip_norm=1.0 if world.rank else None))
 
-    LocalWorld(2).run(lambda comm: DataParallel(comm).setup(mlp(), Mine(), plan(3)))
+
+def test_what_one_rank_does_beside_the_rule_is_its_own_business():
+    class Mine(SGD):
+        pass
+
+    LocalWorld(2).run(lambda comm: DataParallel(comm).setup(mlp(), Mine() if comm.rank else SGD(), plan(3)))
 
 
 def check_setup_twice(comm: Communicator, make: Make) -> None:

@@ -183,12 +183,13 @@ def test_measured_times_are_those_of_the_layers(only):
     for number, times in zip(numbers, found, strict=True):
         spent_ms = [1e3 * each for each in (times.forward_s, times.backward_input_s, times.backward_weight_s)]
         least = TAKEN_MS[number]
-        assert all(own <= spent < own + 45 for own, spent in zip(least, spent_ms, strict=True)), spent_ms
+        assert all(own <= spent for own, spent in zip(least, spent_ms, strict=True)), spent_ms
         assert times.total_s == pytest.approx(sum(spent_ms) / 1e3)
         expected = {name: 3 for name, own in zip(("forward", "input", "weight"), least, strict=True) if own}
         assert expected.items() <= layers[number].calls.items()
     assert not any(layers[number].calls for number in {*range(4)} - {*numbers})
     assert not layers[0].calls["input"]
+    assert not layers[0].calls["weight"]
     assert not layers[1].calls["input"]
 
 

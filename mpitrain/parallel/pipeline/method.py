@@ -277,6 +277,9 @@ class PipelineParallel(Synchronous):
             reduce_gradients(self.data, self.grads.buffer, self.params.layout.buckets(self.bucket_bytes))
         self._ties.sum(self.grads.views)
 
+    def _reduce(self, array: Array) -> Array:
+        return super()._reduce(array) if self.data.size > 1 else array
+
     def _over_model(self) -> Reach:
         return self._reach(self.pipe, elsewhere=self._ties.copies)  # in which a tied tensor counts once
 
