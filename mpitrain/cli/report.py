@@ -12,7 +12,7 @@ import click
 def command(run: Path) -> None:
     """Write report.html and its pictures for the run directory RUN, also while it is still running.
 
-    What its steps cost it tells once `mpitrain bench job RUN` has measured that.
+    Once `mpitrain bench job RUN` has measured what the run's steps cost, the report tells that too.
     """
     from mpitrain.train.report import write_report
 

@@ -183,7 +183,8 @@ def _print_result(result: dict[str, Any], as_json: bool, traced: bool) -> None:
     )
     click.echo(f"{headline(result['metrics'])}")
     click.echo(f"weights   {result['weights_sha256']}")
-    click.echo(f"report    {result['report'] or 'not written: pip install mpitrain[plot]'}")
+    why = f"not written; why: mpitrain report {result['run_dir']}"
+    click.echo(f"report    {result['report'] or why}")
     if traced:
         click.echo(f"trace     {Path(result['run_dir']) / 'trace.json'} (opens in ui.perfetto.dev)")
     if not result["completed"]:

@@ -110,7 +110,7 @@ class Plan:
             )  # fmt: skip
         check_whole("Plan", "steps", self.steps, 0)
         for step in (1, max(self.steps, 1)):
-            rate = self.schedule(step)
+            rate: Any = self.schedule(step)
             rate = rate.item() if getattr(rate, "ndim", None) == 0 else rate  # NumPy's and JAX's schedules give arrays
             check("Plan", f"the learning rate of step {step}", rate, _RATE)
         for name in ("clip_norm", "clip_value"):

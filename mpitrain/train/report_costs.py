@@ -11,7 +11,7 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain.comm.bench.results import Quantiles
-from mpitrain.train.bench.costs import WORKSPACE, JobCosts
+from mpitrain.train.bench.costs import WORKSPACE, JobCosts, told_rate
 from mpitrain.train.bench.memory import Memory
 from mpitrain.train.rundir import RunDirectory
 
@@ -39,7 +39,7 @@ def costs_part(run: RunDirectory, records: Iterable[Mapping[str, Any]], ranks: i
     if found is None:
         start = f" -n {ranks}" if ranks else ""
         command = f"mpitrain bench job {shlex.quote(str(run.path))}{start}"
-        missing = "Operations, utilisation, communication and memory are not measured while training, but by"
+        missing = "Operations, utilisation, communication and memory, which training does not measure, of jobs on CPUs:"
         return f"{rates}<p>{missing} <code>{escape(command)}</code></p>"
     measured = f"<p>Measured by <code>mpitrain bench job</code>: {escape(found.title)}</p>"
     notes = "".join(f"<p>{escape(note)}</p>" for note in found.notes)
@@ -65,8 +65,9 @@ def _rates(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
         values = [each[key] for each in train if isinstance(each.get(key), int | float)]
         if values:
             rate = Quantiles.of(np.array(values, np.float64))
+            median, low, high = (told_rate(each) for each in (rate.p50, rate.p10, rate.p90))
             records_ = "1 record" if rate.count == 1 else f"{rate.count:,} records"
-            yield name, f"{rate.p50:,.0f} (p10 {rate.p10:,.0f}, p90 {rate.p90:,.0f}) over {records_} of the training"
+            yield name, f"{median} (p10 {low}, p90 {high}) over {records_} of the training"
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

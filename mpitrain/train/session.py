@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mpitrain._errors import JobError, MissingExtraError
+from mpitrain._errors import InputError, JobError
 from mpitrain.comm import Communicator
 from mpitrain.comm.guard import agree
 from mpitrain.comm.threads import set_blas_threads
@@ -332,6 +332,6 @@ def _keep(
 def _report(directory: RunDirectory, observer: Observer) -> str | None:
     try:
         return str(write_report(directory.path))
-    except MissingExtraError as error:
+    except InputError as error:  # matplotlib is missing, or a file beside the run's own is damaged
         observer.on_note(f"no report: {error}")
         return None

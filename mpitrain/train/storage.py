@@ -50,8 +50,8 @@ def alone(path: Path) -> Iterator[None]:
 
     Notes
     -----
-    A lock of the operating system's, which goes with the process that holds it.  Where the file system has none for
-    directories (some that are mounted over a network), nobody is kept out.
+    A lock of the operating system's, which goes with the process that holds it.  File systems that are mounted over a
+    network may hold a directory's lock among the processes of one node only (NFS does), or have none at all.
     """
     with disk("open run directory", path):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

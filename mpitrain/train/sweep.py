@@ -18,6 +18,7 @@ from typing import Any
 from mpitrain.comm import Communicator, Outcome, agree, map_tasks
 from mpitrain.comm.local import alone
 from mpitrain.comm.threads import blas_threads
+from mpitrain.train import storage
 from mpitrain.train.grid import Point, plan
 from mpitrain.train.job.train import lower_is_better
 from mpitrain.train.rundir import RunDirectory
@@ -125,7 +126,9 @@ def _train(point: Point, threads: int, stop: Stop) -> None:
 
 def _clean_up(directory: Path) -> None:
     """Remove what a crash has left of a run that had not yet begun; nothing else is touched."""
-    with disk("remove what a crash has left", directory):
+    if not directory.is_dir():
+        return
+    with storage.alone(directory), disk("remove what a crash has left", directory):
         for name in ("data.json", "environment.json", "job.toml"):
             (directory / name).unlink(missing_ok=True)
             (directory / f".{name}.writing").unlink(missing_ok=True)

@@ -92,7 +92,7 @@ def test_rates_are_the_medians_of_all_records(tmp_path):
 
 def test_costs_that_lie_in_the_run_are_told(tmp_path):
     path = make(tmp_path / "a run", steps=0)
-    assert f"memory are not measured while training, but by mpitrain bench job '{path}' -n 2" in shown(path)
+    assert f"which training does not measure, of jobs on CPUs: mpitrain bench job '{path}' -n 2" in shown(path)
     memory = {"parameters": Memory(3e6, 3e6), "activations": Memory(7.5e6), "codec": Memory(1e6, 2e6)}
     seconds = Quantiles(7, 0.04, 0.045, 0.05, 0.055, 0.06)
     costs = JobCosts(
@@ -112,7 +112,7 @@ def test_costs_that_lie_in_the_run_are_told(tmp_path):
         "not all is known",
     ):
         assert part in text
-    assert "not measured while training" not in text
+    assert "which training does not measure" not in text
 
 
 def test_many_classes_are_told_by_the_pairs_that_are_confused_most(tmp_path):

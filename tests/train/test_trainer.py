@@ -189,6 +189,21 @@ def test_resuming_what_is_complete_changes_nothing(load, tmp_path):
     assert metrics(tmp_path / "run") == before
 
 
+def test_a_report_that_cannot_be_written_loses_no_run(load, tmp_path, monkeypatch):
+    class Listener(Observer):
+        def on_note(self, text: str) -> None:
+            notes.append(text)
+
+    def damaged(path):
+        raise InputError("costs.json: cannot be read")
+
+    notes: list[str] = []
+    monkeypatch.setattr(session, "write_report", damaged)
+    result = train(load(), ranks=1, run_dir=tmp_path / "run", observer=Listener())
+    assert (result["completed"], result["report"], notes[-1]) == (True, None, "no report: costs.json: cannot be read")
+    assert (tmp_path / "run/COMPLETED").is_file()
+
+
 def test_resuming_on_another_number_of_ranks(load, tmp_path):
     job = load(dtype="float64")
     whole = train(job, ranks=1, run_dir=tmp_path / "whole")

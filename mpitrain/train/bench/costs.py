@@ -84,9 +84,9 @@ class JobCosts:
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yield what was found for people, name by name; memory is not among it."""
-        seconds, tokens = self.seconds, f", {self.tokens_per_s:,.0f} tokens/s" if self.tokens_per_s else ""
+        seconds, tokens = self.seconds, f", {told_rate(self.tokens_per_s)} tokens/s" if self.tokens_per_s else ""
         times_ms = f"{seconds.p50 * 1e3:.4g} ms (p10 {seconds.p10 * 1e3:.4g}, p90 {seconds.p90 * 1e3:.4g})"
-        yield "step", f"{times_ms}: {self.samples_per_s:,.0f} samples/s{tokens}"
+        yield "step", f"{times_ms}: {told_rate(self.samples_per_s)} samples/s{tokens}"
         if self.flops and self.utilisation:
             whose = f"{self.product_flops_per_s / 1e9:.0f} GFLOP/s of each rank's products"
             yield "operations", f"{self.flops / 1e9:.4g} GFLOP a step, {self.utilisation:.1%} of {whose}"
@@ -95,3 +95,8 @@ class JobCosts:
             lost = self.pipeline
             predicted = f"{lost.simulated:.1%} simulated with the passes' times, {lost.formula:.1%} by formula"
             yield "pipeline", f"overhead {lost.measured:.1%}; {predicted}"
+
+
+def told_rate(per_s: float) -> str:
+    """Return a rate for people: whole, or three digits of a slow one."""
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
