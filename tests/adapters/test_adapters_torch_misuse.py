@@ -322,6 +322,20 @@ def test_a_graph_from_before_the_step_is_stale():
     LocalWorld(1).run(rank)
 
 
+def test_versions_are_counted_one_parameter_at_a_time(monkeypatch):
+    """As PyTorch 2.4 takes them."""
+    counted, count = [], torch.autograd.graph.increment_version
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", lambda each: (counted.append(each), count(each)))
+
+    def rank(comm):
+        run = Run(comm)
+        run.backward()
+        run.step()
+        assert {id(each) for each in counted} == {id(each) for each in run.module.parameters()}
+
+    LocalWorld(1).run(rank)
+
+
 def test_means_are_not_added_up():
     def rank(comm):
         run = Run(comm, reduction="mean")
@@ -381,6 +395,21 @@ def test_frozen_parameters_may_be_of_any_dtype():
     differs = True
     with pytest.raises(MismatchError, match=r"other values than rank 0's on ranks \[1\]"):
         LocalWorld(2).run(rank)
+
+
+def test_parameters_may_be_columns_of_others():
+    """They are compared between ranks, and trained."""
+
+    def rank(comm):
+        module, column = torch.nn.Module(), torch.arange(6.0).reshape(3, 2)[:, 0]
+        module.gain = torch.nn.Parameter(column)
+        assert module.gain.stride() == (2,)
+        opt = mt.DistributedOptimizer(torch.optim.SGD(module.parameters(), lr=1.0), module, comm)
+        module.gain.sum().backward()
+        opt.step(count=1)
+        assert module.gain.tolist() == [-1.0, 1.0, 3.0]
+
+    LocalWorld(1).run(rank)
 
 
 def test_sparse_gradients_are_refused():
