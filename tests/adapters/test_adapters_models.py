@@ -283,10 +283,13 @@ def test_a_module_that_was_changed_is_refused_and_not_trained_in_part(change):
 def test_what_is_no_module_yet_is_refused():
     with pytest.raises(InputError, match="TorchModel: module is of another kind; got the class Lstm"):
         TorchModel(Lstm, nn.CrossEntropy())
-    with pytest.raises(
-        InputError, match=r"a parameter has no shape yet; got 0.weight; run the module on samples first"
+    for name, lazy in (
+        ("1.weight", torch.nn.LazyLinear(3)),
+        ("1.running_mean", torch.nn.LazyBatchNorm1d(affine=False)),
     ):
-        TorchModel(torch.nn.Sequential(torch.nn.LazyLinear(3)), nn.CrossEntropy())
+        message = f"a parameter or buffer has no shape yet; got {name}; run the module on samples first"
+        with pytest.raises(InputError, match=message):
+            TorchModel(torch.nn.Sequential(torch.nn.Linear(2, 2), lazy), nn.CrossEntropy())
 
 
 def test_what_no_checkpoint_would_hold_is_refused():
