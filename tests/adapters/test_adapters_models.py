@@ -272,12 +272,48 @@ def add(module):
     module[0].more = torch.nn.Linear(1, 1)
 
 
-@pytest.mark.parametrize("change", [replace_layer, replace_parameter, take_out, add])
+def freeze(module):
+    module[0].requires_grad_(False)
+
+
+def unfreeze(module):
+    module[2].requires_grad_(True)
+
+
+@pytest.mark.parametrize("change", [replace_layer, replace_parameter, take_out, add, freeze, unfreeze])
 def test_a_module_that_was_changed_is_refused_and_not_trained_in_part(change):
-    model = TorchModel(seeded(mlp), nn.CrossEntropy())
-    change(model.module)
+    module = seeded(mlp)
+    module[2].bias.requires_grad_(False)
+    model = TorchModel(module, nn.CrossEntropy())
+    change(module)
     with pytest.raises(InputError, match="other parameters or modules than when it was handed over"):
         LocalWorld(1).run(lambda comm: trained(DataParallel, model, comm, feed_of("mlp")))
+
+
+class Pointing(torch.nn.Module):
+    """Keeps parts of itself under further names while it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(mlp())
+
+    def forward(self, x):
+        self.weight = self.blocks[0].weight
+        self.register_parameter("absent", None)
+        for block in self.blocks:
+            self.current = block
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_module_may_point_at_its_own_parts(method):
+    def rank(comm):
+        model, plain = (TorchModel(seeded(make), nn.CrossEntropy()) for make in (Pointing, mlp))
+        found, expected = (trained(METHODS[method], each, comm, feed_of("mlp"), steps=2)[0] for each in (model, plain))
+        assert found.weights_sha256() == expected.weights_sha256()
+
+    LocalWorld(1).run(rank)
 
 
 def test_what_is_no_module_yet_is_refused():
