@@ -89,6 +89,22 @@ def count_of_text(run):
     run.step("10")
 
 
+def several_counts(run):
+    run.backward()
+    run.step(torch.tensor([4, 6]))
+
+
+def count_beyond_floats(run):
+    run.backward()
+    run.step(10**400)
+
+
+def several_counts_after_clip(run):
+    run.backward()
+    run.opt.clip_grad_norm_(1.0, count=ROWS)
+    run.step(torch.tensor([4, 6]))
+
+
 def nobody(run):
     run.step(0)
 
@@ -205,6 +221,9 @@ MISUSE = {
     no_count: "step: no count; .*len",
     bad_count: "this is no count; got nan",
     count_of_text: "this is no count; got '10'",
+    several_counts: r"this is no count; got tensor\(\[4, 6\]\); expected",
+    count_beyond_floats: "this is no count; got 10{10}",
+    several_counts_after_clip: r"another count than clip_grad_norm_ was handed; got tensor\(\[4, 6\]\); expected 10",
     nobody: "no rank had samples",
     other_count: "another count than clip_grad_norm_ was handed; got 11; expected 10",
     backward_after_clip: "summed over ranks already; got reduced.*zero_grad",
@@ -346,6 +365,36 @@ def test_means_are_not_added_up():
         run.opt.zero_grad()
         with pytest.raises(InputError, match="the loss is a sum"):
             run.backward("sum")
+
+    LocalWorld(1).run(rank)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Goes half the way of every step; leaves out the base's constructor, as such wrappers do."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self):
+        params = [each for group in self.param_groups for each in group["params"]]
+        before = [each.detach().clone() for each in params]
+        self.inner.step()
+        with torch.no_grad():
+            for each, old in zip(params, before, strict=True):
+                each.lerp_(old, 0.5)
+
+
+def test_optimizers_may_wrap_others():
+    def rank(comm):
+        run, module = Run(comm), seeded(mlp)
+        inner = torch.optim.SGD(module.parameters(), lr=0.2)
+        opt = mt.DistributedOptimizer(Lookahead(inner), module, comm)
+        loss_sum(module, *samples("mlp")).backward()
+        opt.step(count=ROWS)
+        run.backward()
+        run.step()
+        for name, value in run.module.state_dict().items():
+            torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-12, atol=1e-14)
 
     LocalWorld(1).run(rank)
 
