@@ -506,6 +506,8 @@ def test_what_cannot_be_wrapped_is_refused():
         module = seeded(mlp)
         with pytest.raises(InputError, match="evaluates the loss by itself, in a closure; got LBFGS"):
             mt.DistributedOptimizer(torch.optim.LBFGS(module.parameters()), module, comm)
+        with pytest.raises(InputError, match=r"takes sparse gradients alone; got SparseAdam; expected .* dense"):
+            mt.DistributedOptimizer(torch.optim.SparseAdam(module.parameters()), module, comm)
         half = module.bfloat16()
         with pytest.raises(DtypeError, match=r"got torch\.bfloat16 on cpu; expected all torch\.float32"):
             mt.DistributedOptimizer(torch.optim.SGD(half.parameters(), lr=0.1), half, comm)
