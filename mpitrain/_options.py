@@ -119,19 +119,19 @@ def check_kind(operation: str, what: str, value: object, kind: type | tuple[type
         Name of the argument.
     """
     if not isinstance(value, kind):
-        got = f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__}: {_brief(value)}"
+        got = f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__}: {brief(value)}"
         raise InputError(f"{what} is of another kind", operation=operation, got=got, expected=expected)
 
 
 def check_whole(operation: str, what: str, value: object, least: int) -> None:
     """Raise an InputError unless ``value`` is an integer of at least so much."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InputError(f"{what} is not an integer", operation=operation, got=_brief(value))
+        raise InputError(f"{what} is not an integer", operation=operation, got=brief(value))
     if value < least:
         raise InputError(f"{what} is too small", operation=operation, got=value, expected=f"at least {least}")
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
     """Return how a value shows itself, on one line and not too long."""
     text = " ".join(reprlib.repr(value).split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -36,6 +36,9 @@ _PASSES = (
 )
 """Backward passes, which may begin at edges of the graph; not yet in PyTorch 2.4."""
 
+_INCOMING = ("grad_outputs", "grad_tensors")
+"""How backward passes call the gradients that they begin with."""
+
 
 def can_gather(module: torch.nn.Module) -> bool:
     """Tell whether all functions that a module calls can be seen: none of it is scripted, traced or compiled."""
@@ -117,7 +120,7 @@ class _Reads(TorchFunctionMode):  # type: ignore[misc]  # PyTorch is optional, a
     def _backward(self, tensor: Any, gradient: Any = None, **options: Any) -> None:
         """Run ``tensor.backward()`` as the function that it calls."""
         with self:
-            torch.autograd.backward(tensor, gradient, **options)
+            torch.autograd.backward(tensor, self._copied(gradient), **options)
 
     def _pass(
         self,
@@ -131,18 +134,31 @@ class _Reads(TorchFunctionMode):  # type: ignore[misc]  # PyTorch is optional, a
 
         While a function is handed to a mode, the mode is off.  Backward passes between edges of the graph, instead of
         tensors, are not handed to it.  (Older versions of PyTorch hand it none of ``backward``, and leave it on.)
+        The gradients with which a pass begins are read by no function, hence copies of those that are parameters.
         """
         if func is torch.autograd.backward:
             for each in inputs or ():
-                each.retain_grad()  # an edge has no place for it
+                if isinstance(each, torch.Tensor):
+                    each.retain_grad()  # an edge has no place for it
         edges, ends = _edges(tensors), inputs and _edges(inputs)
         with self:
-            found = func(edges, inputs=ends, **options)
+            incoming = {name: self._copied(options.pop(name)) for name in _INCOMING if name in options}
+            found = func(edges, inputs=ends, **incoming, **options)
         if materialize_grads:
+            graph = options.get("create_graph", False)
             return tuple(
-                torch.zeros_like(end) if each is None else each for each, end in zip(found, inputs, strict=True)
+                torch.zeros_like(end, requires_grad=graph) if each is None else each
+                for each, end in zip(found, inputs, strict=True)
             )
         return found
+
+    def _copied(self, gradients: Any) -> Any:
+        """Return one gradient or several, with a copy in place of each that is a parameter."""
+        if id(gradients) in self._names:
+            return gradients.clone()
+        if gradients is None or isinstance(gradients, torch.Tensor):
+            return gradients
+        return tuple(map(self._copied, gradients))
 
     def _read(self, values: Iterable[Any]) -> Iterator[str]:
         for value in values:

@@ -48,10 +48,10 @@ def layout_of(module: torch.nn.Module) -> Layout:
     InputError
         One is lazy, and has no shape yet.
     """
-    for name, each in module.named_parameters():
+    for name, each in (*module.named_parameters(), *module.named_buffers()):
         if torch.nn.parameter.is_lazy(each):
             raise InputError(
-                "a parameter has no shape yet",
+                "a parameter or buffer has no shape yet",
                 operation="TorchModel",
                 got=name,
                 remedy="run the module on samples first",

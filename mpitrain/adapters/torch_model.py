@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ class TorchModel(Model):
         self._statistics = statistics_of(module)
         self._parameters = dict(module.named_parameters())
         self._modules = list(module.modules())
-        self._made_of = self._tensors_and_modules()
+        self._made_of = self._parts()
         self._initial = {name: each.detach().clone() for name, each in self._tensors().items()}
         self._pool = Pool()
         self._bound: Array | None = None
@@ -115,12 +116,12 @@ class TorchModel(Model):
         ------
         InputError
             The module changes a buffer that is no running statistic; no checkpoint would hold it.  Parameters or
-            modules in it were added, replaced or taken out since it was handed over.  It gives no tensor, or one that
-            no trained parameter has a part in.
+            modules in it were added, replaced, taken out, frozen or unfrozen since it was handed over.  It gives no
+            tensor, or one that no trained parameter has a part in.
         """
-        if self._tensors_and_modules() != self._made_of:
+        if self._parts() != self._made_of:
             raise InputError(
-                "the module has other parameters or modules than when it was handed over, which nothing would train",
+                "the module has other parameters or modules than when it was handed over, or others are frozen",
                 operation="TorchModel", remedy="change it first, then make a TorchModel of it",
             )  # fmt: skip
         self.module.train()
@@ -180,9 +181,13 @@ class TorchModel(Model):
         """Turn added `sums` into the loss's metrics."""
         return self.loss.metrics(sums)
 
-    def _tensors_and_modules(self) -> list[int]:
-        """Return what the module is made of, by identity."""
-        return [id(each) for owner in self._modules for each in (*owner._parameters.values(), *owner._modules.values())]
+    def _parts(self) -> set[tuple[int, bool | None]]:
+        """Return what the module is made of, under whatever names, and of parameters whether they are trained."""
+        parameters = chain.from_iterable(owner._parameters.values() for owner in self._modules)
+        modules = chain.from_iterable(owner._modules.values() for owner in self._modules)
+        return {(id(each), each.requires_grad) for each in parameters if each is not None} | {
+            (id(each), None) for each in modules if each is not None
+        }
 
     def _tensors(self) -> dict[str, Any]:
         """Return parameters and running statistics by name."""

@@ -69,7 +69,7 @@ def check_same_values(named: Iterable[Named], comm: Communicator, operation: str
     """Require the same bits on all ranks.  Collective."""
     digest = hashlib.sha256()
     for _, tensor in named:
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     differing = _differing(comm, digest.hexdigest())
     if differing:
         raise MismatchError(

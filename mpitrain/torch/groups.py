@@ -13,6 +13,11 @@ from mpitrain.arrays import Layout, Segment
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 _OPERATION = "DistributedOptimizer"
 
+_REFUSED = {
+    torch.optim.LBFGS: "the optimizer evaluates the loss by itself, in a closure",
+    torch.optim.SparseAdam: "the optimizer takes sparse gradients alone",
+}
+
 
 def trained(model: Any, optimizer: Any) -> list[list[str]]:
     """Return the names of the parameters of each of the optimizer's groups that require a gradient.
@@ -20,15 +25,16 @@ def trained(model: Any, optimizer: Any) -> list[list[str]]:
     Raises
     ------
     InputError
-        The optimizer has a parameter that is not the module's, or none at all; or evaluates the loss by itself.
+        The optimizer has a parameter that is not the module's, or none at all; or it evaluates the loss by itself, or
+        takes sparse gradients alone.
     DtypeError
         They are not of one dtype, float32 or float64, or not in host memory.
     """
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise InputError(
-            "the optimizer evaluates the loss by itself, in a closure", operation=_OPERATION, got="LBFGS",
-            expected="one that takes a step from gradients",
-        )  # fmt: skip
+    for kind, problem in _REFUSED.items():
+        if isinstance(optimizer, kind):
+            raise InputError(
+                problem, operation=_OPERATION, got=kind.__name__, expected="one that takes a step from dense gradients"
+            )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = []
     for number, group in enumerate(optimizer.param_groups):

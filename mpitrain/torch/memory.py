@@ -189,7 +189,8 @@ class ShardedMemory:
         self._optimizer.step()
         self._note_sums()
         self._publish()
-        torch.autograd.graph.increment_version(self._params)  # a graph from before the step is stale
+        for parameter in self._params:  # PyTorch 2.4 takes no list
+            torch.autograd.graph.increment_version(parameter)  # a graph from before the step is stale
         self.note()
 
     def own_finite(self) -> bool:

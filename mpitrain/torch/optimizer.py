@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mpitrain._errors import InputError, NonFiniteError
+from mpitrain._options import brief
 from mpitrain.arrays import FlatBuffer
 from mpitrain.comm import Communicator
 from mpitrain.optim import finite, scale, squared_norm
@@ -109,7 +110,8 @@ class DistributedOptimizer:
         self._updating = False
         if optimizer in _GUARDS:  # wrapped before
             _GUARDS[optimizer].remove()
-        _GUARDS[optimizer] = optimizer.register_step_pre_hook(self._require_updating)
+        if hasattr(optimizer, "_optimizer_step_pre_hooks"):  # not one that leaves out Optimizer.__init__
+            _GUARDS[optimizer] = optimizer.register_step_pre_hook(self._require_updating)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -149,8 +151,8 @@ class DistributedOptimizer:
         """
         if self._phase != "reduced":
             self._reduce(count, "step")
-        elif count is not None and count != self._count:
-            raise InputError("another count than clip_grad_norm_ was handed", operation="step", got=count,
+        elif count is not None and not (_is_count(count) and count == self._count):
+            raise InputError("another count than clip_grad_norm_ was handed", operation="step", got=brief(count),
                              expected=self._count)  # fmt: skip
         self._updating = True
         try:
@@ -272,7 +274,7 @@ class DistributedOptimizer:
         elif count is None:
             problem = "no count", "count=None", "samples whose losses this rank summed", "step(count=len(inputs))"
         elif not _is_count(count):
-            problem = "this is no count", repr(count), "a number ≥ 0", "step(count=len(inputs))"
+            problem = "this is no count", brief(count), "a number ≥ 0", "step(count=len(inputs))"
         elif count and not passes:
             problem = "no backward pass since the last step", f"count={count}", "loss.backward()", "0 if no samples"
         elif self._wanted == "mean" and passes > 1:
@@ -318,5 +320,5 @@ def _is_count(value: Any) -> bool:
     """Tell whether a value, perhaps a tensor, is a finite number that is not negative."""
     try:
         return bool(math.isfinite(value) and value >= 0)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # as NumPy and PyTorch say of several elements
         return False

@@ -272,21 +272,60 @@ def add(module):
     module[0].more = torch.nn.Linear(1, 1)
 
 
-@pytest.mark.parametrize("change", [replace_layer, replace_parameter, take_out, add])
+def freeze(module):
+    module[0].requires_grad_(False)
+
+
+def unfreeze(module):
+    module[2].requires_grad_(True)
+
+
+@pytest.mark.parametrize("change", [replace_layer, replace_parameter, take_out, add, freeze, unfreeze])
 def test_a_module_that_was_changed_is_refused_and_not_trained_in_part(change):
-    model = TorchModel(seeded(mlp), nn.CrossEntropy())
-    change(model.module)
+    module = seeded(mlp)
+    module[2].bias.requires_grad_(False)
+    model = TorchModel(module, nn.CrossEntropy())
+    change(module)
     with pytest.raises(InputError, match="other parameters or modules than when it was handed over"):
         LocalWorld(1).run(lambda comm: trained(DataParallel, model, comm, feed_of("mlp")))
+
+
+class Pointing(torch.nn.Module):
+    """Keeps parts of itself under further names while it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(mlp())
+
+    def forward(self, x):
+        self.weight = self.blocks[0].weight
+        self.register_parameter("absent", None)
+        for block in self.blocks:
+            self.current = block
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_module_may_point_at_its_own_parts(method):
+    def rank(comm):
+        model, plain = (TorchModel(seeded(make), nn.CrossEntropy()) for make in (Pointing, mlp))
+        found, expected = (trained(METHODS[method], each, comm, feed_of("mlp"), steps=2)[0] for each in (model, plain))
+        assert found.weights_sha256() == expected.weights_sha256()
+
+    LocalWorld(1).run(rank)
 
 
 def test_what_is_no_module_yet_is_refused():
     with pytest.raises(InputError, match="TorchModel: module is of another kind; got the class Lstm"):
         TorchModel(Lstm, nn.CrossEntropy())
-    with pytest.raises(
-        InputError, match=r"a parameter has no shape yet; got 0.weight; run the module on samples first"
+    for name, lazy in (
+        ("1.weight", torch.nn.LazyLinear(3)),
+        ("1.running_mean", torch.nn.LazyBatchNorm1d(affine=False)),
     ):
-        TorchModel(torch.nn.Sequential(torch.nn.LazyLinear(3)), nn.CrossEntropy())
+        message = f"a parameter or buffer has no shape yet; got {name}; run the module on samples first"
+        with pytest.raises(InputError, match=message):
+            TorchModel(torch.nn.Sequential(torch.nn.Linear(2, 2), lazy), nn.CrossEntropy())
 
 
 def test_what_no_checkpoint_would_hold_is_refused():

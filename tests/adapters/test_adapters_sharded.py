@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="needs PyTorch")
 from adapter_cases import CLASSES, mean_gradients, mlp, samples, seeded, twin  # noqa: E402
 from feeds import UnevenFeed  # noqa: E402
 from torch import nn as tnn  # noqa: E402
+from torch.autograd.graph import get_gradient_edge  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from mpitrain import GradientParallel, Key, Plan, nn, optim  # noqa: E402
@@ -100,6 +101,7 @@ def with_slope(module: Deep, x: torch.Tensor) -> torch.Tensor:
     """Adds a derivative by the input, of a layer that is called again for it; one by what is not used is zero."""
     y, unused = computed_again(module.second, x), torch.ones(3, requires_grad=True)
     slope, nothing = torch.autograd.grad(torch.tanh(y).sum(), (x, unused), create_graph=True, materialize_grads=True)
+    assert nothing.requires_grad
     return y + slope + nothing.sum()
 
 
@@ -109,6 +111,30 @@ def with_slopes_left_in_inputs(module: Deep, x: torch.Tensor) -> torch.Tensor:
     double = 2 * leaf
     torch.tanh(computed_again(module.second, double)).sum().backward(inputs=(leaf, double))
     return module.second(x) + leaf.grad + double.grad
+
+
+def slopes_by_parameters(module: Deep, x: torch.Tensor) -> torch.Tensor:
+    """Along parameters: as what a derivative begins with, alone and beside others, and of two kinds of pass."""
+    y, weights = torch.tanh(module.second(x)), (module.first.bias, None, module.second.weight)
+    alone = torch.autograd.grad(y.sum(0), x, module.first.bias, create_graph=True)[0]
+    beside = torch.autograd.grad((y.sum(0), y.sum(), y.mT @ y), x, weights, create_graph=True)[0]
+    leaf = x.detach().requires_grad_()
+    torch.autograd.backward([torch.tanh(module.second(leaf)).sum(0)], [module.first.bias], inputs=[leaf])
+    return y + alone + beside + leaf.grad
+
+
+def slope_along_a_bias(module: Deep, x: torch.Tensor) -> torch.Tensor:
+    """As a constant."""
+    leaf = x.detach().requires_grad_()
+    torch.tanh(module.second(leaf)).sum(0).backward(module.second.bias, inputs=leaf)
+    return module.second(x) + leaf.grad
+
+
+def slope_left_by_an_edge(module: Deep, x: torch.Tensor) -> torch.Tensor:
+    """As a constant."""
+    leaf = x.detach().requires_grad_()
+    torch.tanh(module.second(leaf)).sum().backward(inputs=[get_gradient_edge(leaf)])
+    return module.second(x) + leaf.grad
 
 
 def slope_computed_again(module: Deep, x: torch.Tensor) -> torch.Tensor:
@@ -129,6 +155,9 @@ KINDS = {
     ),
     "its slope": lambda: Deep(with_slope),
     "its slopes, left in inputs": lambda: Deep(with_slopes_left_in_inputs),
+    "its slopes along parameters": lambda: Deep(slopes_by_parameters),
+    "its slope along a bias": lambda: Deep(slope_along_a_bias),
+    "its slope, left by an edge": lambda: Deep(slope_left_by_an_edge),
     "its slope, computed again": lambda: Deep(slope_computed_again),
 }
 
@@ -204,10 +233,20 @@ def test_what_is_computed_again_moves_running_statistics_once(size, again):
     LocalWorld(size, timeout_s=20).run(check_same_bits, once_and_again(again, lambda: tnn.BatchNorm1d(8)))
 
 
-def test_what_is_computed_again_reads_copies_before_pytorch_handed_passes_to_modes(monkeypatch):
-    """Older versions tell a mode of no backward pass."""
+@pytest.mark.parametrize(
+    "modules",
+    [once_and_again(computed_again, tnn.Tanh), [seeded(lambda: Deep(slope_along_a_bias))]],
+    ids=["computed again", "slope along a bias"],
+)
+def test_what_passes_read_is_copied_before_pytorch_handed_passes_to_modes(monkeypatch, modules):
+    """Older versions tell a mode of a tensor's ``backward`` alone."""
     monkeypatch.setattr(torch.autograd, "has_torch_function", lambda values: False)
-    LocalWorld(1).run(check_same_bits, once_and_again(computed_again, tnn.Tanh))
+    LocalWorld(1).run(check_same_bits, modules)
+
+
+@pytest.mark.parametrize("middle", [slopes_by_parameters, slope_along_a_bias, slope_left_by_an_edge])
+def test_slopes_have_the_same_bits(middle):
+    LocalWorld(1).run(check_same_bits, [seeded(lambda: Deep(middle))])
 
 
 def kept(module: Deep, x: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,22 @@ def count_of_text(run):
     run.step("10")
 
 
+def several_counts(run):
+    run.backward()
+    run.step(torch.tensor([4, 6]))
+
+
+def count_beyond_floats(run):
+    run.backward()
+    run.step(10**400)
+
+
+def several_counts_after_clip(run):
+    run.backward()
+    run.opt.clip_grad_norm_(1.0, count=ROWS)
+    run.step(torch.tensor([4, 6]))
+
+
 def nobody(run):
     run.step(0)
 
@@ -205,6 +221,9 @@ MISUSE = {
     no_count: "step: no count; .*len",
     bad_count: "this is no count; got nan",
     count_of_text: "this is no count; got '10'",
+    several_counts: r"this is no count; got tensor\(\[4, 6\]\); expected",
+    count_beyond_floats: "this is no count; got 10{10}",
+    several_counts_after_clip: r"another count than clip_grad_norm_ was handed; got tensor\(\[4, 6\]\); expected 10",
     nobody: "no rank had samples",
     other_count: "another count than clip_grad_norm_ was handed; got 11; expected 10",
     backward_after_clip: "summed over ranks already; got reduced.*zero_grad",
@@ -322,6 +341,20 @@ def test_a_graph_from_before_the_step_is_stale():
     LocalWorld(1).run(rank)
 
 
+def test_versions_are_counted_one_parameter_at_a_time(monkeypatch):
+    """As PyTorch 2.4 takes them."""
+    counted, count = [], torch.autograd.graph.increment_version
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", lambda each: (counted.append(each), count(each)))
+
+    def rank(comm):
+        run = Run(comm)
+        run.backward()
+        run.step()
+        assert {id(each) for each in counted} == {id(each) for each in run.module.parameters()}
+
+    LocalWorld(1).run(rank)
+
+
 def test_means_are_not_added_up():
     def rank(comm):
         run = Run(comm, reduction="mean")
@@ -332,6 +365,36 @@ def test_means_are_not_added_up():
         run.opt.zero_grad()
         with pytest.raises(InputError, match="the loss is a sum"):
             run.backward("sum")
+
+    LocalWorld(1).run(rank)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Goes half the way of every step; leaves out the base's constructor, as such wrappers do."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self):
+        params = [each for group in self.param_groups for each in group["params"]]
+        before = [each.detach().clone() for each in params]
+        self.inner.step()
+        with torch.no_grad():
+            for each, old in zip(params, before, strict=True):
+                each.lerp_(old, 0.5)
+
+
+def test_optimizers_may_wrap_others():
+    def rank(comm):
+        run, module = Run(comm), seeded(mlp)
+        inner = torch.optim.SGD(module.parameters(), lr=0.2)
+        opt = mt.DistributedOptimizer(Lookahead(inner), module, comm)
+        loss_sum(module, *samples("mlp")).backward()
+        opt.step(count=ROWS)
+        run.backward()
+        run.step()
+        for name, value in run.module.state_dict().items():
+            torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-12, atol=1e-14)
 
     LocalWorld(1).run(rank)
 
@@ -383,6 +446,21 @@ def test_frozen_parameters_may_be_of_any_dtype():
         LocalWorld(2).run(rank)
 
 
+def test_parameters_may_be_columns_of_others():
+    """They are compared between ranks, and trained."""
+
+    def rank(comm):
+        module, column = torch.nn.Module(), torch.arange(6.0).reshape(3, 2)[:, 0]
+        module.gain = torch.nn.Parameter(column)
+        assert module.gain.stride() == (2,)
+        opt = mt.DistributedOptimizer(torch.optim.SGD(module.parameters(), lr=1.0), module, comm)
+        module.gain.sum().backward()
+        opt.step(count=1)
+        assert module.gain.tolist() == [-1.0, 1.0, 3.0]
+
+    LocalWorld(1).run(rank)
+
+
 def test_sparse_gradients_are_refused():
     def rank(comm):
         table = torch.nn.Embedding(4, 2, sparse=True)
@@ -428,6 +506,8 @@ def test_what_cannot_be_wrapped_is_refused():
         module = seeded(mlp)
         with pytest.raises(InputError, match="evaluates the loss by itself, in a closure; got LBFGS"):
             mt.DistributedOptimizer(torch.optim.LBFGS(module.parameters()), module, comm)
+        with pytest.raises(InputError, match=r"takes sparse gradients alone; got SparseAdam; expected .* dense"):
+            mt.DistributedOptimizer(torch.optim.SparseAdam(module.parameters()), module, comm)
         half = module.bfloat16()
         with pytest.raises(DtypeError, match=r"got torch\.bfloat16 on cpu; expected all torch\.float32"):
             mt.DistributedOptimizer(torch.optim.SGD(half.parameters(), lr=0.1), half, comm)
