@@ -264,9 +264,7 @@ class Synchronous(Method):
         if isinstance(self.grads, CommonGradients):
             return self._step_in_place(self.grads, own, microbatches)
         total = self._reduced(own)
-        with phase("check"):
-            total = self._agreed(total)
-            taken = self._is_taken(not total.bad, microbatches)
+        taken = self._is_taken(not total.bad, microbatches)
         self.step += 1
         if not taken:
             return total.untrained()
@@ -276,11 +274,11 @@ class Synchronous(Method):
         return total
 
     def _reduced(self, own: Tally) -> Tally:
-        """Sum the gradients over all ranks; return the sum of their tallies, which tells whether all is finite."""
+        """Sum the gradients over all ranks; return their tally, which tells whether all is finite, on all of them."""
         with self.comm.phase("reduce"):
             self._reduce_gradients()
         with self.comm.phase("check"):
-            return self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts))))
+            return self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
 
     @abstractmethod
     def _reduce_gradients(self) -> None:
