@@ -1,4 +1,4 @@
-"""Compiles loops (transports, codecs, optimizers, random words) and the short way of collectives, while it is built.
+"""Compiles loops (transports, codecs, optimizers, layers, random words) and the short way of collectives at build time.
 
 Without a C compiler the package is built without all of them; without Python's headers, without the way.  ``CC`` and
 ``CFLAGS`` are heeded.  `mpitrain doctor` tells what an installation has.
@@ -19,6 +19,7 @@ _LOOPS = (
     ("mpitrain/comm/transports/kernel.c", "mpitrain/comm/transports/_kernel.so"),
     ("mpitrain/optim/kernel.c", "mpitrain/optim/_kernel.so"),
     ("mpitrain/arrays/kernel.c", "mpitrain/arrays/_kernel.so"),
+    ("mpitrain/nn/kernel.c", "mpitrain/nn/_kernel.so"),
     ("mpitrain/comm/codecs/kernel.c", "mpitrain/comm/codecs/_kernel.so"),
 )
 _ENTRY = ("mpitrain/comm/transports/entry.c", "mpitrain/comm/transports/_entry.abi3.so")

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from ctypes import c_int64, c_void_p
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from mpitrain import _env
 from mpitrain._typing import Array
+
+Loop = Callable[..., None]
+
+_KINDS = {"float32": "f32", "float64": "f64"}
 
 
 def load(path: Path, version_of: str, version: int) -> ctypes.CDLL | None:
@@ -30,6 +41,29 @@ def load(path: Path, version_of: str, version: int) -> ctypes.CDLL | None:
     except OSError:
         return None
     return found if found[version_of]() == version else None
+
+
+@cache
+def loop(library: ctypes.CDLL | None, name: str, arguments: str) -> Loop | None:
+    """Return a loop whose arguments are addresses (v) and whole numbers (n); None where there is no library."""
+    if library is None:
+        return None
+    found: Any = library[name]
+    found.argtypes = [c_void_p if each == "v" else c_int64 for each in arguments]
+    found.restype = None
+    return found  # type: ignore[no-any-return]
+
+
+def kind(*arrays: Array) -> str | None:
+    """Return how names of loops over these arrays end; None unless they are NumPy's, contiguous, and of one such dtype.
+
+    Nor are there loops where ``MPITRAIN_KERNEL=off``.
+    """
+    dtype = arrays[0].dtype
+    fit = _env.kernel() and all(
+        isinstance(each, np.ndarray) and each.flags.c_contiguous and each.dtype == dtype for each in arrays
+    )
+    return _KINDS.get(dtype.name) if fit else None
 
 
 def address(array: Array) -> int:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from math import pi, sqrt
 
 from mpitrain._typing import Array, Tree
+from mpitrain.nn import kernel
 from mpitrain.nn.layer import Call, Context, Layer
 from mpitrain.nn.wide import in_float32
 
@@ -32,9 +33,13 @@ class Activation(Layer):
     def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
         """Return f'(x) dy."""
         dx = context.take(dy.shape, dy.dtype)
-        self.slope(context["x"], context["y"], dx, call)
-        dx *= dy
+        self.gradient(context["x"], context["y"], dy, dx, call)
         return dx
+
+    def gradient(self, x: Array, y: Array, dy: Array, out: Array, call: Call) -> None:
+        """Write f'(x) dy into ``out``."""
+        self.slope(x, y, out, call)
+        out *= dy
 
 
 class ReLU(Activation):
@@ -47,6 +52,11 @@ class ReLU(Activation):
     def slope(self, x: Array, y: Array, out: Array, call: Call) -> None:
         """Write 1 where y > 0, else 0."""
         call.xp.greater(y, 0, out=out)
+
+    def gradient(self, x: Array, y: Array, dy: Array, out: Array, call: Call) -> None:
+        """Write ``dy`` where y > 0, else zeros."""
+        if not kernel.relu_gradient(y, dy, out):
+            super().gradient(x, y, dy, out, call)
 
 
 @in_float32

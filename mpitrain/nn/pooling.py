@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain._typing import Array, DType, Shape, Tree
-from mpitrain.nn import checks
+from mpitrain.nn import checks, kernel
 from mpitrain.nn.layer import Call, Context, Layer
 from mpitrain.nn.windows import offsets, output_size, window
 
@@ -28,16 +28,18 @@ class _Pool2d(Layer):
         self.kernel_size = checks.pair(f"{name}: kernel_size", kernel_size)
         self.stride = self.kernel_size if stride is None else checks.pair(f"{name}: stride", stride)
 
-    def _folded(self, x: Array, fold: Callable[..., Any], context: Context) -> Array:
-        """Return the pixels of each window, folded into one by a binary ufunc."""
+    def _output(self, x: Array, context: Context) -> Array:
+        """Return memory for one pixel of each window."""
         checks.images(type(self).__name__, x, self.kernel_size)
         size = output_size(x.shape, self.kernel_size, self.stride)
-        y = context.take((x.shape[0], *size, x.shape[3]), x.dtype)
+        return context.take((x.shape[0], *size, x.shape[3]), x.dtype)
+
+    def _fold(self, x: Array, fold: Callable[..., Any], y: Array) -> None:
+        """Fold the pixels of each window into one by a binary ufunc."""
         first, *others = self._places(x, y.shape)
         y[...] = first
         for place in others:
             fold(y, place, out=y)
-        return y
 
     def _places(self, x: Array, output_shape: Shape) -> list[Array]:
         return [window(x, row, column, output_shape, self.stride) for row, column in offsets(self.kernel_size)]
@@ -53,6 +55,11 @@ class _Pool2d(Layer):
     def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
         """Bring the shares of all windows together."""
         dx = context.take(context["x"].shape, dy.dtype)
+        self._spread(context, dy, dx, call)
+        return dx
+
+    def _spread(self, context: Context, dy: Array, dx: Array, call: Call) -> None:
+        """Write the sum of all shares into ``dx``."""
         tiles = self._tiles(dx.shape)
         if not tiles:
             dx[...] = 0
@@ -61,7 +68,6 @@ class _Pool2d(Layer):
                 target[...] = share
             else:
                 target += share
-        return dx
 
 
 class MaxPool2d(_Pool2d):
@@ -82,9 +88,17 @@ class MaxPool2d(_Pool2d):
     def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
         """Return the maxima."""
         context = call.context()
-        y = self._folded(x, call.xp.maximum, context)
+        y = self._output(x, context)
+        if not (self._tiles(x.shape) and kernel.max_pool(x, y, self.kernel_size)):
+            self._fold(x, call.xp.maximum, y)
         context["x"], context["y"] = x, y
         return y, context
+
+    def _spread(self, context: Context, dy: Array, dx: Array, call: Call) -> None:
+        """Send each gradient to the pixel that was the maximum."""
+        x, y = context["x"], context["y"]
+        if not (self._tiles(x.shape) and kernel.max_pool_gradient(x, y, dy, dx, self.kernel_size)):
+            super()._spread(context, dy, dx, call)
 
     def _shares(self, context: Context, dy: Array, call: Call) -> Iterator[Array]:
         """Send each gradient to the pixel that was the maximum."""
@@ -115,7 +129,8 @@ class AvgPool2d(_Pool2d):
     def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
         """Return the means."""
         context = call.context()
-        y = self._folded(x, call.xp.add, context)
+        y = self._output(x, context)
+        self._fold(x, call.xp.add, y)
         y /= self.kernel_size[0] * self.kernel_size[1]
         context["x"] = x
         return y, context

@@ -6,27 +6,17 @@ They are optional.  Without them the same updates run in NumPy, with the same bi
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from ctypes import POINTER, byref, c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from mpitrain import _env
-from mpitrain._typing import Array, DType
-from mpitrain.arrays.compiled import address, load
+from mpitrain._typing import Array
+from mpitrain.arrays.compiled import Loop, address, kind, load, loop
 from mpitrain.optim.terms import Terms
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
 _ABI = 2
-_ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "adam": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
-    "add": (c_void_p, c_void_p, c_int64),
-}
-_NAMES = {"float32": "f32", "float64": "f64"}
 
 
 class AdamSettings(ctypes.Structure):
@@ -63,40 +53,26 @@ def adam(p: Array, terms: Terms, m: Array, v: Array, settings: AdamSettings) -> 
     settings : AdamSettings
         The same for all elements, but for ``count``, which is the terms'.
     """
-    loop = _loop("adam", (p, m, v, *terms.arrays))
-    if loop is None:
+    run = _loop("adam", "vvvvnv", p, m, v, *terms.arrays)
+    if run is None:
         return False
     settings.count = terms.count
-    loop(address(p), byref(_sources(terms)), address(m), address(v), p.size, byref(settings))
+    run(address(p), byref(_sources(terms)), address(m), address(v), p.size, byref(settings))
     return True
 
 
 def add(sums: Array, terms: Terms) -> None:
     """Add the sum of all terms to ``sums``, shape (n,), by a compiled loop where there is one."""
-    loop = _loop("add", (sums, *terms.arrays))
-    if loop is None:
+    run = _loop("add", "vvn", sums, *terms.arrays)
+    if run is None:
         sums += terms.sum()
     else:
-        loop(address(sums), byref(_sources(terms)), sums.size)
+        run(address(sums), byref(_sources(terms)), sums.size)
 
 
-def _loop(what: str, arrays: tuple[Array, ...]) -> Callable[..., Any] | None:
-    """Return the loop for some arrays: of NumPy, contiguous, and of one dtype that has one."""
-    fit = all(
-        isinstance(each, np.ndarray) and each.flags.c_contiguous and each.dtype == arrays[0].dtype for each in arrays
-    )
-    return _compiled(what, arrays[0].dtype) if fit and _env.kernel() else None
-
-
-@cache
-def _compiled(what: str, dtype: DType) -> Callable[..., Any] | None:
-    found, name = library(), _NAMES.get(dtype.name)
-    if found is None or name is None:
-        return None
-    loop = found[f"mpitrain_{what}_{name}"]
-    loop.argtypes = _ARGUMENTS[what]
-    loop.restype = None
-    return loop
+def _loop(name: str, arguments: str, *arrays: Array) -> Loop | None:
+    ending = kind(*arrays)
+    return loop(library(), f"mpitrain_{name}_{ending}", arguments) if ending else None
 
 
 def _sources(terms: Terms) -> _Sources:

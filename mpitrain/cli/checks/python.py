@@ -19,6 +19,7 @@ from mpitrain.cli.checks.finding import Finding, ok, warn
 from mpitrain.comm.codecs import kernel as codecs_kernel
 from mpitrain.comm.launch import library
 from mpitrain.comm.transports import entry, kernel
+from mpitrain.nn import kernel as nn_kernel
 from mpitrain.optim import kernel as optim_kernel
 
 _EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "torch": "torch", "jax": "jax"}
@@ -41,6 +42,7 @@ def loops() -> Finding:
     parts = {
         "the shared transport": kernel,
         "optimizers": optim_kernel,
+        "layers": nn_kernel,
         "codecs": codecs_kernel,
         "random values": arrays_kernel,
     }

@@ -7,17 +7,14 @@ here tells whether there is a loop for its arrays; if not, it has done nothing.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from ctypes import c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mpitrain import _env
 from mpitrain._typing import Array, DType
-from mpitrain.arrays.compiled import address, load
+from mpitrain.arrays.compiled import Loop, address, load, loop
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
@@ -46,10 +43,10 @@ def quantise(values: Array, words: Array, block: int, codes: Array, steps: Array
     steps : array of float32, shape (⌈n/block⌉,)
         Written to.
     """
-    loop = _loop(_of("quantise", values.dtype), "vvnnvv") if _is_plain(values) else None
-    if loop is None:
+    run = _loop(_of("quantise", values.dtype), "vvnnvv") if _is_plain(values) else None
+    if run is None:
         return False
-    loop(address(values), address(words), values.size, block, address(codes), address(steps))
+    run(address(values), address(words), values.size, block, address(codes), address(steps))
     return True
 
 
@@ -65,11 +62,11 @@ def dequantise(codes: Array, steps: Array, block: int, values: Array) -> bool:
     values : array of float32 or float64, shape (rows, n)
         Written to.
     """
-    loop = _loop(_of("dequantise", values.dtype), "vvnnv") if _is_plain(codes, steps, values) else None
-    if loop is None:
+    run = _loop(_of("dequantise", values.dtype), "vvnnv") if _is_plain(codes, steps, values) else None
+    if run is None:
         return False
     for row in range(len(codes)):
-        loop(address(codes[row]), address(steps[row]), codes.shape[1], block, address(values[row]))
+        run(address(codes[row]), address(steps[row]), codes.shape[1], block, address(values[row]))
     return True
 
 
@@ -84,11 +81,11 @@ def convert(name: str, source: Array, target: Array) -> bool:
         Of float32, and of float16 or uint16; ``target`` is written to.
     """
     single = source if name.startswith("to") else target
-    loop = _loop(name, "vnv") if _is_plain(source, target) and single.dtype == np.float32 else None
-    if loop is None:
+    run = _loop(name, "vnv") if _is_plain(source, target) and single.dtype == np.float32 else None
+    if run is None:
         return False
     for row in range(len(source)):
-        loop(address(source[row]), source.shape[1], address(target[row]))
+        run(address(source[row]), source.shape[1], address(target[row]))
     return True
 
 
@@ -105,10 +102,10 @@ def multiply(left: Array, terms: Array, out: Array, takes_away: bool) -> bool:
         Whether the product is subtracted from ``out`` instead of written to it.
     """
     fits = _is_plain(left, terms, out) and all(each.flags.c_contiguous for each in (left, terms, out))
-    loop = _loop(_of("product", out.dtype), "vvnnnnv") if fits else None
-    if loop is None:
+    run = _loop(_of("product", out.dtype), "vvnnnnv") if fits else None
+    if run is None:
         return False
-    loop(address(left), address(terms), *left.shape, terms.shape[1], takes_away, address(out))
+    run(address(left), address(terms), *left.shape, terms.shape[1], takes_away, address(out))
     return True
 
 
@@ -123,13 +120,5 @@ def _of(name: str, dtype: DType) -> str:
     return f"{name}_f{8 * dtype.itemsize}"
 
 
-@cache
-def _loop(name: str, arguments: str) -> Callable[..., Any] | None:
-    """Return the loop of a name; its arguments are addresses (v) and numbers (n)."""
-    found = library()
-    if found is None:
-        return None
-    loop = found[f"mpitrain_{name}"]
-    loop.argtypes = [c_void_p if each == "v" else c_int64 for each in arguments]
-    loop.restype = None
-    return loop
+def _loop(name: str, arguments: str) -> Loop | None:
+    return loop(library(), f"mpitrain_{name}", arguments)

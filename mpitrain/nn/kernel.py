@@ -1,0 +1,78 @@
+"""The compiled loops of layers, where they were built: what `kernel.c` does, called from Python.
+
+They are optional.  Without them the same values are computed in NumPy, with the same bits, and slower.  Each function
+here tells whether there is a loop for its arrays; if not, it has done nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_int64
+from functools import cache
+from pathlib import Path
+
+from mpitrain._typing import Array
+from mpitrain.arrays.compiled import Loop, address, kind, load, loop
+
+LIBRARY = Path(__file__).with_name("_kernel.so")
+
+_ABI = 1
+
+
+class _Tiling(ctypes.Structure):
+    """How windows tile images; `kernel.c` says what each number is."""
+
+    _fields_ = [(name, c_int64) for name in ("rows", "columns", "channels", "height", "width")]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled loops; None where they were not built, or from another version of their source."""
+    return load(LIBRARY, "mpitrain_nn_abi", _ABI)
+
+
+def max_pool(x: Array, y: Array, window: tuple[int, int]) -> bool:
+    """Write the maximum of each window.
+
+    Parameters
+    ----------
+    x : array, shape (n, H, W, channels)
+        Images, which windows tile.
+    y : array, shape (n, H / window[0], W / window[1], channels)
+        Written to.
+    window : (int, int)
+        Height and width.
+    """
+    run = _loop("max_pool", "vvv", x, y)
+    if run is None:
+        return False
+    run(address(x), address(y), byref(_tiling(y, window)))
+    return True
+
+
+def max_pool_gradient(x: Array, y: Array, dy: Array, dx: Array, window: tuple[int, int]) -> bool:
+    """Write the gradient with respect to the images; ``dx`` is of their shape, ``dy`` of the maxima's."""
+    run = _loop("max_pool_gradient", "vvvvv", x, y, dy, dx) if dy.shape == y.shape else None
+    if run is None:
+        return False
+    run(address(x), address(y), address(dy), address(dx), byref(_tiling(y, window)))
+    return True
+
+
+def relu_gradient(y: Array, dy: Array, dx: Array) -> bool:
+    """Write ``dy`` where y > 0, else zeros; all of one shape."""
+    run = _loop("relu_gradient", "vvvn", y, dy, dx) if dy.shape == y.shape else None
+    if run is None:
+        return False
+    run(address(y), address(dy), address(dx), y.size)
+    return True
+
+
+def _loop(name: str, arguments: str, *arrays: Array) -> Loop | None:
+    ending = kind(*arrays)
+    return loop(library(), f"mpitrain_{name}_{ending}", arguments) if ending else None
+
+
+def _tiling(y: Array, window: tuple[int, int]) -> _Tiling:
+    count, rows, columns, channels = y.shape
+    return _Tiling(count * rows, columns, channels, *window)

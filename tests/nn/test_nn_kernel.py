@@ -1,0 +1,84 @@
+"""The compiled loops of layers give the bits of the NumPy path, and are left alone where they do not fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpitrain import nn
+from mpitrain.nn import kernel
+
+compiled = pytest.mark.skipif(kernel.library() is None, reason="the compiled loops are not built: no C compiler")
+
+
+def passes(layer: nn.Layer, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    call = nn.Call()
+    y, context = layer.forward({}, x, call)
+    return y.copy(), layer.backward_input({}, context, dy, call).copy()
+
+
+def images(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """With many equal maxima, and with NaN and infinities."""
+    rng = np.random.default_rng(0)
+    found = rng.integers(-2, 3, shape).astype(dtype)
+    found.reshape(-1)[::17] = np.nan
+    found.reshape(-1)[5::29] = np.inf
+    return found
+
+
+@compiled
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("window", "shape"),
+    [((2, 2), (3, 4, 6, 5)), ((2, 2), (2, 2, 2, 64)), ((2, 2), (2, 4, 4, 130)), ((3, 1), (2, 6, 5, 65)),
+     ((1, 3), (1, 3, 6, 1)), ((1, 1), (2, 3, 3, 7)), ((2, 2), (0, 4, 4, 3))],
+)  # fmt: skip
+def test_maximum_pooling_has_the_bits_of_numpy(monkeypatch, window, shape, dtype):
+    x = images(shape, dtype)
+    dy = images((shape[0], shape[1] // window[0], shape[2] // window[1], shape[3]), dtype) * -1.5
+    found = {}
+    for which in ("on", "off"):
+        monkeypatch.setenv("MPITRAIN_KERNEL", which)
+        with np.errstate(all="ignore"):
+            found[which] = passes(nn.MaxPool2d(window), x, dy)
+    for on, off in zip(found["on"], found["off"], strict=True):
+        np.testing.assert_array_equal(on, off)
+        np.testing.assert_array_equal(np.signbit(on), np.signbit(off))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_relu_has_the_bits_of_numpy(monkeypatch, dtype):
+    x, dy = images((7, 1001), dtype), images((1001, 7), dtype).reshape(7, 1001) * -0.5
+    found = {}
+    for which in ("on", "off"):
+        monkeypatch.setenv("MPITRAIN_KERNEL", which)
+        with np.errstate(all="ignore"):
+            found[which] = passes(nn.ReLU(), x, dy)[1]
+    np.testing.assert_array_equal(found["on"], found["off"])
+    np.testing.assert_array_equal(np.signbit(found["on"]), np.signbit(found["off"]))
+
+
+@compiled
+def test_the_loops_are_used_and_can_be_forbidden(monkeypatch):
+    x, y, dx = np.ones((1, 2, 2, 3)), np.zeros((1, 1, 1, 3)), np.zeros((1, 2, 2, 3))
+    assert kernel.max_pool(x, y, (2, 2))
+    assert kernel.max_pool_gradient(x, y, y, dx, (2, 2))
+    assert kernel.relu_gradient(x, x, dx)
+    monkeypatch.setenv("MPITRAIN_KERNEL", "off")
+    assert not kernel.max_pool(x, y, (2, 2))
+    assert not kernel.max_pool_gradient(x, y, y, dx, (2, 2))
+    assert not kernel.relu_gradient(x, x, dx)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_does_not_fit_is_left_alone(dtype):
+    x, dy = np.ones((4, 6), dtype), np.ones((4, 6), dtype)
+    if dtype == "float32":
+        dy = np.asfortranarray(dy)
+    out = np.zeros((4, 6), dtype)
+    assert not kernel.relu_gradient(x, dy, out)
+    assert not kernel.relu_gradient(x, np.ones((4, 5), dtype), out)
+    assert not out.any()
+    _, dx = passes(nn.ReLU(), x, dy)
+    np.testing.assert_array_equal(dx, dy)
