@@ -101,11 +101,12 @@ class Conv2d(Layer):
         padded = call.take((block, height + 2 * top, width + 2 * left, channels), dy.dtype)
         padded[...] = 0
         gathered = call.take((block, *dx.shape[1:3], *self.kernel_size, channels), dy.dtype)
+        patches = _view_patches(padded, gathered.shape, self.stride, call.xp)
         for start in range(0, n, block):
             count = min(block, n - start)
             padded[:count, top : top + height, left : left + width] = dy[start : start + count]
             part = gathered[:count]
-            part[...] = _view_patches(padded, part.shape, self.stride, call.xp)
+            part[...] = patches[:count]
             rows = dx[start : start + count].reshape(-1, self.in_channels)
             call.xp.matmul(part.reshape(rows.shape[0], turned.shape[0]), turned, out=rows)
         call.give(padded, gathered)
@@ -162,9 +163,10 @@ class Conv2d(Layer):
         n, height, width, channels = y.shape
         block = self._samples(y.shape, self.patch_size, padded.dtype.itemsize)
         gathered = call.take((block, height, width, *self.kernel_size, self.in_channels), padded.dtype)
+        patches = _view_patches(padded, (n, *gathered.shape[1:]), self.stride, call.xp)
         for start in range(0, n, block):
             part = gathered[: min(block, n - start)]
-            part[...] = _view_patches(padded[start : start + block], part.shape, self.stride, call.xp)
+            part[...] = patches[start : start + block]
             pixels = part.shape[0] * height * width
             yield part.reshape(pixels, self.patch_size), y[start : start + block].reshape(pixels, channels)
         call.give(gathered)
