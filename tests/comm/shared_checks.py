@@ -73,6 +73,14 @@ def reduces_in_place_every_dtype_op_and_shape(comm: Communicator) -> None:
 
 
 @check
+def reduces_in_place_several_blocks_of_a_rank(comm: Communicator) -> None:
+    x = comm.empty(3000 * comm.size, "int64")
+    x[...] = np.arange(x.size) + comm.rank
+    comm.allreduce(x, out=x)
+    same(x, comm.size * np.arange(x.size) + sum(range(comm.size)))
+
+
+@check
 def leaves_the_input_alone_without_out(comm: Communicator) -> None:
     x = comm.empty((40, 33))
     x[...] = values(comm.rank, x.shape)

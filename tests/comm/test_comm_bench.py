@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from mpitrain._errors import CommunicationError, InputError
 from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.comm.bench import meeting
-from mpitrain.comm.bench.cases import VARIANTS, correct, shapes
+from mpitrain.comm.bench.cases import VARIANTS, Contender, correct, shapes
 from mpitrain.comm.bench.components import components, disabled
 from mpitrain.comm.bench.ground import MOST_BUFFERS, Stage, buffers_for
 from mpitrain.comm.bench.meeting import Place, meet
@@ -191,6 +192,20 @@ def test_before_each_turn_its_own_preparation_is_done_outside_of_the_time() -> N
     taken = LocalWorld(1, timeout_s=30).run(lambda comm: race(comm, calls, 2, before))[0]
     assert done == [word for turn in ("a0", "b1", "b2", "a0") for word in (f"before {turn}", turn)]
     assert taken.max() < 0.01
+
+
+@pytest.mark.parametrize(("buffers", "turns"), [("resident", "oorr"), ("rotating", "or")])
+def test_of_resident_buffers_each_turn_follows_a_call_of_its_own(buffers: str, turns: str) -> None:
+    done: list[str] = []
+    ours, rival = (Contender(name, [lambda n=name: done.append(n[0])], [], False) for name in ("ours", "rival"))
+
+    def program(comm: Communicator) -> np.ndarray:
+        spec = Spec((4,), repeats=1, buffers=buffers)
+        return Bench(SimpleNamespace(world=comm), spec, {}, [])._race(ours, rival)
+
+    assert LocalWorld(1, timeout_s=30).run(program)[0].shape == (1, 2)
+    assert "".join(done).endswith(turns)
+    assert len(done) == 4 * len(turns)  # three trials
 
 
 def test_of_an_odd_number_of_buffers_both_contenders_use_all() -> None:

@@ -10,6 +10,7 @@ import faulthandler
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 MAIN = "mpi4py"
 """The rival of all variants; others meet the leading ones."""
 
-_FEWEST, _MOST = 7, 2000
-"""Turns of a race that is given a time."""
+_TRIALS, _FEWEST, _MOST = 3, 7, 2000
+"""Turns that are not counted, and how many are, at least and at most, where a race is given a time."""
 
 
 def measure(comm: Communicator, spec: Spec) -> Launch:
@@ -147,17 +148,21 @@ class Bench:
         )
 
     def _race(self, ours: Contender, rival: Contender) -> Array:
-        """Race two, with nobody else between them: others would cool the caches."""
+        """Race two, with nobody else between them: others would cool the caches.
+
+        So would the rival.  Where buffers are resident, each turn follows a call of its own, as in a loop.
+        """
         values = [0 if each.overwrites else self._comm.rank + 1 for each in (ours, rival)]
         for contender, value in zip((ours, rival), values, strict=True):
             _fill(contender, value)
+        calls = [ours.calls, rival.calls]
         if self._spec.buffers != "rewritten":
-            return self._timed([ours.calls, rival.calls])
+            return self._timed(calls, calls if self._spec.buffers == "resident" else None)
         writes = [
             [partial(array.fill, value) for array in each.inputs]
             for each, value in zip((ours, rival), values, strict=True)
         ]
-        return self._timed([ours.calls, rival.calls], writes)
+        return self._timed(calls, writes)
 
     def _rival(self, ground: Ground, name: str, variant: Variant) -> Contender | None:
         """Return a rival that is able to do this, and does it right."""
@@ -181,11 +186,12 @@ class Bench:
 
     def _timed(self, contenders: list[list[Any]], before: list[list[Any]] | None = None) -> Array:
         """Race after a few turns that are not counted, which also tell how many turns the time allows."""
-        taken = race(self._comm, contenders, 3, before)
+        start = time.perf_counter()
+        race(self._comm, contenders, _TRIALS, before)
         repeats = self._spec.repeats
         if repeats is None:
-            turn_s = float(np.median(taken.sum(axis=1)))
-            repeats = int(np.clip(self._spec.time_s / max(turn_s, 1e-7), _FEWEST, _MOST))
+            turn_s = float(self._comm.allreduce(time.perf_counter() - start, "max")) / _TRIALS
+            repeats = int(np.clip(self._spec.time_s / turn_s, _FEWEST, _MOST))
         return race(self._comm, contenders, repeats, before)
 
     def _ground(self, operation: str, size_bytes: int) -> Ground:

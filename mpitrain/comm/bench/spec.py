@@ -26,10 +26,10 @@ class Spec:
     repeats : int, optional
         Turns of each race; None: as many as fit into ``time_s``.
     time_s : float
-        Seconds for each race.
+        Seconds for each race, with all that is done between its turns.
     buffers : {"resident", "rewritten", "rotating"}
-        Whether calls use the same arrays each time, which ranks write anew before each call or do not, or walk through
-        more of them than the last cache holds.
+        Whether calls use the same arrays each time, as the call just before or written anew by each rank, or walk
+        through more of them than the last cache holds.
     variants : tuple of str
         Names of our ways to call; empty: all.
     leading : bool

@@ -157,18 +157,29 @@ static int late(team *t, enum counter which, int64_t number) {
   return 0;
 }
 
-/* ---- Combining: out[i] = left[i] op right[i]; out may be left or right */
+/* ---- Combining: out[i] = left[i] op right[i]; out may be left or right, and so may what takes the result, too */
 
-typedef void fold(void *out, const void *left, const void *right, int64_t n);
+typedef struct {
+  void (*once)(void *out, const void *left, const void *right, int64_t n);
+  void (*twice)(void *out, void *too, const void *left, const void *right, int64_t n);
+} fold;
 
-#define FOLD(NAME, T, EXPRESSION)                                                             \
-  FOR_THIS_CPU static void NAME(void *out, const void *left, const void *right, int64_t n) { \
-    T *o = out;                                                                               \
-    const T *l = left, *r = right;                                                            \
-    _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) {                                   \
-      const T a = l[i], b = r[i];                                                             \
-      o[i] = (T)(EXPRESSION);                                                                 \
-    }                                                                                         \
+#define FOLD(NAME, T, EXPRESSION)                                                                                \
+  FOR_THIS_CPU static void NAME##_once(void *out, const void *left, const void *right, int64_t n) {              \
+    T *o = out;                                                                                                  \
+    const T *l = left, *r = right;                                                                               \
+    _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) {                                                       \
+      const T a = l[i], b = r[i];                                                                                \
+      o[i] = (T)(EXPRESSION);                                                                                    \
+    }                                                                                                            \
+  }                                                                                                              \
+  FOR_THIS_CPU static void NAME##_twice(void *out, void *too, const void *left, const void *right, int64_t n) { \
+    T *o = out, *p = too;                                                                                        \
+    const T *l = left, *r = right;                                                                               \
+    _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) {                                                       \
+      const T a = l[i], b = r[i];                                                                                \
+      o[i] = p[i] = (T)(EXPRESSION);                                                                             \
+    }                                                                                                            \
   }
 
 /* U: the unsigned type in which integers wrap around instead of overflowing */
@@ -202,13 +213,16 @@ INTEGER(u64, uint64_t, uint64_t)
 FLOAT(f32, float)
 FLOAT(f64, double)
 
-#define ROW(NAME) sum_##NAME, prod_##NAME, min_##NAME, max_##NAME
-static fold *const FOLDS[][6] = {
-    {ROW(i8), and_i8, or_i8},    {ROW(u8), and_u8, or_u8},    {ROW(i16), and_i16, or_i16}, {ROW(u16), and_u16, or_u16},
-    {ROW(i32), and_i32, or_i32}, {ROW(u32), and_u32, or_u32}, {ROW(i64), and_i64, or_i64}, {ROW(u64), and_u64, or_u64},
-    {ROW(f32), 0, 0},            {ROW(f64), 0, 0},
-};
+#define BOTH(NAME) {NAME##_once, NAME##_twice}
+#define FLOATS(NAME) BOTH(sum_##NAME), BOTH(prod_##NAME), BOTH(min_##NAME), BOTH(max_##NAME)
+#define INTEGERS(NAME) FLOATS(NAME), BOTH(and_##NAME), BOTH(or_##NAME)
 enum { F32 = 8, OPS = 6 };
+static const fold FOLDS[][OPS] = {
+    {INTEGERS(i8)},  {INTEGERS(u8)},  {INTEGERS(i16)}, {INTEGERS(u16)}, {INTEGERS(i32)},
+    {INTEGERS(u32)}, {INTEGERS(i64)}, {INTEGERS(u64)}, {FLOATS(f32)},   {FLOATS(f64)},
+};
+
+static const fold *fold_of(const operation *op) { return &FOLDS[op->kind / OPS][op->kind % OPS]; }
 
 static void copy(char *target, const char *source, int64_t nbytes, int64_t past_cache) {
   if (past_cache)
@@ -254,21 +268,29 @@ static int64_t is_past_cache(const stream *s) {
   return s->past_cache || (s->ranks->to_memory && s->nbytes >= OUTGROWS_BYTES);
 }
 
+static int stays(const combination *c, int64_t result) {
+  return result >= 0 && !(c->past_cache >> result & 1);
+}
+
 /* Combine in order, a block at a time, and store where it belongs; a result may be one of the parts.
  *
- * Two parts are combined straight into the last result, where it stays in the cache: a copy less. */
+ * Two parts are combined straight into the last result, and the one before, where they stay in the cache: copies less. */
 static void combine(const combination *c) {
   _Alignas(64) char block[BLOCK_BYTES];
-  fold *const f = FOLDS[c->op->kind / OPS][c->op->kind % OPS];
-  const int64_t last = c->result_count - 1, straight = c->part_count == 2 && !(c->past_cache >> last & 1);
+  const fold *const f = fold_of(c->op);
+  const int64_t last = c->result_count - 1, straight = c->part_count == 2 && stays(c, last);
+  const int64_t twice = straight && !c->op->divisor && stays(c, last - 1), copies = c->result_count - straight - twice;
   for (int64_t begin = 0; begin < c->nbytes; begin += BLOCK_BYTES) {
     const int64_t left = c->nbytes - begin, length = left < BLOCK_BYTES ? left : BLOCK_BYTES;
     const int64_t n = length / c->op->item_bytes;
     char *const out = straight ? c->results[last] + begin : block;
-    f(out, c->parts[0] + begin, c->parts[1] + begin, n);
-    for (int64_t i = 2; i < c->part_count; i++) f(out, out, c->parts[i] + begin, n);
+    if (twice)
+      f->twice(out, c->results[last - 1] + begin, c->parts[0] + begin, c->parts[1] + begin, n);
+    else
+      f->once(out, c->parts[0] + begin, c->parts[1] + begin, n);
+    for (int64_t i = 2; i < c->part_count; i++) f->once(out, out, c->parts[i] + begin, n);
     if (c->op->divisor) (c->op->kind / OPS == F32 ? divide_f32 : divide_f64)(out, n, c->op->divisor);
-    for (int64_t i = 0; i <= last - straight; i++) copy(c->results[i] + begin, out, length, c->past_cache >> i & 1);
+    for (int64_t i = 0; i < copies; i++) copy(c->results[i] + begin, out, length, c->past_cache >> i & 1);
   }
   if (c->past_cache) drain_past_cache();
 }
@@ -362,10 +384,10 @@ static void hand_over(stream *s) { memcpy(slot(s->ranks, s->ranks->rank), s->fro
 static void combine_all(const stream *s) {
   const team *t = s->ranks;
   const operation *op = s->op;
-  fold *const f = FOLDS[op->kind / OPS][op->kind % OPS];
+  const fold *const f = fold_of(op);
   const int64_t n = s->nbytes / op->item_bytes;
-  f(s->into, slot(t, 0), slot(t, 1), n);
-  for (int64_t rank = 2; rank < t->ranks; rank++) f(s->into, s->into, slot(t, rank), n);
+  f->once(s->into, slot(t, 0), slot(t, 1), n);
+  for (int64_t rank = 2; rank < t->ranks; rank++) f->once(s->into, s->into, slot(t, rank), n);
   if (op->divisor) (op->kind / OPS == F32 ? divide_f32 : divide_f64)(s->into, n, op->divisor);
 }
 
