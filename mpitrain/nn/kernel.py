@@ -18,6 +18,9 @@ LIBRARY = Path(__file__).with_name("_kernel.so")
 
 _ABI = 1
 
+_RELU_FROM = 1 << 16
+"""Elements; for fewer NumPy's two calls take less time than to get to the loop."""
+
 
 class _Tiling(ctypes.Structure):
     """How windows tile images; `kernel.c` says what each number is."""
@@ -60,8 +63,8 @@ def max_pool_gradient(x: Array, y: Array, dy: Array, dx: Array, window: tuple[in
 
 
 def relu_gradient(y: Array, dy: Array, dx: Array) -> bool:
-    """Write ``dy`` where y > 0, else zeros; all of one shape."""
-    run = _loop("relu_gradient", "vvvn", y, dy, dx) if dy.shape == y.shape else None
+    """Write ``dy`` where y > 0, else zeros; all of one shape.  Few elements are left to NumPy."""
+    run = _loop("relu_gradient", "vvvn", y, dy, dx) if dy.shape == y.shape and y.size >= _RELU_FROM else None
     if run is None:
         return False
     run(address(y), address(dy), address(dx), y.size)
