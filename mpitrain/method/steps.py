@@ -105,16 +105,21 @@ def verify_settings(comm: Communicator, optimizer: Optimizer, plan: Plan) -> Non
         Naming the first rank whose rule differs from rank 0's.
     """
     first, last = (float(plan.schedule(step)) for step in (1, max(plan.steps, 1)))
-    told = comm.allgather_object(
+    said = (
         f"{_rule(optimizer)}, {plan.steps} steps, learning rate {first:g} to {last:g}, clip_norm {plan.clip_norm}, "
         f"clip_value {plan.clip_value}"
     )
-    for rank, each in enumerate(told):
-        if each != told[0]:
+    check_same(comm, said, "ranks were set up to take different steps", "setup")
+
+
+def check_same(comm: Communicator, said: str, problem: str, operation: str) -> None:
+    """Raise `MismatchError` on all ranks, naming the first that says something else than rank 0.  Collective."""
+    told = comm.allgather_object(said)
+    for rank, other in enumerate(told):
+        if other != told[0]:
             raise MismatchError(
-                "ranks were set up to take different steps", operation="setup", got=f"{each} on rank {rank}",
-                expected=f"{told[0]} as on rank 0",
-            )  # fmt: skip
+                problem, operation=operation, got=f"{other} on rank {rank}", expected=f"{told[0]} as on rank 0"
+            )
 
 
 def _rule(optimizer: Optimizer) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mpitrain._errors import InputError, MismatchError
+from mpitrain._errors import InputError
 from mpitrain._options import check_kind, check_whole
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, is_cupy, plain
@@ -33,6 +33,7 @@ from mpitrain.method.steps import (
     add_sums,
     all_finite,
     check_finite,
+    check_same,
     clip,
     divide,
     update,
@@ -244,13 +245,7 @@ class Synchronous(Method):
         """Refuse batches that are others than on rank 0: each rank would take its share of another whole."""
         said = str(feed) if isinstance(feed, Batches) else type(feed).__name__
         with self.comm.ledger.unchanged():
-            found = self.comm.allgather_object(said)
-        for rank, other in enumerate(found):
-            if other != found[0]:
-                raise MismatchError(
-                    "ranks were given different batches", operation="advance", got=f"{other} on rank {rank}",
-                    expected=f"{found[0]} as on rank 0",
-                )  # fmt: skip
+            check_same(self.comm, said, "ranks were given different batches", "advance")
 
     def _at_commit(self) -> bool:
         """Tell whether parameters and optimizer state are now the same on all ranks."""
