@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 MAIN = "mpi4py"
 """The rival of all variants; others meet the leading ones."""
 
-_TRIALS, _FEWEST, _MOST = 3, 7, 2000
+_TRIALS, _FEWEST, _MOST = 3, 11, 2000
 """Turns that are not counted, and how many are, at least and at most, where a race is given a time."""
 
 
