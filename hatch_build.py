@@ -1,7 +1,7 @@
 """Compiles loops (transports, codecs, optimizers, layers, random words) and the short way of collectives at build time.
 
 Without a C compiler the package is built without all of them; without Python's headers, without the way.  ``CC`` and
-``CFLAGS`` are heeded.  `mpitrain doctor` tells what an installation has.
+``CFLAGS`` are heeded, but for what would change a value.  `mpitrain doctor` tells what an installation has.
 """
 
 import os
@@ -14,7 +14,11 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = (
+    "-std=c11", "-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-shared", "-fPIC",
+)  # fmt: skip
+"""After the user's, whose -ffast-math would lose NaNs, and flush subnormal numbers in all of the process."""
 _LOOPS = (
     ("mpitrain/comm/transports/kernel.c", "mpitrain/comm/transports/_kernel.so"),
     ("mpitrain/optim/kernel.c", "mpitrain/optim/_kernel.so"),
@@ -54,7 +58,7 @@ class KernelHook(BuildHookInterface):
             return None
         target = Path(self.root, library)
         made = target.with_suffix(f".{os.getpid()}.tmp")
-        flags = (*_FLAGS, *flags, *shlex.split(os.environ.get("CFLAGS", "")))
+        flags = (*shlex.split(os.environ.get("CFLAGS", "")), *_FLAGS, *flags)
         try:
             subprocess.run([*compiler, *flags, str(Path(self.root, source)), "-o", str(made), "-lm"], check=True)
         except subprocess.CalledProcessError:

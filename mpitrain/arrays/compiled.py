@@ -16,7 +16,8 @@ from mpitrain._typing import Array
 
 Loop = Callable[..., None]
 
-_KINDS = {"float32": "f32", "float64": "f64"}
+ENDINGS = {np.dtype(np.float32): "f32", np.dtype(np.float64): "f64"}
+"""How the names of loops over an array's dtype end.  Bytes in another order are another dtype."""
 
 
 def load(path: Path, version_of: str, version: int) -> ctypes.CDLL | None:
@@ -54,16 +55,18 @@ def loop(library: ctypes.CDLL | None, name: str, arguments: str) -> Loop | None:
     return found  # type: ignore[no-any-return]
 
 
-def kind(*arrays: Array) -> str | None:
-    """Return how names of loops over these arrays end; None unless they are NumPy's, contiguous, and of one such dtype.
+def loop_over(library: ctypes.CDLL | None, name: str, arguments: str, *arrays: Array) -> Loop | None:
+    """Return a loop for arrays of one dtype: NumPy's, contiguous and aligned; None where there is none for them.
 
-    Nor are there loops where ``MPITRAIN_KERNEL=off``.
+    Nor is there one where ``MPITRAIN_KERNEL=off``.
     """
     dtype = arrays[0].dtype
     fit = _env.kernel() and all(
-        isinstance(each, np.ndarray) and each.flags.c_contiguous and each.dtype == dtype for each in arrays
+        isinstance(each, np.ndarray) and each.flags.c_contiguous and each.flags.aligned and each.dtype == dtype
+        for each in arrays
     )
-    return _KINDS.get(dtype.name) if fit else None
+    ending = ENDINGS.get(dtype) if fit else None
+    return loop(library, f"{name}_{ending}", arguments) if ending else None
 
 
 def address(array: Array) -> int:

@@ -137,6 +137,9 @@ class Layout:
         twice = sorted({name for name in names if names.count(name) > 1} | (set(names) & set(self.ties)))
         if twice:
             raise InputError("two tensors have one name", got=", ".join(twice))
+        within = sorted({name for name in names if not _beginnings(name).isdisjoint(names)})
+        if within:
+            raise InputError("a tensor lies within another's name", got=", ".join(within), remedy="rename one of them")
         lost = sorted(set(self.ties.values()) - set(names))
         if lost:
             raise InputError("a tie names a tensor that is not there", got=", ".join(lost))
@@ -246,6 +249,11 @@ def _placed(segments: Iterable[Segment], offset: int, dtype: DType) -> tuple[tup
         placed.append(replace(segment, offset=offset))
         offset += -(-segment.size // step) * step
     return tuple(placed), offset
+
+
+def _beginnings(name: str) -> set[str]:
+    """Return the names of the branches in which a tensor lies: of ``a.b.c`` those are ``a`` and ``a.b``."""
+    return {name[:at] for at, letter in enumerate(name) if letter == "."}
 
 
 def _line(dtype: DType) -> int:

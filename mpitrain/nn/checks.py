@@ -71,3 +71,12 @@ def same_shape(layer: str, found: Shape, expected: Shape) -> None:
     """Require that two branches give arrays of one shape."""
     if found != expected:
         raise InputError(f"{layer}: the branches differ in shape", got=found, expected=expected)
+
+
+def gradient(layer: str, found: Shape, expected: Shape) -> None:
+    """Require that the gradient that a layer is handed has the shape of its output."""
+    if found != expected:
+        raise InputError(
+            f"{layer}: the gradient is not of the output's shape", got=found, expected=expected,
+            remedy="let the layer after it return a gradient of its input's shape",
+        )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from mpitrain._errors import InputError
 from mpitrain._options import check_kind
 from mpitrain._typing import Array, Tree
 from mpitrain.nn import checks
@@ -15,6 +16,8 @@ class _Container(Layer):
 
     def __init__(self, *children: tuple[str, Layer]) -> None:
         for name, layer in children:
+            if "." in name:
+                raise InputError(f"{type(self).__name__}: a layer's name has a dot in it", got=repr(name))
             check_kind(
                 type(self).__name__, f"layer {name}", layer, Layer, "a layer of mpitrain.nn, e.g. Linear(64, 10)"
             )

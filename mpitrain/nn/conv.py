@@ -71,7 +71,8 @@ class Conv2d(Layer):
         context["shape"] = x.shape
         context["padded"] = padded = self._pad(x, context)
         size = output_size(padded.shape, self.kernel_size, self.stride)
-        y = context.take((x.shape[0], *size, self.out_channels), x.dtype)
+        context["output_shape"] = shape = (x.shape[0], *size, self.out_channels)
+        y = context.take(shape, x.dtype)
         kernel = params["weight"].reshape(self.patch_size, self.out_channels)
         bias = self._bias_of_rows(params, y, call)
         for patches, rows in self._patches(padded, y, call):
@@ -87,6 +88,7 @@ class Conv2d(Layer):
 
     def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
         """Bring together what the outputs send back to each pixel."""
+        checks.gradient("Conv2d", dy.shape, context["output_shape"])
         rest = [size - 1 - margin for size, margin in zip(self.kernel_size, self.padding, strict=True)]
         if self.stride == (1, 1) and min(rest) >= 0:
             return self._gathered(params, context, dy, (rest[0], rest[1]), call)
@@ -128,6 +130,7 @@ class Conv2d(Layer):
 
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add the products of patches and ``dy``, and the sums of ``dy`` for the bias."""
+        checks.gradient("Conv2d", dy.shape, context["output_shape"])
         product = call.take((self.patch_size, self.out_channels), dy.dtype)
         total = grads["weight"].reshape(product.shape)
         for patches, rows in self._patches(context["padded"], dy, call):

@@ -1,7 +1,8 @@
 """The compiled loops of layers, where they were built: what `kernel.c` does, called from Python.
 
-They are optional.  Without them the same values are computed in NumPy, with the same bits, and slower.  Each function
-here tells whether there is a loop for its arrays; if not, it has done nothing.
+They are optional.  Without them the same values are computed in NumPy, and slower; with the same bits, but for the sign
+of a maximum among zeros of both signs, which NumPy leaves to the processor.  Each function here tells whether there is
+a loop for its arrays; if not, it has done nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from mpitrain._typing import Array
-from mpitrain.arrays.compiled import Loop, address, kind, load, loop
+from mpitrain.arrays.compiled import address, load, loop_over
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
@@ -46,7 +47,7 @@ def max_pool(x: Array, y: Array, window: tuple[int, int]) -> bool:
     window : (int, int)
         Height and width.
     """
-    run = _loop("max_pool", "vvv", x, y)
+    run = loop_over(library(), "mpitrain_max_pool", "vvv", x, y)
     if run is None:
         return False
     run(address(x), address(y), byref(_tiling(y, window)))
@@ -55,7 +56,9 @@ def max_pool(x: Array, y: Array, window: tuple[int, int]) -> bool:
 
 def max_pool_gradient(x: Array, y: Array, dy: Array, dx: Array, window: tuple[int, int]) -> bool:
     """Write the gradient with respect to the images; ``dx`` is of their shape, ``dy`` of the maxima's."""
-    run = _loop("max_pool_gradient", "vvvvv", x, y, dy, dx) if dy.shape == y.shape else None
+    if dy.shape != y.shape:
+        return False
+    run = loop_over(library(), "mpitrain_max_pool_gradient", "vvvvv", x, y, dy, dx)
     if run is None:
         return False
     run(address(x), address(y), address(dy), address(dx), byref(_tiling(y, window)))
@@ -64,16 +67,15 @@ def max_pool_gradient(x: Array, y: Array, dy: Array, dx: Array, window: tuple[in
 
 def relu_gradient(y: Array, dy: Array, dx: Array) -> bool:
     """Write ``dy`` where y > 0, else zeros; all of one shape.  Few elements are left to NumPy."""
-    run = _loop("relu_gradient", "vvvn", y, dy, dx) if dy.shape == y.shape and y.size >= _RELU_FROM else None
+    run = (
+        loop_over(library(), "mpitrain_relu_gradient", "vvvn", y, dy, dx)
+        if dy.shape == y.shape and y.size >= _RELU_FROM
+        else None
+    )
     if run is None:
         return False
     run(address(y), address(dy), address(dx), y.size)
     return True
-
-
-def _loop(name: str, arguments: str, *arrays: Array) -> Loop | None:
-    ending = kind(*arrays)
-    return loop(library(), f"mpitrain_{name}_{ending}", arguments) if ending else None
 
 
 def _tiling(y: Array, window: tuple[int, int]) -> _Tiling:

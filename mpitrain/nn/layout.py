@@ -15,11 +15,12 @@ def layout_of(layer: Layer, dtype: Any) -> Layout:
     Raises
     ------
     InputError
-        A tie is between tensors that are not there, or differ in shape.
+        Two tensors have one name, or a tie is between tensors that are not there, or differ in shape.
     """
-    wanted, ties = {parameter.name: parameter for parameter in layer.parameters()}, layer.ties()
+    parameters, ties = layer.parameters(), layer.ties()
+    wanted = {parameter.name: parameter for parameter in parameters}
     for alias, name in ties.items():
         shapes = [wanted[each].shape if each in wanted else None for each in (alias, name)]
         if shapes[0] is None or shapes[0] != shapes[1]:
             raise InputError(f"{alias!r} cannot be tied to {name!r}", got=shapes, expected="two tensors of one shape")
-    return Layout.build([wanted[name].segment() for name in wanted if name not in ties], dtype, ties)
+    return Layout.build([each.segment() for each in parameters if each.name not in ties], dtype, ties)

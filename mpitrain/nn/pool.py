@@ -10,6 +10,9 @@ from mpitrain._typing import Array, DType, Shape
 
 _Kind = tuple[str, Shape, DType]
 
+_KEPT = 4
+"""How many times as much as was ever lent at once may lie free: of batches whose size changes, few sizes are kept."""
+
 
 class Pool:
     """Lends arrays and takes them back; a returned array is lent again for the same shape and dtype.
@@ -27,7 +30,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._free: dict[_Kind, list[Array]] = {}
-        self.misses = self.nbytes = 0
+        self.misses = self.nbytes = self._most_lent = 0
 
     def take(self, shape: Shape, dtype: DType, xp: Any = np) -> Array:
         """Lend an array of ``xp`` with *arbitrary* contents; it belongs to the caller until `give`."""
@@ -38,8 +41,11 @@ class Pool:
             except IndexError:  # another thread took the last one
                 pass
         self.misses += 1
+        if self._free_bytes() > _KEPT * self._most_lent:
+            self.drop_free()
         array: Array = xp.empty(shape, dtype)
         self.nbytes += array.nbytes
+        self._most_lent = max(self._most_lent, self.nbytes - self._free_bytes())
         return array
 
     def give(self, array: Array) -> None:
@@ -47,7 +53,10 @@ class Pool:
         kind = (type(array).__module__.partition(".")[0], array.shape, array.dtype)
         self._free.setdefault(kind, []).append(array)
 
+    def _free_bytes(self) -> int:
+        return sum(array.nbytes for arrays in list(self._free.values()) for array in list(arrays))
+
     def drop_free(self) -> None:
         """Let go of all arrays that are not lent, e.g. of shapes that are not needed again."""
-        self.nbytes -= sum(array.nbytes for arrays in self._free.values() for array in arrays)
+        self.nbytes -= self._free_bytes()
         self._free.clear()

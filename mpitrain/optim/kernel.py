@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from mpitrain._typing import Array
-from mpitrain.arrays.compiled import Loop, address, kind, load, loop
+from mpitrain.arrays.compiled import Loop, address, load, loop_over
 from mpitrain.optim.terms import Terms
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
@@ -53,7 +53,7 @@ def adam(p: Array, terms: Terms, m: Array, v: Array, settings: AdamSettings) -> 
     settings : AdamSettings
         The same for all elements, but for ``count``, which is the terms'.
     """
-    run = _loop("adam", "vvvvnv", p, m, v, *terms.arrays)
+    run = _loop("mpitrain_adam", "vvvvnv", (p, m, v), terms)
     if run is None:
         return False
     settings.count = terms.count
@@ -63,16 +63,17 @@ def adam(p: Array, terms: Terms, m: Array, v: Array, settings: AdamSettings) -> 
 
 def add(sums: Array, terms: Terms) -> None:
     """Add the sum of all terms to ``sums``, shape (n,), by a compiled loop where there is one."""
-    run = _loop("add", "vvn", sums, *terms.arrays)
+    run = _loop("mpitrain_add", "vvn", (sums,), terms)
     if run is None:
         sums += terms.sum()
     else:
         run(address(sums), byref(_sources(terms)), sums.size)
 
 
-def _loop(name: str, arguments: str, *arrays: Array) -> Loop | None:
-    ending = kind(*arrays)
-    return loop(library(), f"mpitrain_{name}_{ending}", arguments) if ending else None
+def _loop(name: str, arguments: str, written: tuple[Array, ...], terms: Terms) -> Loop | None:
+    """Return a loop for arrays that it may write to."""
+    found = loop_over(library(), name, arguments, *written, *terms.arrays)
+    return found if all(each.flags.writeable for each in written) else None
 
 
 def _sources(terms: Terms) -> _Sources:

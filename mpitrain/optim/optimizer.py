@@ -94,7 +94,8 @@ class Optimizer(ABC):
         params, state, lr, step, shard
             As for `update`.
         terms : Terms
-            Their mean is what `update` would be given; none of them is written to.
+            Their mean is what `update` would be given.  They are not written to, but for a single one of count 1,
+            which is that mean, and may be.
 
         Raises
         ------

@@ -17,7 +17,8 @@ import threadpoolctl
 from mpitrain import __version__, _env
 from mpitrain._errors import MismatchError
 from mpitrain.comm import Communicator
-from mpitrain.optim import kernel
+from mpitrain.nn import kernel as nn_kernel
+from mpitrain.optim import kernel as optim_kernel
 
 Fingerprint = dict[str, str]
 
@@ -30,7 +31,7 @@ def fingerprint(in_bfloat16: bool = False) -> Fingerprint:
         "BLAS": _blas(),
         "NumPy": np.__version__,
         "C library": " ".join(platform.libc_ver()),
-        "compiled loops": "yes" if _env.kernel() and kernel.library() is not None else "no",
+        "compiled loops": "yes" if _env.kernel() and all(each.library() for each in (nn_kernel, optim_kernel)) else "no",
         "mpitrain": __version__,
     }
     return found | {"ml_dtypes": version("ml_dtypes")} if in_bfloat16 else found

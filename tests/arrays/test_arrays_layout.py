@@ -96,6 +96,11 @@ def test_names_must_be_unique_and_ties_must_lead_somewhere():
         Layout.build([w, b], ties={"head": "v"})
 
 
+def test_a_name_must_not_lie_within_another():
+    with pytest.raises(InputError, match=r"a tensor lies within another's name; got a\.b\.c"):
+        Layout.build([Segment("a.b.c", (2,)), Segment("a", (2,)), Segment("ab", (2,))], np.float32)
+
+
 def test_layouts_are_values():
     assert small() == small()
     assert hash(small()) == hash(small())

@@ -72,11 +72,14 @@ def test_the_loops_are_used_and_can_be_forbidden(monkeypatch):
     assert not kernel.relu_gradient(large, large, large.copy())
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_what_does_not_fit_is_left_alone(dtype):
+@pytest.mark.parametrize("kind", ["float16", "float32 by columns", ">f4", "at an odd byte"])
+def test_what_does_not_fit_is_left_alone(kind):
+    dtype = {"float16": "float16", ">f4": ">f4"}.get(kind, "float32")
     x, dy = np.ones((300, 301), dtype), np.ones((300, 301), dtype)
-    if dtype == "float32":
+    if kind == "float32 by columns":
         dy = np.asfortranarray(dy)
+    if kind == "at an odd byte":
+        dy = np.frombuffer(b"-" + dy.tobytes(), dtype, offset=1).reshape(dy.shape)
     out = np.zeros(x.shape, dtype)
     assert not kernel.relu_gradient(x, dy, out)
     assert not kernel.relu_gradient(x, np.ones((300, 300), dtype), out)

@@ -6,7 +6,7 @@ import pytest
 from mpitrain import nn
 from mpitrain._errors import DataError, InputError
 from mpitrain.arrays import FlatBuffer, Key, Layout, Segment
-from mpitrain.nn.initial import he_uniform, normal
+from mpitrain.nn.initial import he_uniform, normal, zeros
 from mpitrain.nn.layout import layout_of
 
 
@@ -180,6 +180,36 @@ def test_a_tie_of_two_shapes_is_refused():
         layout_of(_Mistied(nn.Linear(2, 3), nn.Linear(3, 2)), np.float32)
 
 
+class _Twice(nn.Layer):
+    def parameters(self):
+        return [nn.Parameter("weight", (3, columns), zeros) for columns in (3, 2)]
+
+    def forward(self, params, x, call):
+        raise NotImplementedError
+
+    def backward_input(self, params, context, dy, call):
+        raise NotImplementedError
+
+
+def test_two_tensors_of_one_name_are_refused():
+    with pytest.raises(InputError, match="two tensors have one name; got weight"):
+        layout_of(_Twice(), np.float32)
+    with pytest.raises(InputError, match=r"Sequential: a layer's name has a dot in it; got 'a\.b'"):
+        nn.Sequential(**{"a.b": nn.Linear(3, 2)})
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 2), (1, 2, 2, 2), (1, 3, 3, 1), (2, 3, 3, 2)])
+def test_a_convolution_refuses_a_gradient_of_another_shape(shape):
+    layer, call = nn.Conv2d(1, 2, 3, padding=1), nn.Call()
+    params = {"weight": np.ones((3, 3, 1, 2)), "bias": np.zeros(2)}
+    grads = {name: np.zeros_like(value) for name, value in params.items()}
+    _, context = layer.forward(params, np.ones((1, 3, 3, 1)), call)
+    with pytest.raises(InputError, match="Conv2d: the gradient is not of the output's shape"):
+        layer.backward_weight(grads, context, np.ones(shape), call)
+    with pytest.raises(InputError, match="Conv2d: the gradient is not of the output's shape"):
+        layer.backward_input(params, context, np.ones(shape), call)
+
+
 def test_context_release_may_be_repeated():
     pool = nn.Pool()
     context = nn.Context(pool)
@@ -189,6 +219,23 @@ def test_context_release_may_be_repeated():
     first, second = (pool.take((3,), np.dtype(float)) for _ in range(2))
     assert first is not second
     assert pool.misses == 2
+
+
+def test_pool_lets_go_of_shapes_that_come_and_go():
+    pool = nn.Pool()
+    for size in range(1000, 1100):
+        for array in [pool.take((size,), np.dtype(float)) for _ in range(3)]:
+            pool.give(array)
+    assert pool.nbytes < 6 * 3 * 1100 * 8
+
+
+def test_pool_keeps_a_few_shapes_that_take_turns():
+    pool = nn.Pool()
+    for _ in range(10):
+        for size in (1000, 600, 900):
+            for array in [pool.take((size,), np.dtype(float)) for _ in range(3)]:
+                pool.give(array)
+    assert pool.misses == 9
 
 
 def test_pool_keeps_shapes_and_dtypes_apart():

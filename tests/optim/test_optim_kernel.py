@@ -103,3 +103,21 @@ def test_other_types_are_left_to_numpy(dtype):
     assert not kernel.adam(p, Terms((g,)), m, v, kernel.AdamSettings())
     p, m, v = (np.ones(5, np.float32) for _ in range(3))
     assert not kernel.adam(p, Terms((p, np.ones(5, np.float64))), m, v, kernel.AdamSettings())
+
+
+@pytest.mark.parametrize("which", ["on", "off"])
+def test_read_only_parameters_are_refused(monkeypatch, which):
+    monkeypatch.setenv("MPITRAIN_KERNEL", which)
+    layout = Layout.build([Segment("w", (5,))], "float32")
+    optimizer, p, shard = Adam(), np.ones(layout.size, "float32"), layout.shard(0, layout.size)
+    p.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        optimizer.update(p, np.ones_like(p), optimizer.init(shard), 0.1, 1, shard)
+    assert (p == 1).all()
+
+
+def test_bytes_in_another_order_are_left_to_numpy():
+    layout = Layout.build([Segment("w", (5,))], ">f4")
+    optimizer, p, shard = Adam(), np.ones(layout.size, ">f4"), layout.shard(0, layout.size)
+    optimizer.update(p, np.ones_like(p), optimizer.init(shard), 0.1, 1, shard)
+    np.testing.assert_allclose(p[:5], 0.9, rtol=1e-6)

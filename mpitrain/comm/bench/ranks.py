@@ -186,13 +186,18 @@ class Bench:
 
     def _timed(self, contenders: list[list[Any]], before: list[list[Any]] | None = None) -> Array:
         """Race after a few turns that are not counted, which also tell how many turns the time allows."""
-        start = time.perf_counter()
-        race(self._comm, contenders, _TRIALS, before)
+        trials = [self._wall_s(contenders, before) for _ in range(_TRIALS)]
         repeats = self._spec.repeats
         if repeats is None:
-            turn_s = float(self._comm.allreduce(time.perf_counter() - start, "max")) / _TRIALS
+            turn_s = float(self._comm.allreduce(float(np.median(trials)), "max"))
             repeats = int(np.clip(self._spec.time_s / turn_s, _FEWEST, _MOST))
         return race(self._comm, contenders, repeats, before)
+
+    def _wall_s(self, contenders: list[list[Any]], before: list[list[Any]] | None) -> float:
+        """Return how long one turn of each takes, with all that is done in between."""
+        start = time.perf_counter()
+        race(self._comm, contenders, 1, before)
+        return time.perf_counter() - start
 
     def _ground(self, operation: str, size_bytes: int) -> Ground:
         elements = max(1, size_bytes // np.dtype(self._spec.dtype).itemsize)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mpitrain import _env
 from mpitrain._typing import Array, DType
-from mpitrain.arrays.compiled import Loop, address, load, loop
+from mpitrain.arrays.compiled import ENDINGS, Loop, address, load, loop
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
@@ -43,7 +43,7 @@ def quantise(values: Array, words: Array, block: int, codes: Array, steps: Array
     steps : array of float32, shape (⌈n/block⌉,)
         Written to.
     """
-    run = _loop(_of("quantise", values.dtype), "vvnnvv") if _is_plain(values) else None
+    run = _loop_of("quantise", values.dtype, "vvnnvv") if _is_plain(values) else None
     if run is None:
         return False
     run(address(values), address(words), values.size, block, address(codes), address(steps))
@@ -62,7 +62,7 @@ def dequantise(codes: Array, steps: Array, block: int, values: Array) -> bool:
     values : array of float32 or float64, shape (rows, n)
         Written to.
     """
-    run = _loop(_of("dequantise", values.dtype), "vvnnv") if _is_plain(codes, steps, values) else None
+    run = _loop_of("dequantise", values.dtype, "vvnnv") if _is_plain(codes, steps, values) else None
     if run is None:
         return False
     for row in range(len(codes)):
@@ -102,7 +102,7 @@ def multiply(left: Array, terms: Array, out: Array, takes_away: bool) -> bool:
         Whether the product is subtracted from ``out`` instead of written to it.
     """
     fits = _is_plain(left, terms, out) and all(each.flags.c_contiguous for each in (left, terms, out))
-    run = _loop(_of("product", out.dtype), "vvnnnnv") if fits else None
+    run = _loop_of("product", out.dtype, "vvnnnnv") if fits else None
     if run is None:
         return False
     run(address(left), address(terms), *left.shape, terms.shape[1], takes_away, address(out))
@@ -112,12 +112,16 @@ def multiply(left: Array, terms: Array, out: Array, takes_away: bool) -> bool:
 def _is_plain(*arrays: Array) -> bool:
     """Tell whether loops may be used, and can walk along the last axis of these arrays."""
     return _env.kernel() and all(
-        isinstance(each, np.ndarray) and (each.shape[-1] < 2 or each.strides[-1] == each.itemsize) for each in arrays
+        isinstance(each, np.ndarray)
+        and each.flags.aligned
+        and (each.shape[-1] < 2 or each.strides[-1] == each.itemsize)
+        for each in arrays
     )
 
 
-def _of(name: str, dtype: DType) -> str:
-    return f"{name}_f{8 * dtype.itemsize}"
+def _loop_of(name: str, dtype: DType, arguments: str) -> Loop | None:
+    ending = ENDINGS.get(dtype)
+    return _loop(f"{name}_{ending}", arguments) if ending else None
 
 
 def _loop(name: str, arguments: str) -> Loop | None:
