@@ -145,7 +145,10 @@ class Method(ABC):
 
     @abstractmethod
     def request_stop(self) -> None:
-        """Ask all ranks to return from `advance` at the next commit point.  Local; safe in a signal handler."""
+        """Ask all ranks to return from `advance` at the next commit point, once and for all: later calls take one step.
+
+        Local; safe in a signal handler.
+        """
 
     @abstractmethod
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:

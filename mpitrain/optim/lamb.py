@@ -117,6 +117,6 @@ class LAMB(AdamW):
                 expected=shape, remedy="call partials, add them over all shards, and pass the sums as totals",
             )  # fmt: skip
         p, u = np.sqrt(to_host(totals)).T
-        adapted = np.array([self.adapt == "trained" or segment.group == "decay" for segment in shard.layout])
+        adapted = np.array([self.adapt == "trained" or segment.group == "decay" for segment in shard.layout], bool)
         ratios = np.divide(p, u, out=np.ones_like(p), where=adapted & (p > 0) & (u > 0))
         return [float(ratio) for ratio in ratios]

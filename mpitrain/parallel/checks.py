@@ -40,4 +40,6 @@ def two_numbers(found: Any) -> tuple[float, float]:
             "the model's loss_and_gradients gave no loss", got=reprlib.repr(found),
             expected="(loss_sum, count), two numbers",
         ) from error  # fmt: skip
+    if count < 0:
+        raise InputError("the model's count is negative", got=count, expected="what the loss is to be divided by")
     return loss_sum, count

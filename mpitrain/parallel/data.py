@@ -130,6 +130,8 @@ class DataParallel(Synchronous):
             return super()._reduced(own)
         with self.comm.phase("reduce"):
             total = self._sum(own)
+            if not total.bad:
+                total.check_count(self.step + 1)
             self._compressed.reduce(self.grads.buffer, self.step, total.count)
         with self.comm.phase("check"):
             return replace(total, bad=float(total.bad or not all_finite(self.parts)))

@@ -109,6 +109,7 @@ class LaneSteps(Synchronous):
         if not taken:
             self.step += 1
             return total.untrained()
+        total.check_count(self.step + 1)
         with phase("reduce"):
             self._reduce_lanes()
         self.step += 1

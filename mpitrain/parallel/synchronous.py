@@ -242,10 +242,11 @@ class Synchronous(Method):
         return self._cut
 
     def _check_same(self, feed: Feed) -> None:
-        """Refuse batches that are others than on rank 0: each rank would take its share of another whole."""
+        """Refuse batches that are others than on rank 0: each rank would take its share, or pass, of another whole."""
         said = str(feed) if isinstance(feed, Batches) else type(feed).__name__
-        with self.comm.ledger.unchanged():
-            check_same(self.comm, said, "ranks were given different batches", "advance")
+        for comm in filter(None, (self.comm, self.across)):
+            with comm.ledger.unchanged():
+                check_same(comm, said, "ranks were given different batches", "advance")
 
     def _at_commit(self) -> bool:
         """Tell whether parameters and optimizer state are now the same on all ranks."""
@@ -260,6 +261,8 @@ class Synchronous(Method):
             return self._step_in_place(self.grads, own, microbatches)
         total = self._reduced(own)
         taken = self._is_taken(not total.bad, microbatches)
+        if taken:
+            total.check_count(self.step + 1)
         self.step += 1
         if not taken:
             return total.untrained()
@@ -318,7 +321,7 @@ class Synchronous(Method):
             loss_sum, count = loss_sum + loss, count + weight
             grads.end_pass()
         samples = sum(len(batch) for batch in microbatches)
-        return Tally(loss_sum, count, samples, float(self._stop), float(not np.isfinite(loss_sum)))
+        return Tally(loss_sum, count, samples, float(self._stop), float(not np.isfinite(loss_sum + count)))
 
     def _pass(self, batch: Batch, grads: Gradients, key: Key, reduce: Reduce | None) -> Any:
         """Run the model forward and backward."""
@@ -354,6 +357,7 @@ class Synchronous(Method):
         terms = grads.terms(total.count, self._parameters_are_read)
         if total.bad:
             self._check_sums(replace(part, grads=terms.sum()), own, microbatches)
+        total.check_count(self.step + 1)
         self.step += 1
         with phase("update"):
             self._update_mean(part, terms)
@@ -366,7 +370,7 @@ class Synchronous(Method):
 
     def _check_sums(self, summed: Part, own: Tally, microbatches: list[Batch]) -> None:
         """Look at the sums themselves, as a rank found something not to be finite, or its square."""
-        bad = not np.isfinite(own.loss) or not finite(summed.grads)
+        bad = not np.isfinite(own.loss + own.count) or not finite(summed.grads)
         good = not self._agreed(self._sum(Tally(bad=float(bad)))).bad
         self._check_finite(good, microbatches, (summed,))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
+
+from mpitrain._errors import InputError
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,14 @@ class Tally:
     def numbers(self) -> tuple[float, ...]:
         """All of them, in this order."""
         return self.loss, self.count, self.samples, self.stops, self.bad
+
+    def check_count(self, step: int) -> None:
+        """Raise an InputError unless a sum of gradients can be divided by the count; the same on all ranks."""
+        if not 0 < self.count < inf:
+            raise InputError(
+                "no rank had samples", operation="advance", got=f"a count of {self.count:g} at step {step}",
+                remedy="let each step have a sample on some rank, and a loss whose count is above 0",
+            )  # fmt: skip
 
     def untrained(self) -> Tally:
         """Return that of a step that was skipped: nothing was learnt from its samples."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mpitrain.arrays import FlatBuffer, Shard
+from mpitrain.arrays import FlatBuffer, Layout, Shard
 from mpitrain.optim import OPTIMIZERS, SGD, Terms, chunks, make_optimizer
 
 ELEMENTWISE = sorted(set(OPTIMIZERS) - {"lamb"})
@@ -167,3 +167,9 @@ def test_an_empty_shard_is_left_alone(name, layout):
     totals = optimizer.partials(nothing, nothing, state, 1, shard)
     optimizer.update(nothing, nothing, state, 0.1, 1, shard, totals)
     assert totals is None or not totals.any()
+
+
+@pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
+def test_a_layout_without_tensors_is_updated(kind):
+    empty = Layout.build([], np.float64)
+    updated(make_optimizer(kind), FlatBuffer(empty), [FlatBuffer(empty)] * 2, [empty.whole()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,17 @@ import pytest
 from parallel_cases import IMAGES, METHODS, Make, RowsFeed, cnn, every_method, mlp, plan, same_on_all, set_up
 
 from mpitrain import nn
-from mpitrain._errors import InputError, MismatchError
-from mpitrain.arrays import FlatBuffer, Key
-from mpitrain.comm import Communicator, LocalWorld
+from mpitrain._errors import InputError, MismatchError, NonFiniteError
+from mpitrain.arrays import Batch, FlatBuffer, Key
+from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
+from mpitrain.comm.codecs import Int8
 from mpitrain.data import Batches
 from mpitrain.method import Method
 from mpitrain.nn import Network
 from mpitrain.optim import LAMB, SGD, Constant
-from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging
+from mpitrain.parallel import DataParallel, GradientParallel, ModelAveraging, ReproducibleDataParallel
 from mpitrain.parallel.pipeline import PipelineParallel
+from mpitrain.parallel.tensor import divided_network
 
 
 def initial_hash(comm: Communicator, make: Make, dtype: str) -> str:
@@ -57,6 +60,75 @@ def test_ranks_that_are_given_other_batches_are_told(other, told):
 
     with pytest.raises(MismatchError, match=f"advance: ranks were given different batches; got {told}; expected"):
         LocalWorld(3).run(train)
+
+
+def test_ranks_that_divide_a_model_are_given_the_same_batches():
+    def train(comm: Communicator) -> None:
+        mesh = ProcessMesh(comm, data=1, tensor=2)
+        model = divided_network(mlp().layer, nn.CrossEntropy(), mesh["tensor"], "float64", False)
+        method = DataParallel(mesh["data"], across=mesh["tensor"])
+        method.setup(model, SGD(), plan(4))
+        method.advance(Batches(IMAGES, 4, seed=comm.rank, dtype=np.float64), until=1)
+
+    with pytest.raises(MismatchError, match="advance: ranks were given different batches"):
+        LocalWorld(2).run(train)
+
+
+class EmptyFrom(RowsFeed):
+    """Nobody has a sample from a step on."""
+
+    def share(self, rank: int, size: int, microbatches: int) -> Any:
+        loader = super().share(rank, size, microbatches)
+
+        def batch(step: int) -> list[Batch]:
+            return [Batch(*(part[: 0 if step else None] for part in each)) for each in map(parts, loader.batch(step))]
+
+        def parts(each: Batch) -> tuple[np.ndarray, ...]:
+            return each.inputs, each.targets, each.index
+
+        return SimpleNamespace(batch=batch)
+
+
+def check_a_step_without_samples(comm: Communicator, make: Make) -> None:
+    method, feed = set_up(comm, mlp(), 4, make=make), EmptyFrom()
+    method.advance(feed, until=1)
+    before = method.whole().sha256()
+    with pytest.raises(InputError, match="no rank had samples; got a count of 0 at step 2"):
+        method.advance(feed, until=2)
+    assert method.whole().sha256() == before
+
+
+@every_method
+def test_a_step_without_samples_is_refused(on_ranks, make):
+    on_ranks(check_a_step_without_samples, make)
+
+
+def test_lanes_and_codecs_refuse_a_step_without_samples():
+    for make in (partial(ReproducibleDataParallel, lanes=4), partial(DataParallel, codec=Int8())):
+        LocalWorld(2).run(check_a_step_without_samples, make)
+
+
+class Counts(Network):
+    """Says that a loss is to be divided by whatever it is told."""
+
+    count: float
+
+    def loss_and_gradients(self, *args: Any) -> tuple[float, float]:
+        return super().loss_and_gradients(*args)[0], self.count
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "message"),
+    [
+        (float("nan"), NonFiniteError, "the loss or gradient of step 1 is not finite"),
+        (-64.0, InputError, "the model's count is negative; got -64.0"),
+    ],
+)
+def test_a_count_that_nothing_can_be_divided_by_is_refused(count, error, message):
+    network = Counts(mlp().layer, nn.CrossEntropy(), np.float64)
+    network.count = count
+    with pytest.raises(error, match=message):
+        LocalWorld(1).run(lambda comm: set_up(comm, network, 4).advance(RowsFeed(), until=1))
 
 
 class OneBitOff(Network):
