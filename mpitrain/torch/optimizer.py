@@ -20,6 +20,7 @@ from mpitrain.arrays import FlatBuffer
 from mpitrain.comm import Communicator
 from mpitrain.optim import finite, scale, squared_norm
 from mpitrain.torch.broadcast import check_same_tensors, check_same_values, send
+from mpitrain.torch.freezing import Freezing
 from mpitrain.torch.groups import layout_of, trained
 from mpitrain.torch.memory import ReplicatedMemory, ShardedMemory
 from mpitrain.torch.reduction import Reduction, check_losses
@@ -78,7 +79,7 @@ class DistributedOptimizer:
     -----
     Collective over ``comm``, as are `step`, `clip_grad_norm_`, `state_dict` and `edit`.  Cost of a step beyond the
     gradient: a reduce_scatter and an allgather (no bytes move between ranks of one node that share memory), and an
-    allreduce of two numbers and the running statistics of batch normalisation.
+    allreduce of three numbers and the running statistics of batch normalisation.
 
     A parameter that no sample's loss depends on gets a gradient of zero, on all ranks alike, so that momentum and
     weight decay go on moving it; PyTorch would leave it out.  Frozen parameters are left alone.  Tied ones have one
@@ -95,6 +96,7 @@ class DistributedOptimizer:
         check_same_values(model.named_parameters(), comm, _OPERATION)
         self.optimizer, self.model, self.comm, self.steps = optimizer, model, comm, 0
         self._wanted = _one_of(reduction)
+        self._freezing = Freezing(model, optimizer)
         self._grads = FlatBuffer(self._layout, comm.empty)
         self._slots = [GradientSlot(model, each.name, self._grads.views[each.name], self._arrived)
                        for each in self._layout]  # fmt: skip
@@ -144,7 +146,8 @@ class DistributedOptimizer:
         ------
         InputError
             On this rank: no count, no backward pass, inside `no_sync`, a gradient or parameter that is no longer where
-            the ranks share it.  On all ranks: no rank had samples.
+            the ranks share it.  On all ranks: no rank had samples, or on some rank a parameter was frozen or unfrozen
+            since this object was made.
         NonFiniteError
             On all ranks, naming those whose samples gave the bad gradients, where they can be told, and the tensors.
             Nothing is updated; after `zero_grad` training can go on.
@@ -256,14 +259,17 @@ class DistributedOptimizer:
             self._grads.flat *= self._grads.flat.dtype.type(own)
         self._phase = "refused"  # unless all is well
         self._memory.reduce()
-        told = np.array([own, not finite(self._memory.sums)], np.float64)
-        total, bad, *statistics = self.comm.allreduce(np.concatenate([told, self._statistics.weighted(own)]))
+        told = np.array([own, not finite(self._memory.sums), bool(self._freezing.changed())], np.float64)
+        total, bad, frozen, *statistics = self.comm.allreduce(np.concatenate([told, self._statistics.weighted(own)]))
+        if frozen:
+            self._freezing.refuse(self.comm, operation)
         if bad:
             self._refuse_non_finite()
         if not total:
             raise InputError("no rank had samples", operation=operation, got="count=0 on all ranks")
         self._memory.sums /= self._grads.flat.dtype.type(total)
         self._statistics.set(np.array(statistics) / total)
+        self._freezing.drop_gradients()
         self._count, self._phase = count, "reduced"
 
     def _checked_count(self, count: float | None, operation: str) -> float:
