@@ -150,7 +150,8 @@ class DistributedOptimizer:
             since this object was made.
         NonFiniteError
             On all ranks, naming those whose samples gave the bad gradients, where they can be told, and the tensors.
-            Nothing is updated; after `zero_grad` training can go on.
+            Nothing is updated, and running statistics are again what the last step left; after `zero_grad` training
+            can go on.
         """
         if self._phase != "reduced":
             self._reduce(count, "step")
@@ -209,6 +210,7 @@ class DistributedOptimizer:
         change : callable
             ``lambda: model.load_state_dict(saved)``, say.  Called without gradients, on one rank for each memory in
             which parameters lie, so that ``weight.mul_(0.5)`` halves it once.  Buffers are then taken from rank 0.
+            Running statistics that are changed otherwise between steps are lost if the next step is refused.
         """
         self.comm.barrier()
         if self._memory.writes:
@@ -217,6 +219,7 @@ class DistributedOptimizer:
         self.comm.barrier()
         send([buffer for _, buffer in self.model.named_buffers()], self.comm)
         self._memory.note()
+        self._statistics.note()
 
     def state_dict(self) -> Saved:
         """Return what ``optimizer.state_dict()`` is without mpitrain: whole tensors on all ranks.  Collective."""
@@ -261,6 +264,8 @@ class DistributedOptimizer:
         self._memory.reduce()
         told = np.array([own, not finite(self._memory.sums), bool(self._freezing.changed())], np.float64)
         total, bad, frozen, *statistics = self.comm.allreduce(np.concatenate([told, self._statistics.weighted(own)]))
+        if frozen or bad or not total:
+            self._statistics.restore()
         if frozen:
             self._freezing.refuse(self.comm, operation)
         if bad:

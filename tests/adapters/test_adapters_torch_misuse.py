@@ -521,6 +521,65 @@ def test_others_of_the_module_may_be_frozen_at_any_time():
     LocalWorld(1).run(rank)
 
 
+def nan_in_the_batch(run, x, rank):
+    x = x.clone()
+    x[0, 0] = float("nan") if rank == 1 else 0.0
+    run.opt.zero_grad()
+    run.module(x).sum().backward()
+    with pytest.raises(NonFiniteError):
+        run.step(len(x))
+
+
+def no_samples(run, x, rank):
+    run.module(x)
+    run.opt.zero_grad()
+    with pytest.raises(InputError, match="no rank had samples"):
+        run.step(0)
+
+
+class Normalised(Run):
+    """A layer whose running statistics are means over all batches, so that their count matters."""
+
+    def __init__(self, comm):
+        self.module = torch.nn.Sequential(torch.nn.BatchNorm1d(2, momentum=None), torch.nn.Linear(2, 1)).double()
+        with torch.no_grad():
+            self.module[1].weight.fill_(0.5), self.module[1].bias.fill_(0.0)
+        self.opt = mt.DistributedOptimizer(torch.optim.SGD(self.module.parameters(), lr=0.1), self.module, comm)
+
+    def train(self, x):
+        self.opt.zero_grad()
+        self.module(x).sum().backward()
+        self.step(len(x))
+
+    def values(self):
+        return {name: value.tolist() for name, value in self.module.state_dict().items()}
+
+
+@pytest.mark.parametrize("refused", [nan_in_the_batch, no_samples], ids=lambda each: each.__name__)
+def test_a_refused_step_leaves_running_statistics_as_they_were(refused):
+    """At first those that the module had, then those that an edit and those that a step left."""
+
+    def rank(comm):
+        run, spared = Normalised(comm), Normalised(comm)
+        x = torch.arange(6.0, dtype=torch.float64).view(3, 2) + comm.rank
+        refused(run, x, comm.rank)
+        assert run.values() == spared.values()
+        for each in (run, spared):
+            each.opt.edit(lambda each=each: each.module[0].running_mean.fill_(7.0))
+        refused(run, x, comm.rank)
+        assert run.values() == spared.values()
+        for each in (run, spared):
+            each.train(x)
+        refused(run, x, comm.rank)
+        assert run.values() == spared.values()
+        for each in (run, spared):
+            each.train(x)
+        assert run.values() == spared.values()
+        assert run.values()["0.num_batches_tracked"] == 2
+
+    LocalWorld(2).run(rank)
+
+
 def test_parameters_may_be_columns_of_others():
     """They are compared between ranks, and trained."""
 
