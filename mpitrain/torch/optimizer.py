@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -174,7 +175,8 @@ class DistributedOptimizer:
         Parameters
         ----------
         max_norm : float
-            Largest norm of the mean gradient over all ranks and all parameters.
+            Largest norm of the mean gradient over all ranks and all parameters, above 0; infinite to learn the norm
+            alone.
         count : float
             As for `step`, which then needs none.
 
@@ -182,7 +184,15 @@ class DistributedOptimizer:
         -------
         float
             The norm before, the same on all ranks.
+
+        Raises
+        ------
+        InputError
+            ``max_norm`` is not that; or as for `step`.
+        NonFiniteError
+            As for `step`.
         """
+        _check_norm(max_norm)
         if self._phase != "reduced":
             self._reduce(count, "clip_grad_norm_")
         norm = math.sqrt(self._memory.total(squared_norm(self._memory.sums, self._memory.shard)))
@@ -325,6 +335,16 @@ def _sharded(optimizer: Any, wanted: bool | None) -> bool:
             remedy="leave out shard=True",
         )  # fmt: skip
     return elementwise if wanted is None else wanted
+
+
+def _check_norm(value: Any) -> None:
+    """Refuse 0 and NaN, which would let nothing be learned, and what is below 0: it turns the gradient round."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and value > 0):
+        raise InputError(
+            "max_norm is not allowed", operation="clip_grad_norm_", got=brief(value),
+            expected="a number above 0, or math.inf to clip nothing",
+        )  # fmt: skip
 
 
 def _is_count(value: Any) -> bool:

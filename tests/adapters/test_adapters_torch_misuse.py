@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
@@ -521,6 +522,24 @@ def test_others_of_the_module_may_be_frozen_at_any_time():
     LocalWorld(1).run(rank)
 
 
+def test_what_gradients_cannot_be_clipped_to_is_refused():
+    """Before anything is reduced, so that the step may be taken after all."""
+
+    def rank(comm):
+        run = Run(comm)
+        run.backward()
+        for bad in (-1, 0.0, float("nan"), True, "1"):
+            with pytest.raises(InputError, match=r"clip_grad_norm_: max_norm is not allowed; got .*; expected a num"):
+                run.opt.clip_grad_norm_(bad, count=ROWS)
+        before = run.weight.clone()
+        norm = run.opt.clip_grad_norm_(float("inf"), count=ROWS)
+        run.step()
+        assert norm > 0
+        torch.testing.assert_close(before - run.weight, 0.1 * mean_gradients(seeded(mlp), "mlp")["0.weight"])
+
+    LocalWorld(1).run(rank)
+
+
 def nan_in_the_batch(run, x, rank):
     x = x.clone()
     x[0, 0] = float("nan") if rank == 1 else 0.0
@@ -633,6 +652,29 @@ def test_a_sampler_needs_samples_for_every_rank():
                 mt.DistributedSampler(5, comm, batch_size)
 
     LocalWorld(2).run(rank)
+
+
+def test_a_sampler_takes_numbers_of_numpy():
+    def rank(comm):
+        ours, theirs = mt.DistributedSampler(np.int64(10), comm, np.int64(2)), mt.DistributedSampler(10, comm, 2)
+        assert list(ours) == list(theirs)
+        assert len(ours) == 3
+        for unsized in (10.0, iter(range(10))):
+            with pytest.raises(InputError, match=r"dataset is of another kind; got .*; expected a data set that has"):
+                mt.DistributedSampler(unsized, comm, 2)
+
+    LocalWorld(2).run(rank)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "sizes"),
+    [(4, 1, [[1, 1, 2]]), (5, 1, [[1, 2, 2]]), (6, 1, [[1, 1, 1], [1, 1, 1]]), (5, 2, [[1, 2, 2]]),
+     (7, 2, [[1, 1, 1], [1, 1, 2]]), (3, 8, [[1, 1, 1]])],
+)  # fmt: skip
+def test_sizes_of_batches(rows, batch_size, sizes):
+    """Only batches of 1 are ever exceeded, rather than leave a rank without samples."""
+    shares = LocalWorld(3).run(lambda comm: [len(each) for each in mt.DistributedSampler(rows, comm, batch_size)])
+    assert [sorted(step) for step in zip(*shares, strict=True)] == sizes
 
 
 def test_what_cannot_be_wrapped_is_refused():
