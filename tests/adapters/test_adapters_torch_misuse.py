@@ -259,6 +259,21 @@ def test_misuse_is_an_error(misuse):
     LocalWorld(1).run(rank)
 
 
+def test_groups_are_not_added_where_every_rank_updates_everything():
+    """What is added would be updated by each rank's own gradient."""
+
+    def rank(comm):
+        module = two_layers(frozen=False)
+        sgd = torch.optim.SGD(module[1].parameters(), lr=0.1)
+        opt = mt.DistributedOptimizer(sgd, module, comm, shard=False)
+        sgd.add_param_group({"params": list(module[0].parameters())})
+        module(torch.ones(2, 2, dtype=torch.float64)).sum().backward()
+        with pytest.raises(InputError, match="other parameter groups than before; add them before it is handed in"):
+            opt.step(count=2)
+
+    LocalWorld(1).run(rank)
+
+
 def test_what_is_harmless_is_allowed():
     """A user's zero_grad between steps, a mean that is multiplied out, edits of one's own memory."""
 
