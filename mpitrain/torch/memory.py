@@ -44,9 +44,19 @@ class ReplicatedMemory:
         self.sums = grads.flat
         self._plan = comm.allreduce_plan(grads.flat, in_place=True)
         self._own_finite = True
+        self._made_of = _members(optimizer)
 
     def check(self) -> None:
-        """Do nothing: a rank's own parameters may be changed at any time."""
+        """Require that the optimizer has no other parameters than before; its own, a rank may change at any time.
+
+        Raises
+        ------
+        InputError
+            It has: those it would update by gradients that no rank has summed.
+        """
+        now = _members(self._optimizer)
+        if len(now) != len(self._made_of) or any(a is not b for a, b in zip(now, self._made_of, strict=True)):
+            raise _other_groups()
 
     def note(self) -> None:
         """Do nothing: changes are not watched."""
@@ -146,10 +156,11 @@ class ShardedMemory:
             (moved, "parameters lie elsewhere", "convert and move the module before making the optimizer"),
             (changed, "parameters were changed in place, which all ranks of a node would do to one memory",
              "change them in opt.edit(lambda: ...), or use shard=False"),
-            (other, "the optimizer has other parameter groups than before", "add them before, or use shard=False"),
         ):  # fmt: skip
             if wrong:
                 raise InputError(what, operation="DistributedOptimizer", remedy=remedy)
+        if other:
+            raise _other_groups()
 
     def _all_pieces(self) -> list[Any]:
         return [piece for pieces in self._pieces for piece in pieces]
@@ -213,6 +224,17 @@ class ShardedMemory:
     def load(self, saved: Saved) -> None:
         """Go on from a saved state of whole tensors."""
         self._groups.load(saved)
+
+
+def _members(optimizer: Any) -> list[Any]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _other_groups() -> InputError:
+    return InputError(
+        "the optimizer has other parameter groups than before", operation="DistributedOptimizer",
+        remedy="add them before it is handed in",
+    )  # fmt: skip
 
 
 def _bad_tensors(shard: Shard, sums: Any) -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from mpitrain.arrays import FlatBuffer
 from mpitrain.comm import Communicator
 from mpitrain.optim import finite, scale, squared_norm
 from mpitrain.torch.broadcast import check_same_tensors, check_same_values, send
+from mpitrain.torch.freezing import Freezing
 from mpitrain.torch.groups import layout_of, trained
 from mpitrain.torch.memory import ReplicatedMemory, ShardedMemory
 from mpitrain.torch.reduction import Reduction, check_losses
@@ -78,7 +80,7 @@ class DistributedOptimizer:
     -----
     Collective over ``comm``, as are `step`, `clip_grad_norm_`, `state_dict` and `edit`.  Cost of a step beyond the
     gradient: a reduce_scatter and an allgather (no bytes move between ranks of one node that share memory), and an
-    allreduce of two numbers and the running statistics of batch normalisation.
+    allreduce of three numbers and the running statistics of batch normalisation.
 
     A parameter that no sample's loss depends on gets a gradient of zero, on all ranks alike, so that momentum and
     weight decay go on moving it; PyTorch would leave it out.  Frozen parameters are left alone.  Tied ones have one
@@ -95,6 +97,7 @@ class DistributedOptimizer:
         check_same_values(model.named_parameters(), comm, _OPERATION)
         self.optimizer, self.model, self.comm, self.steps = optimizer, model, comm, 0
         self._wanted = _one_of(reduction)
+        self._freezing = Freezing(model, optimizer)
         self._grads = FlatBuffer(self._layout, comm.empty)
         self._slots = [GradientSlot(model, each.name, self._grads.views[each.name], self._arrived)
                        for each in self._layout]  # fmt: skip
@@ -144,10 +147,12 @@ class DistributedOptimizer:
         ------
         InputError
             On this rank: no count, no backward pass, inside `no_sync`, a gradient or parameter that is no longer where
-            the ranks share it.  On all ranks: no rank had samples.
+            the ranks share it.  On all ranks: no rank had samples, or on some rank a parameter was frozen or unfrozen
+            since this object was made.
         NonFiniteError
             On all ranks, naming those whose samples gave the bad gradients, where they can be told, and the tensors.
-            Nothing is updated; after `zero_grad` training can go on.
+            Nothing is updated, and running statistics are again what the last step left; after `zero_grad` training
+            can go on.
         """
         if self._phase != "reduced":
             self._reduce(count, "step")
@@ -170,7 +175,8 @@ class DistributedOptimizer:
         Parameters
         ----------
         max_norm : float
-            Largest norm of the mean gradient over all ranks and all parameters.
+            Largest norm of the mean gradient over all ranks and all parameters, above 0; infinite to learn the norm
+            alone.
         count : float
             As for `step`, which then needs none.
 
@@ -178,7 +184,15 @@ class DistributedOptimizer:
         -------
         float
             The norm before, the same on all ranks.
+
+        Raises
+        ------
+        InputError
+            ``max_norm`` is not that; or as for `step`.
+        NonFiniteError
+            As for `step`.
         """
+        _check_norm(max_norm)
         if self._phase != "reduced":
             self._reduce(count, "clip_grad_norm_")
         norm = math.sqrt(self._memory.total(squared_norm(self._memory.sums, self._memory.shard)))
@@ -206,6 +220,7 @@ class DistributedOptimizer:
         change : callable
             ``lambda: model.load_state_dict(saved)``, say.  Called without gradients, on one rank for each memory in
             which parameters lie, so that ``weight.mul_(0.5)`` halves it once.  Buffers are then taken from rank 0.
+            Running statistics that are changed otherwise between steps are lost if the next step is refused.
         """
         self.comm.barrier()
         if self._memory.writes:
@@ -214,6 +229,7 @@ class DistributedOptimizer:
         self.comm.barrier()
         send([buffer for _, buffer in self.model.named_buffers()], self.comm)
         self._memory.note()
+        self._statistics.note()
 
     def state_dict(self) -> Saved:
         """Return what ``optimizer.state_dict()`` is without mpitrain: whole tensors on all ranks.  Collective."""
@@ -256,14 +272,19 @@ class DistributedOptimizer:
             self._grads.flat *= self._grads.flat.dtype.type(own)
         self._phase = "refused"  # unless all is well
         self._memory.reduce()
-        told = np.array([own, not finite(self._memory.sums)], np.float64)
-        total, bad, *statistics = self.comm.allreduce(np.concatenate([told, self._statistics.weighted(own)]))
+        told = np.array([own, not finite(self._memory.sums), bool(self._freezing.changed())], np.float64)
+        total, bad, frozen, *statistics = self.comm.allreduce(np.concatenate([told, self._statistics.weighted(own)]))
+        if frozen or bad or not total:
+            self._statistics.restore()
+        if frozen:
+            self._freezing.refuse(self.comm, operation)
         if bad:
             self._refuse_non_finite()
         if not total:
             raise InputError("no rank had samples", operation=operation, got="count=0 on all ranks")
         self._memory.sums /= self._grads.flat.dtype.type(total)
         self._statistics.set(np.array(statistics) / total)
+        self._freezing.drop_gradients()
         self._count, self._phase = count, "reduced"
 
     def _checked_count(self, count: float | None, operation: str) -> float:
@@ -314,6 +335,16 @@ def _sharded(optimizer: Any, wanted: bool | None) -> bool:
             remedy="leave out shard=True",
         )  # fmt: skip
     return elementwise if wanted is None else wanted
+
+
+def _check_norm(value: Any) -> None:
+    """Refuse 0 and NaN, which would let nothing be learned, and what is below 0: it turns the gradient round."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and value > 0):
+        raise InputError(
+            "max_norm is not allowed", operation="clip_grad_norm_", got=brief(value),
+            expected="a number above 0, or math.inf to clip nothing",
+        )  # fmt: skip
 
 
 def _is_count(value: Any) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from numbers import Integral
 
 import numpy as np
 
 from mpitrain._errors import InputError
-from mpitrain._options import check_whole
+from mpitrain._options import check_kind, check_whole
 from mpitrain.arrays import Key
 from mpitrain.comm import Communicator
 
@@ -31,12 +32,13 @@ class DistributedSampler:
     Raises
     ------
     InputError
-        There are fewer samples than ranks, or the batch size is no positive integer.
+        There are fewer samples than ranks, the data set has no length, or the batch size is no positive integer.
 
     Notes
     -----
-    An epoch of n samples has ⌈n / (p · batch_size)⌉ steps on every rank, so that all p meet in each.  Its samples are
-    cut into global batches, and these into shares, of sizes that differ by at most one: none is empty, none is padded,
+    An epoch of n samples has min(⌈n / (p · batch_size)⌉, ⌊n / p⌋) steps on every rank, so that all p meet in each.  The
+    second is less only where the batch size is 1 and p does not divide n: some shares then are 2.  The samples are cut
+    into global batches, and these into shares, of sizes that differ by at most one: none is empty, none is padded,
     and no sample is left out.  PyTorch's sampler repeats samples until shares are equal, or drops some.  Shares being
     uneven, pass their sizes to ``step(count=...)``.
     """
@@ -45,7 +47,9 @@ class DistributedSampler:
         self, dataset: Sized | int, comm: Communicator, batch_size: int, *, shuffle: bool = True, seed: int = 0
     ) -> None:
         check_whole("DistributedSampler", "batch_size", batch_size, 1)
-        self.samples = dataset if isinstance(dataset, int) else len(dataset)
+        kinds, expected = (Sized, Integral), "a data set that has a length, or its number of samples"
+        check_kind("DistributedSampler", "dataset", dataset, kinds, expected)
+        self.samples = len(dataset) if isinstance(dataset, Sized) else int(dataset)
         self._rank, self._size = comm.rank, comm.size
         self._key = Key(seed, "mpitrain.torch/sampler") if shuffle else None
         self.epoch = 0
@@ -54,7 +58,7 @@ class DistributedSampler:
                 "some ranks would have no samples", operation="DistributedSampler", got=f"{self.samples} samples",
                 expected=f"at least one sample for each of {comm.size} ranks",
             )  # fmt: skip
-        self.steps = min(-(-self.samples // (batch_size * comm.size)), self.samples // comm.size)
+        self.steps = int(min(-(-self.samples // (batch_size * comm.size)), self.samples // comm.size))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration takes; else each iteration takes the next."""

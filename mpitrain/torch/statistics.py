@@ -22,12 +22,25 @@ class RunningStatistics:
     -----
     Their mean over the ranks, weighted by the ranks' counts, is what each step leaves on every rank.  The normalisation
     itself is over each rank's own samples, as under DDP.
+
+    A forward pass changes them at once, so a copy is kept of what the last step left, for when the next is refused.
     """
 
     def __init__(self, model: Any) -> None:
         layers = [each for each in model.modules() if isinstance(each, torch.nn.modules.batchnorm._NormBase)]
         found = [buffer for each in layers for buffer in (each.running_mean, each.running_var)]
         self._buffers = [buffer for buffer in found if buffer is not None]
+        self._counters = [each.num_batches_tracked for each in layers if each.num_batches_tracked is not None]
+        self.note()
+
+    def note(self) -> None:
+        """Take them as they are now, with the layers' counts of batches, for what `restore` goes back to."""
+        self._kept = [buffer.clone() for buffer in (*self._buffers, *self._counters)]
+
+    def restore(self) -> None:
+        """Undo what forward passes have done to them since `set` or `note`.  Local."""
+        for buffer, kept in zip((*self._buffers, *self._counters), self._kept, strict=True):
+            buffer.copy_(kept)
 
     def weighted(self, weight: float) -> Array:
         """Return all of them times ``weight``, float64, shape (n,); zeros for a weight of 0."""
@@ -44,3 +57,4 @@ class RunningStatistics:
             part = torch.from_numpy(values[start : start + buffer.numel()])
             buffer.copy_(part.view(buffer.shape))
             start += buffer.numel()
+        self.note()

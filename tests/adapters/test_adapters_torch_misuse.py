@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
@@ -258,6 +259,21 @@ def test_misuse_is_an_error(misuse):
     LocalWorld(1).run(rank)
 
 
+def test_groups_are_not_added_where_every_rank_updates_everything():
+    """What is added would be updated by each rank's own gradient."""
+
+    def rank(comm):
+        module = two_layers(frozen=False)
+        sgd = torch.optim.SGD(module[1].parameters(), lr=0.1)
+        opt = mt.DistributedOptimizer(sgd, module, comm, shard=False)
+        sgd.add_param_group({"params": list(module[0].parameters())})
+        module(torch.ones(2, 2, dtype=torch.float64)).sum().backward()
+        with pytest.raises(InputError, match="other parameter groups than before; add them before it is handed in"):
+            opt.step(count=2)
+
+    LocalWorld(1).run(rank)
+
+
 def test_what_is_harmless_is_allowed():
     """A user's zero_grad between steps, a mean that is multiplied out, edits of one's own memory."""
 
@@ -446,6 +462,158 @@ def test_frozen_parameters_may_be_of_any_dtype():
         LocalWorld(2).run(rank)
 
 
+def two_layers(frozen):
+    """The same on all threads; PyTorch's generator is not theirs alone."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        for each in module.parameters():
+            each.copy_(torch.linspace(-1.0, 1.0, each.numel()).view(each.shape))
+    module[0].requires_grad_(not frozen)
+    return module
+
+
+@pytest.mark.parametrize("shard", [True, False])
+@pytest.mark.parametrize("frozen", [True, False], ids=["unfrozen after", "frozen after"])
+def test_who_is_frozen_is_settled_when_the_optimizer_is_made(frozen, shard):
+    """Rank 1 alone changes it: both refuse, both have moved nothing, and both go on when it is changed back."""
+
+    def rank(comm):
+        module = two_layers(frozen)
+        before = copy.deepcopy(module.state_dict())
+        sgd = torch.optim.SGD(module.parameters(), lr=0.1, weight_decay=0.1)
+        opt = mt.DistributedOptimizer(sgd, module, comm, shard=shard)
+        x = torch.ones(2, 2, dtype=torch.float64) + comm.rank
+        if comm.rank == 1:
+            module[0].requires_grad_(frozen)
+        module(x).sum().backward()
+        with pytest.raises(InputError) as caught:
+            opt.step(count=2)
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+        module[0].requires_grad_(not frozen)
+        opt.zero_grad()
+        module(x).sum().backward()
+        opt.step(count=2)
+        assert torch.equal(module[0].weight, before["0.weight"]) == frozen
+        return str(caught.value), [value.tolist() for value in module.state_dict().values()]
+
+    (words, values), (same_words, same_values) = LocalWorld(2).run(rank)
+    assert words == same_words
+    assert "were frozen or unfrozen since the optimizer was made; got 0.weight, 0.bias on ranks [1]; make an" in words
+    assert values == same_values
+
+
+def test_a_freezing_is_told_by_a_few_names():
+    def rank(comm):
+        run = Run(comm)
+        run.backward()
+        run.module.requires_grad_(False)
+        with pytest.raises(InputError, match=r"clip_grad_norm_: .* got 0\.weight, 0\.bias, 2\.weight and 1 more on"):
+            run.opt.clip_grad_norm_(1.0, count=ROWS)
+
+    LocalWorld(1).run(rank)
+
+
+def test_others_of_the_module_may_be_frozen_at_any_time():
+    """As a discriminator's while its generator is trained; and who freezes more makes another optimizer."""
+
+    def rank(comm):
+        module = two_layers(frozen=False)
+        before = copy.deepcopy(module.state_dict())
+        x = torch.ones(2, 2, dtype=torch.float64)
+        opt = mt.DistributedOptimizer(torch.optim.SGD(module[1].parameters(), lr=0.1), module, comm)
+        module[0].requires_grad_(False)
+        module(x).sum().backward()
+        opt.step(count=2)
+        module[1].bias.requires_grad_(False)
+        again = mt.DistributedOptimizer(torch.optim.SGD(module.parameters(), lr=0.1), module, comm)
+        moved = module[1].bias.clone()
+        again.zero_grad()
+        module(x).sum().backward()
+        again.step(count=2)
+        assert torch.equal(module[1].bias, moved)
+        assert not torch.equal(moved, before["1.bias"])
+        assert torch.equal(module[0].weight, before["0.weight"])
+
+    LocalWorld(1).run(rank)
+
+
+def test_what_gradients_cannot_be_clipped_to_is_refused():
+    """Before anything is reduced, so that the step may be taken after all."""
+
+    def rank(comm):
+        run = Run(comm)
+        run.backward()
+        for bad in (-1, 0.0, float("nan"), True, "1"):
+            with pytest.raises(InputError, match=r"clip_grad_norm_: max_norm is not allowed; got .*; expected a num"):
+                run.opt.clip_grad_norm_(bad, count=ROWS)
+        before = run.weight.clone()
+        norm = run.opt.clip_grad_norm_(float("inf"), count=ROWS)
+        run.step()
+        assert norm > 0
+        torch.testing.assert_close(before - run.weight, 0.1 * mean_gradients(seeded(mlp), "mlp")["0.weight"])
+
+    LocalWorld(1).run(rank)
+
+
+def nan_in_the_batch(run, x, rank):
+    x = x.clone()
+    x[0, 0] = float("nan") if rank == 1 else 0.0
+    run.opt.zero_grad()
+    run.module(x).sum().backward()
+    with pytest.raises(NonFiniteError):
+        run.step(len(x))
+
+
+def no_samples(run, x, rank):
+    run.module(x)
+    run.opt.zero_grad()
+    with pytest.raises(InputError, match="no rank had samples"):
+        run.step(0)
+
+
+class Normalised(Run):
+    """A layer whose running statistics are means over all batches, so that their count matters."""
+
+    def __init__(self, comm):
+        self.module = torch.nn.Sequential(torch.nn.BatchNorm1d(2, momentum=None), torch.nn.Linear(2, 1)).double()
+        with torch.no_grad():
+            self.module[1].weight.fill_(0.5), self.module[1].bias.fill_(0.0)
+        self.opt = mt.DistributedOptimizer(torch.optim.SGD(self.module.parameters(), lr=0.1), self.module, comm)
+
+    def train(self, x):
+        self.opt.zero_grad()
+        self.module(x).sum().backward()
+        self.step(len(x))
+
+    def values(self):
+        return {name: value.tolist() for name, value in self.module.state_dict().items()}
+
+
+@pytest.mark.parametrize("refused", [nan_in_the_batch, no_samples], ids=lambda each: each.__name__)
+def test_a_refused_step_leaves_running_statistics_as_they_were(refused):
+    """At first those that the module had, then those that an edit and those that a step left."""
+
+    def rank(comm):
+        run, spared = Normalised(comm), Normalised(comm)
+        x = torch.arange(6.0, dtype=torch.float64).view(3, 2) + comm.rank
+        refused(run, x, comm.rank)
+        assert run.values() == spared.values()
+        for each in (run, spared):
+            each.opt.edit(lambda each=each: each.module[0].running_mean.fill_(7.0))
+        refused(run, x, comm.rank)
+        assert run.values() == spared.values()
+        for each in (run, spared):
+            each.train(x)
+        refused(run, x, comm.rank)
+        assert run.values() == spared.values()
+        for each in (run, spared):
+            each.train(x)
+        assert run.values() == spared.values()
+        assert run.values()["0.num_batches_tracked"] == 2
+
+    LocalWorld(2).run(rank)
+
+
 def test_parameters_may_be_columns_of_others():
     """They are compared between ranks, and trained."""
 
@@ -499,6 +667,29 @@ def test_a_sampler_needs_samples_for_every_rank():
                 mt.DistributedSampler(5, comm, batch_size)
 
     LocalWorld(2).run(rank)
+
+
+def test_a_sampler_takes_numbers_of_numpy():
+    def rank(comm):
+        ours, theirs = mt.DistributedSampler(np.int64(10), comm, np.int64(2)), mt.DistributedSampler(10, comm, 2)
+        assert list(ours) == list(theirs)
+        assert len(ours) == 3
+        for unsized in (10.0, iter(range(10))):
+            with pytest.raises(InputError, match=r"dataset is of another kind; got .*; expected a data set that has"):
+                mt.DistributedSampler(unsized, comm, 2)
+
+    LocalWorld(2).run(rank)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "sizes"),
+    [(4, 1, [[1, 1, 2]]), (5, 1, [[1, 2, 2]]), (6, 1, [[1, 1, 1], [1, 1, 1]]), (5, 2, [[1, 2, 2]]),
+     (7, 2, [[1, 1, 1], [1, 1, 2]]), (3, 8, [[1, 1, 1]])],
+)  # fmt: skip
+def test_sizes_of_batches(rows, batch_size, sizes):
+    """Only batches of 1 are ever exceeded, rather than leave a rank without samples."""
+    shares = LocalWorld(3).run(lambda comm: [len(each) for each in mt.DistributedSampler(rows, comm, batch_size)])
+    assert [sorted(step) for step in zip(*shares, strict=True)] == sizes
 
 
 def test_what_cannot_be_wrapped_is_refused():
