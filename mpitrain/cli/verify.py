@@ -70,13 +70,14 @@ class Side:
     ranks: int
     axes: Mapping[str, int] | None = None
 
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """What the layout changes of a job: its mesh, or nothing."""
+    def overrides(self, given: Job) -> tuple[str, ...]:
+        """Return what the layout changes of a job: the axes of its mesh, or nothing."""
         if self.axes is None:
             return ()
         axes = {"pipe": 1, **self.axes}  # said, so that a schedule of pipelines may stay
-        return ("mesh={}", *(f"mesh.{axis}={size}" for axis, size in axes.items()))
+        sizes = [f"mesh.{axis}={size}" for axis, size in axes.items()]
+        divides = given.mesh.sequence_parallel and axes.get("tensor", 1) > 1  # else there is nothing to divide
+        return ("mesh={}", *sizes, *(["mesh.sequence_parallel=true"] if divides else []))
 
 
 def side(layout: str) -> Side:
@@ -133,7 +134,7 @@ def _verify(
 def _settings(given: Job, overrides: tuple[str, ...], sides: tuple[Side, Side]) -> list[tuple[str, ...]]:
     """Return what each side overrides; where the job says where it is cut, the other one is cut by counted cost."""
     other = () if isinstance(given.method.cuts, str) else ("method.cuts=counted",)
-    return [(*overrides, *sides[0].overrides), (*overrides, *sides[1].overrides, *other)]
+    return [(*overrides, *sides[0].overrides(given)), (*overrides, *sides[1].overrides(given), *other)]
 
 
 def _run(job: str, overrides: Sequence[str], steps: int, ranks: int) -> Record:

@@ -1,5 +1,7 @@
 """``mpitrain verify``: what it prints and returns, of methods that are right and of a model that is not."""
 
+from pathlib import Path
+
 import pytest
 from commands import mpitrain, settings, write_job
 
@@ -87,6 +89,16 @@ def test_cuts_that_fit_one_number_of_stages_are_those_of_the_parallel_run(job, c
     parallel, serial = _settings(Job.load(job, given), given, sides)
     assert parallel == given
     assert serial == (*given, "mesh={}", "mesh.pipe=1", *other)
+
+
+def test_a_layout_that_divides_tensors_divides_the_sequence_as_the_job_does():
+    given = ("mesh.tensor=2", "mesh.sequence_parallel=true")
+    job = Path(__file__).resolve().parents[2] / "jobs" / "gpt_pydoc.toml"
+    sides = side("data=2,tensor=2"), side("serial")
+    meshes = [Job.load(job, each).mesh for each in _settings(Job.load(job, given), given, sides)]
+    assert [(mesh.tensor, mesh.sequence_parallel) for mesh in meshes] == [(2, True), (1, False)]
+    plain = _settings(Job.load(job), (), sides)
+    assert not any(Job.load(job, each).mesh.sequence_parallel for each in plain)
 
 
 @pytest.mark.slow
