@@ -108,12 +108,7 @@ def _verify(
 
     check_no_launcher(ranks or 2)
     given = Job.load(job, overrides)
-    if given.precision.mixed:
-        raise JobError(
-            "in 16 bits layouts differ by rounding, and skipped steps have no gradients to compare",
-            operation="precision.compute", got=given.precision.compute,
-            remedy="verify the layouts in full precision: --set 'precision={}'",
-        )  # fmt: skip
+    _check_comparable(given)
     if not given.reproducible and not any(each.partition("=")[0].strip() == "dtype" for each in overrides):
         overrides = ("dtype=float64", *overrides)
     sides = side(mesh) if mesh else Side(f"{ranks or 2} ranks", ranks or 2), side(against)
@@ -129,6 +124,21 @@ def _verify(
     compared = compare(found, expected, bound)
     (_print_json if as_json else _print_tables)(job, sides, bound, expected, compared)
     return 0 if compared.first is None else 1
+
+
+def _check_comparable(given: Job) -> None:
+    """Refuse a job whose layouts are meant to differ, by more than the tolerance."""
+    if given.precision.mixed:
+        raise JobError(
+            "in 16 bits layouts differ by rounding, and skipped steps have no gradients to compare",
+            operation="precision.compute", got=given.precision.compute,
+            remedy="verify the layouts in full precision: --set 'precision={}'",
+        )  # fmt: skip
+    if given.method.average_every:
+        raise JobError(
+            "the result of local SGD depends on the number of ranks", operation="method.average_every",
+            got=given.method.average_every, remedy="verify the rest of the job: --set method.average_every=0",
+        )  # fmt: skip
 
 
 def _settings(given: Job, overrides: tuple[str, ...], sides: tuple[Side, Side]) -> list[tuple[str, ...]]:

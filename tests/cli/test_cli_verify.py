@@ -136,6 +136,10 @@ def test_the_user_chooses_the_tolerance_and_the_dtype(job):
     [
         (["-n", "2", "--mesh", "data=3"], "--mesh data=3 has 3 ranks, not the 2 of -n; leave out one of them"),
         (["--mesh", "data"], "layout 'data': cannot be understood"),
+        (
+            ["--set", "method.average_every=5"],
+            "method.average_every: the result of local SGD depends on the number of ranks; got 5; verify the rest",
+        ),
         pytest.param(["--against", "data=2,data=2"], "layout 'data=2,data=2': cannot", marks=pytest.mark.slow),
         pytest.param(["--set", "train.batch=3"], "train.batch: unknown key", marks=pytest.mark.slow),
     ],
