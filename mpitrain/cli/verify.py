@@ -17,9 +17,10 @@ import click
 
 from mpitrain import _env
 from mpitrain._errors import JobError
-from mpitrain.cli.run import check_no_launcher, hand_over
+from mpitrain.cli.run import check_no_launcher, take_part
 
 if TYPE_CHECKING:
+    from mpitrain.comm import Communicator
     from mpitrain.train import Job
     from mpitrain.train.comparison import Comparison
     from mpitrain.train.record import Record
@@ -175,22 +176,18 @@ def _told(path: Path) -> Path:
 
 def _record(job: str, overrides: tuple[str, ...], steps: int, path: Path) -> None:
     """Take part in one of the runs, as a rank of its world."""
-    from mpitrain.comm import abort_on_uncaught, leave_together, world
     from mpitrain.comm.guard import agree
     from mpitrain.train import load_job
     from mpitrain.train.record import record
 
-    comm = world()
-    abort_on_uncaught(comm)
-    try:
-        with leave_together(comm):
-            seen = record(load_job(job, overrides, comm), comm, steps)
-            with agree(comm):
-                if seen is not None:
-                    seen.write(path)
-    except SystemExit as leaving:
-        if not hand_over(comm, leaving, _told(path)):
-            raise
+    def work(comm: Communicator) -> int:
+        seen = record(load_job(job, overrides, comm), comm, steps)
+        with agree(comm):
+            if seen is not None:
+                seen.write(path)
+        return 0
+
+    take_part(_told(path), work)
 
 
 def _print_json(job: str, sides: tuple[Side, Side], tolerance: float, expected: Record, compared: Comparison) -> None:
