@@ -169,6 +169,19 @@ def test_what_is_wrong_with_a_point_names_the_grid(tmp_path, key, values, line):
         sweep_job(job, overrides, {key: values}, alone(), tmp_path / "sweep")
 
 
+@pytest.mark.parametrize(
+    ("grid", "got"),
+    [
+        ({"data.valid": [0.0, 0.1]}, "test_loss, valid_loss"),
+        ({"train.checkpoint.best": ["loss", "accuracy"]}, "test_accuracy, test_loss"),
+    ],
+)
+def test_points_that_go_by_different_metrics_are_refused(tmp_path, grid, got):
+    with pytest.raises(JobError, match=f"^sweep: its points go by different metrics, .*; got {got}; give all points"):
+        sweep_job(write_job(tmp_path), [], grid, alone(), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_mistake_in_any_point_ends_the_sweep_before_it_begins(tmp_path):
     with pytest.raises(JobError, match=r"--grid: optimizer\.lr"):
         sweep_job(write_job(tmp_path), [], {"optimizer.lr": [0.1, -1]}, alone(), tmp_path / "sweep")
