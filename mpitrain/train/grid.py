@@ -102,7 +102,7 @@ def plan(
     metrics: set[str] = set()
     for values in product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
-        texts = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
+        texts = [f"{key}={_toml(value)}" for key, value in settings.items()]
         job = Job.load(path, overrides, texts)
         point = Point(settings, job.to_toml(), directory / _name(settings))
         if changed := differences(job, point.directory) or _stretched(job, point.directory):
@@ -116,6 +116,15 @@ def plan(
     with disk("make sweep directory", directory):
         directory.mkdir(parents=True, exist_ok=True)
     return points
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML, on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, default=str, ensure_ascii=False)  # TOML lacks JSON's pairs of escapes
 
 
 def _check_one(metrics: set[str]) -> None:
