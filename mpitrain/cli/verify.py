@@ -17,9 +17,10 @@ import click
 
 from mpitrain import _env
 from mpitrain._errors import JobError
-from mpitrain.cli.run import check_no_launcher, hand_over
+from mpitrain.cli.run import check_no_launcher, take_part
 
 if TYPE_CHECKING:
+    from mpitrain.comm import Communicator
     from mpitrain.train import Job
     from mpitrain.train.comparison import Comparison
     from mpitrain.train.record import Record
@@ -70,13 +71,14 @@ class Side:
     ranks: int
     axes: Mapping[str, int] | None = None
 
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """What the layout changes of a job: its mesh, or nothing."""
+    def overrides(self, given: Job) -> tuple[str, ...]:
+        """Return what the layout changes of a job: the axes of its mesh, or nothing."""
         if self.axes is None:
             return ()
         axes = {"pipe": 1, **self.axes}  # said, so that a schedule of pipelines may stay
-        return ("mesh={}", *(f"mesh.{axis}={size}" for axis, size in axes.items()))
+        sizes = [f"mesh.{axis}={size}" for axis, size in axes.items()]
+        divides = given.mesh.sequence_parallel and axes.get("tensor", 1) > 1  # else there is nothing to divide
+        return ("mesh={}", *sizes, *(["mesh.sequence_parallel=true"] if divides else []))
 
 
 def side(layout: str) -> Side:
@@ -107,12 +109,7 @@ def _verify(
 
     check_no_launcher(ranks or 2)
     given = Job.load(job, overrides)
-    if given.precision.mixed:
-        raise JobError(
-            "in 16 bits layouts differ by rounding, and skipped steps have no gradients to compare",
-            operation="precision.compute", got=given.precision.compute,
-            remedy="verify the layouts in full precision: --set 'precision={}'",
-        )  # fmt: skip
+    _check_comparable(given)
     if not given.reproducible and not any(each.partition("=")[0].strip() == "dtype" for each in overrides):
         overrides = ("dtype=float64", *overrides)
     sides = side(mesh) if mesh else Side(f"{ranks or 2} ranks", ranks or 2), side(against)
@@ -130,10 +127,25 @@ def _verify(
     return 0 if compared.first is None else 1
 
 
+def _check_comparable(given: Job) -> None:
+    """Refuse a job whose layouts are meant to differ, by more than the tolerance."""
+    if given.precision.mixed:
+        raise JobError(
+            "in 16 bits layouts differ by rounding, and skipped steps have no gradients to compare",
+            operation="precision.compute", got=given.precision.compute,
+            remedy="verify the layouts in full precision: --set 'precision={}'",
+        )  # fmt: skip
+    if given.method.average_every:
+        raise JobError(
+            "the result of local SGD depends on the number of ranks", operation="method.average_every",
+            got=given.method.average_every, remedy="verify the rest of the job: --set method.average_every=0",
+        )  # fmt: skip
+
+
 def _settings(given: Job, overrides: tuple[str, ...], sides: tuple[Side, Side]) -> list[tuple[str, ...]]:
     """Return what each side overrides; where the job says where it is cut, the other one is cut by counted cost."""
     other = () if isinstance(given.method.cuts, str) else ("method.cuts=counted",)
-    return [(*overrides, *sides[0].overrides), (*overrides, *sides[1].overrides, *other)]
+    return [(*overrides, *sides[0].overrides(given)), (*overrides, *sides[1].overrides(given), *other)]
 
 
 def _run(job: str, overrides: Sequence[str], steps: int, ranks: int) -> Record:
@@ -164,22 +176,18 @@ def _told(path: Path) -> Path:
 
 def _record(job: str, overrides: tuple[str, ...], steps: int, path: Path) -> None:
     """Take part in one of the runs, as a rank of its world."""
-    from mpitrain.comm import abort_on_uncaught, leave_together, world
     from mpitrain.comm.guard import agree
     from mpitrain.train import load_job
     from mpitrain.train.record import record
 
-    comm = world()
-    abort_on_uncaught(comm)
-    try:
-        with leave_together(comm):
-            seen = record(load_job(job, overrides, comm), comm, steps)
-            with agree(comm):
-                if seen is not None:
-                    seen.write(path)
-    except SystemExit as leaving:
-        if not hand_over(comm, leaving, _told(path)):
-            raise
+    def work(comm: Communicator) -> int:
+        seen = record(load_job(job, overrides, comm), comm, steps)
+        with agree(comm):
+            if seen is not None:
+                seen.write(path)
+        return 0
+
+    take_part(_told(path), work)
 
 
 def _print_json(job: str, sides: tuple[Side, Side], tolerance: float, expected: Record, compared: Comparison) -> None:

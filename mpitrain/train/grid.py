@@ -94,14 +94,15 @@ def plan(
     Raises
     ------
     JobError
-        A point is no valid job, or the directory holds runs of another one.
+        A point is no valid job, points go by other metrics, or the directory holds runs of another job.
     """
     if not grid or not all(grid.values()):
         raise JobError("has no points", operation="sweep", got=dict(grid), expected="a value or more of each key")
-    points = []
+    points: list[Point] = []
+    metrics: set[str] = set()
     for values in product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
-        texts = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
+        texts = [f"{key}={_toml(value)}" for key, value in settings.items()]
         job = Job.load(path, overrides, texts)
         point = Point(settings, job.to_toml(), directory / _name(settings))
         if changed := differences(job, point.directory) or _stretched(job, point.directory):
@@ -110,9 +111,35 @@ def plan(
                 remedy="choose another directory with --sweep-dir",
             )  # fmt: skip
         points.append(point)
+        metrics.add(metric_of(job))
+    _check_one(metrics)
     with disk("make sweep directory", directory):
         directory.mkdir(parents=True, exist_ok=True)
     return points
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML, on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, default=str, ensure_ascii=False)  # TOML lacks JSON's pairs of escapes
+
+
+def _check_one(metrics: set[str]) -> None:
+    """Refuse points that cannot be sorted, for they go by different metrics."""
+    if len(metrics) > 1:
+        raise JobError(
+            "its points go by different metrics, so that none is the best", operation="sweep",
+            got=", ".join(sorted(metrics)),
+            remedy="give all points a validation part, or none, and one train.checkpoint.best",
+        )  # fmt: skip
+
+
+def metric_of(job: Job) -> str:
+    """Return the metric that the best of some runs of a job is told by."""
+    return f"{'valid' if job.data.valid else 'test'}_{job.train.checkpoint.best}"
 
 
 def _stretched(job: Job, run: Path) -> str:

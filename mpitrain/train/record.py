@@ -1,7 +1,7 @@
 """What training did in its first steps, in global coordinates, so that two runs can be compared.
 
-The gradients are those that the optimizer was handed: reduced, divided and clipped.  So any method can be recorded, and
-nothing of it is changed.
+The gradients are those that the optimizer was handed, reduced, divided and clipped; where it sums and divides them
+while it updates, their mean.  So any method can be recorded, and nothing of it is changed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Shard, plain, to_host
+from mpitrain.arrays import Allocator, Shard, namespace, plain, to_host
 from mpitrain.arrays.box import boxed
 from mpitrain.comm import Communicator
 from mpitrain.method.state import Piece, pieces_of
-from mpitrain.optim import Optimizer, State
+from mpitrain.optim import Optimizer, State, Terms
 from mpitrain.parallel import Synchronous
 from mpitrain.train.assembly import Assembly, assemble, job_optimizer
 from mpitrain.train.job import Job
@@ -123,6 +123,20 @@ class _Watch(Optimizer):
         shard: Shard,
         totals: Array | None = None,
     ) -> None:
+        self._note(grads, step, shard)
+        self._of.update(params, grads, state, lr, step, shard, totals)
+
+    @property
+    def takes_terms(self) -> bool:
+        """Whether the other does: methods take the steps that they would take with it."""
+        return self._of.takes_terms
+
+    def update_mean(self, params: Array, terms: Terms, state: State, lr: float, step: int, shard: Shard) -> None:
+        self._note(terms.mean(namespace(params).empty_like(params)), step, shard)
+        self._of.update_mean(params, terms, state, lr, step, shard)
+
+    def _note(self, grads: Array, step: int, shard: Shard) -> None:
+        """Record the gradients of a shard."""
         pieces = [_on_host(piece) for piece in pieces_of(_GRADIENT, grads, shard)]
         if step == 1:
             self.first += pieces
@@ -130,7 +144,6 @@ class _Watch(Optimizer):
         for piece in pieces:
             values = piece.array.astype(np.float64)
             self.squares[-1][_place(piece)] = float(values @ values)
-        self._of.update(params, grads, state, lr, step, shard, totals)
 
 
 def _on_host(piece: Piece) -> Piece:

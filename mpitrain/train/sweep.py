@@ -19,7 +19,7 @@ from mpitrain.comm import Communicator, Outcome, agree, map_tasks
 from mpitrain.comm.local import alone
 from mpitrain.comm.threads import blas_threads
 from mpitrain.train import storage
-from mpitrain.train.grid import Point, plan
+from mpitrain.train.grid import Point, metric_of, plan
 from mpitrain.train.job.train import lower_is_better
 from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.session import train_job
@@ -67,7 +67,8 @@ def sweep_job(
     Raises
     ------
     JobError
-        A point is no valid job, or the directory holds runs of another one; nothing has run then.
+        A point is no valid job, points go by other metrics, or the directory holds runs of another job; nothing has run
+        then.
     StorageError
         A file cannot be written.
 
@@ -156,7 +157,7 @@ def _record(point: Point, outcome: Outcome | None) -> dict[str, Any]:
     return {
         "settings": point.settings,
         "status": status,
-        "value": metrics.get(_metric(point)),
+        "value": metrics.get(metric_of(point.job)),
         "metrics": metrics,
         "steps": result.get("steps"),
         "seconds": result.get("seconds"),
@@ -166,15 +167,10 @@ def _record(point: Point, outcome: Outcome | None) -> dict[str, Any]:
     }
 
 
-def _metric(point: Point) -> str:
-    job = point.job
-    return f"{'valid' if job.data.valid else 'test'}_{job.train.checkpoint.best}"
-
-
 def _summary(
     points: list[Point], outcomes: Mapping[Path, Outcome], ranks: int, directory: Path, stopped: str | None
 ) -> dict[str, Any]:
-    metric = _metric(points[0])
+    metric = metric_of(points[0].job)
     sign = 1 if lower_is_better(metric) else -1
     records = [_record(point, outcomes.get(point.directory)) for point in points]
     records.sort(key=lambda record: inf if record["value"] is None else sign * record["value"])

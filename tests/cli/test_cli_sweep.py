@@ -12,8 +12,8 @@ from threadpoolctl import threadpool_limits
 
 from mpitrain._errors import JobError
 from mpitrain.comm.local import alone
-from mpitrain.train import sweep_job
-from mpitrain.train.grid import parse_grid
+from mpitrain.train import Job, sweep_job
+from mpitrain.train.grid import parse_grid, plan
 
 SMALL = JOB.replace("hidden = [12]", "hidden = [6]").replace("steps = 24", "steps = 12")
 GRID_TEXTS = ("optimizer.lr=0.05,0.001,1e30", "model.hidden=[5],[4, 3]")
@@ -147,6 +147,16 @@ def test_values_of_a_grid_are_those_of_toml(grids, expected):
     assert parse_grid(grids) == expected
 
 
+def test_tables_and_any_text_are_values_of_a_grid(tmp_path):
+    """Tables in tables, and characters that JSON escapes in two pieces."""
+    tables = ["{kind='int8'}", "{kind='topk', ratio=0.5}"]
+    grid = parse_grid([f"method={{codec={tables[0]}}},{{codec={tables[1]}}}", "data.path=a.npz,𝄞.npz"])
+    jobs = [point.job for point in plan(write_job(tmp_path), [], grid, tmp_path / "sweep")]
+    expected = [Job.load(tmp_path / "job.toml", [f"method.codec={each}"]) for each in tables]
+    assert [job.method.codec for job in jobs[::2]] == [job.method.codec for job in expected]
+    assert [Path(job.data.path).name for job in jobs] == ["a.npz", "𝄞.npz"] * 2
+
+
 @pytest.mark.parametrize("grids", [["optimizer.lr"], ["a="], ["=1,2"], ["a=1,,2"], ["a=1,1"], ["a=1", "a=2"], ["a=x,"]])
 def test_a_grid_that_cannot_be_understood_is_refused(grids):
     with pytest.raises(JobError, match=r"--grid .*: cannot be understood; expected KEY=VALUE,VALUE"):
@@ -167,6 +177,19 @@ def test_what_is_wrong_with_a_point_names_the_grid(tmp_path, key, values, line):
     overrides = ["seed=-1"] if "--set" in line else []
     with pytest.raises(JobError, match=f"^{line}"):
         sweep_job(job, overrides, {key: values}, alone(), tmp_path / "sweep")
+
+
+@pytest.mark.parametrize(
+    ("grid", "got"),
+    [
+        ({"data.valid": [0.0, 0.1]}, "test_loss, valid_loss"),
+        ({"train.checkpoint.best": ["loss", "accuracy"]}, "test_accuracy, test_loss"),
+    ],
+)
+def test_points_that_go_by_different_metrics_are_refused(tmp_path, grid, got):
+    with pytest.raises(JobError, match=f"^sweep: its points go by different metrics, .*; got {got}; give all points"):
+        sweep_job(write_job(tmp_path), [], grid, alone(), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_mistake_in_any_point_ends_the_sweep_before_it_begins(tmp_path):

@@ -1,5 +1,7 @@
 """``mpitrain verify``: what it prints and returns, of methods that are right and of a model that is not."""
 
+from pathlib import Path
+
 import pytest
 from commands import mpitrain, settings, write_job
 
@@ -89,6 +91,16 @@ def test_cuts_that_fit_one_number_of_stages_are_those_of_the_parallel_run(job, c
     assert serial == (*given, "mesh={}", "mesh.pipe=1", *other)
 
 
+def test_a_layout_that_divides_tensors_divides_the_sequence_as_the_job_does():
+    given = ("mesh.tensor=2", "mesh.sequence_parallel=true")
+    job = Path(__file__).resolve().parents[2] / "jobs" / "gpt_pydoc.toml"
+    sides = side("data=2,tensor=2"), side("serial")
+    meshes = [Job.load(job, each).mesh for each in _settings(Job.load(job, given), given, sides)]
+    assert [(mesh.tensor, mesh.sequence_parallel) for mesh in meshes] == [(2, True), (1, False)]
+    plain = _settings(Job.load(job), (), sides)
+    assert not any(Job.load(job, each).mesh.sequence_parallel for each in plain)
+
+
 @pytest.mark.slow
 def test_a_reproducible_job_is_compared_to_the_bit(job):
     fixed = ["--steps", "6", "--json", *settings(reproducible=True, lanes=4)]
@@ -124,6 +136,10 @@ def test_the_user_chooses_the_tolerance_and_the_dtype(job):
     [
         (["-n", "2", "--mesh", "data=3"], "--mesh data=3 has 3 ranks, not the 2 of -n; leave out one of them"),
         (["--mesh", "data"], "layout 'data': cannot be understood"),
+        (
+            ["--set", "method.average_every=5"],
+            "method.average_every: the result of local SGD depends on the number of ranks; got 5; verify the rest",
+        ),
         pytest.param(["--against", "data=2,data=2"], "layout 'data=2,data=2': cannot", marks=pytest.mark.slow),
         pytest.param(["--set", "train.batch=3"], "train.batch: unknown key", marks=pytest.mark.slow),
     ],

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import write_job
 
 from mpitrain._errors import JobError
 from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.comm.local import alone
 from mpitrain.nn import Network
 from mpitrain.parallel import PipelineParallel
 from mpitrain.train import Job
@@ -183,7 +185,7 @@ def test_steps_between_two_averagings_are_counted(file, monkeypatch):
     taken, divided_by = [], []
 
     def timed(comm: Communicator, steps: Any, count: int) -> float:
-        method = steps.args[0].method
+        method = steps.parts.method
         before = method.step
         steps(count)
         taken.append(method.step - before)
@@ -194,6 +196,24 @@ def test_steps_between_two_averagings_are_counted(file, monkeypatch):
     averaged = job(file, "method.average_every=5")
     LocalWorld(2, timeout_s=60).run(lambda comm: measure_job(averaged, comm, rounds=2, round_s=0.1))
     assert sorted(taken) == sorted(divided_by) == [5, 5, 10, 10, 10, 10]
+
+
+def test_batches_that_do_not_divide_the_epoch_count_as_they_are(tmp_path, monkeypatch):
+    """96 rows in batches of 40, 40 and 16, which are 32 in the mean."""
+
+    def timed(comm: Communicator, steps: Any, count: int) -> float:
+        steps(count)
+        return 0.01
+
+    monkeypatch.setattr("mpitrain.train.bench.job.timed", timed)
+    monkeypatch.setattr("mpitrain.train.bench.job.product_flops_per_s", lambda comm, dtype: 1e9)
+    path = write_job(tmp_path)
+    uneven, even = (Job.load(path, [f"train.batch_size={size}"]) for size in (40, 32))
+    found, expected = (measure_job(job, alone(), rounds=2, round_s=0.03) for job in (uneven, even))
+    assert (found.batch_size, expected.batch_size) == (40, 32)
+    assert found.samples_per_s == expected.samples_per_s == pytest.approx(32 / 0.01)
+    assert found.flops == expected.flops
+    assert found.utilisation == expected.utilisation
 
 
 def slices(rank: int, *events: tuple[str, str, float, float]) -> list[dict[str, Any]]:

@@ -25,16 +25,16 @@ class JobCosts:
     title : str
         The job in one line.
     ranks, batch_size : int
-        How many ranks, and how many samples they take in a step together.
+        How many ranks, and how many samples a whole batch of all of them has.
     seconds : Quantiles
         Of a step, on the slowest rank.
     samples_per_s : float
-        Of all ranks together, from the median.
+        Of all ranks together: the samples that the timed steps took in the mean, by the median of their times.
     tokens_per_s : float, optional
         Likewise; None: samples are no windows of tokens.
     flops : int, optional
-        Operations of the matrix products of a step, of all ranks together, counted from shapes as on one rank; None:
-        they cannot be counted.
+        Operations of the matrix products of a step, the mean of those timed, of all ranks together, counted from shapes
+        as on one rank; None: they cannot be counted.
     product_flops_per_s : float
         What a rank's large product reaches in the job's dtype while the others do the same.
     utilisation : float, optional

@@ -5,8 +5,7 @@ The job is trained as it is, on its own data, for as many steps as the measureme
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 import numpy as np
@@ -70,29 +69,41 @@ def measure_job(job: Job, comm: Communicator, rounds: int = 7, round_s: float = 
     method.plan = replace(method.plan, steps=_EVER)
     if isinstance(parts.model, Network):
         parts.model.pool.drop_free()  # of the evaluation that checked the job's metrics
-    rate, steps = product_flops_per_s(comm, job.dtype), partial(_advance, parts)
+    rate, steps = product_flops_per_s(comm, job.dtype), _Steps(parts)
     every = method.average_every if isinstance(method, ModelAveraging) else 1  # which goes on until then
     warm = ceil(_WARM_STEPS / every) * every
     steps(warm)
     count = max(1, int(round_s / timed(comm, steps, warm) / every)) * every
+    before = steps.samples
     seconds = np.array([timed(comm, steps, count) for _ in range(rounds)])
+    samples = (steps.samples - before) / (rounds * count)  # fewer than a batch, where these do not divide the epoch
     events = traced(comm, steps, count)
     stages = comm.allgather_object(method.pipe.rank if isinstance(method, PipelineParallel) else 0)
     lost = overhead(method, events, stages) if isinstance(method, PipelineParallel) and events else None
     share, lost = comm.broadcast_object((share_of(events), lost))
-    return _costs(job, comm, parts, rate, seconds, share, lost)
+    return _costs(job, comm, parts, rate, seconds, samples, share, lost)
 
 
-def _advance(parts: Assembly, steps: int) -> None:
-    parts.method.advance(parts.feed, parts.method.step + steps)
+@dataclass
+class _Steps:
+    """Takes steps of a job, and counts their samples, of all ranks together."""
+
+    parts: Assembly
+    samples: int = 0
+
+    def __call__(self, steps: int) -> None:
+        method = self.parts.method
+        self.samples += method.advance(self.parts.feed, method.step + steps).samples
 
 
 def _costs(
-    job: Job, comm: Communicator, parts: Assembly, rate: float, seconds: np.ndarray, share: float, lost: Overhead | None
-) -> JobCosts:
+    job: Job, comm: Communicator, parts: Assembly, rate: float, seconds: np.ndarray, samples: float, share: float,
+    lost: Overhead | None,
+) -> JobCosts:  # fmt: skip
     facts, batch = parts.samples.facts, parts.feed.batch_size
-    flops, notes = _counted(job, parts)
-    rates = batch / float(np.median(seconds))
+    of_batch, notes = _counted(job, parts)
+    flops = round(of_batch * samples / batch) if of_batch else None
+    rates = samples / float(np.median(seconds))
     return JobCosts(
         title=parts.title,
         ranks=comm.size,
@@ -111,7 +122,7 @@ def _costs(
 
 
 def _counted(job: Job, parts: Assembly) -> tuple[int | None, list[str]]:
-    """Return the operations of a step, or why they cannot be counted."""
+    """Return the operations of a whole batch, or why they cannot be counted."""
     facts, method = parts.samples.facts, parts.method
     divided = isinstance(method, Synchronous) and method.across is not None
     model = build_model(job, facts) if divided else parts.model  # of which a rank may have a part only
