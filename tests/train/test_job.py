@@ -5,9 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpitrain._errors import JobError
+from mpitrain.arrays import Batch
+from mpitrain.nn.loss import Loss
+from mpitrain.nn.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
 from mpitrain.train.job import Job, job_reference
 from mpitrain.train.job.train import lower_is_better
 
@@ -273,9 +277,28 @@ def test_a_target_is_reached_from_its_own_side():
     assert not target(metric="loss", at_most=0.1).reached({"loss": 0.11})
 
 
+LOWER = {"loss", "rmse", "bits_per_token"}
+HIGHER = {"accuracy", "r2"}
+
+
 def test_losses_errors_and_bits_are_better_when_lower():
-    assert all(lower_is_better(name) for name in ("loss", "absolute_error", "bits_per_byte"))
-    assert not any(lower_is_better(name) for name in ("accuracy", "r2"))
+    assert all(lower_is_better(name) for name in (*LOWER, "absolute_error", "mse", "mae", "perplexity"))
+    assert not any(lower_is_better(name) for name in HIGHER)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (CrossEntropy(unit="token"), np.array([0, 1, 1])),
+        (BinaryCrossEntropy(), np.array([0, 1, 1])),
+        (MeanSquaredError(), np.array([[0.0, 1.0], [1.0, 2.0], [2.0, 5.0]])),
+    ],
+)
+def test_of_every_metric_of_our_losses_it_is_known_which_way_is_better(loss: Loss, targets: Any):
+    outputs = np.zeros((3, 1 if isinstance(loss, BinaryCrossEntropy) else 2))
+    given = loss.metrics(loss.sums(outputs, Batch(outputs, targets, np.arange(3))))
+    numbers = {name for name, value in given.items() if np.ndim(value) == 0}
+    assert {"loss"} < numbers <= LOWER | HIGHER
 
 
 def test_the_reference_describes_every_key():

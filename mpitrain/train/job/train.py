@@ -13,12 +13,13 @@ from mpitrain.train.job.codec import CodecSection
 from mpitrain.train.job.section import Count, NonNegative, PathText, Positive, Problem, Section, rejected
 
 _BATCH_WORDS = 'integer ≥ 1 or "full"'
+_LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity")
 _CUT_WORDS = '"counted", "measured" or array of ascending (integer ≥ 1)'
 
 
 def lower_is_better(metric: str) -> bool:
     """Return whether a smaller value is an improvement: of losses, errors and lengths of codes, by the name."""
-    return metric.endswith(("loss", "error")) or metric.startswith("bits_per_")
+    return metric.endswith(_LOWER_IS_BETTER) or metric.startswith("bits_per_")
 
 
 def _batch_size(value: Any) -> int | Literal["full"]:
@@ -122,8 +123,8 @@ class Checkpoint(Section):
     best: str = Field(
         "loss",
         min_length=1,
-        description="Test metric whose best checkpoint is kept besides: `loss`, `accuracy`, `r2` …; the lowest of a "
-        "loss or error, else the highest.",
+        description="Test metric whose best checkpoint is kept besides: `loss`, `accuracy`, `r2` …; the lowest if its "
+        "name ends with `loss`, `error`, `mse`, `mae` or `perplexity`, or begins with `bits_per_`, else the highest.",
     )
 
     @model_validator(mode="before")
