@@ -35,7 +35,8 @@ class Standing:
     seconds: float = 0.0  # trained so far, over all resumptions
     loss: float | None = None  # of the newest training record
     watched: dict[str, float] | None = None  # newest evaluation of the set that steers the run
-    best: float | None = None  # of the metric that `patience` watches; larger is better
+    metric: str | None = None  # that `patience` watches; None before an evaluation, and in older checkpoints
+    best: float | None = None  # of this metric; larger is better
     stale: int = 0  # evaluations since the best one
 
 
@@ -84,6 +85,8 @@ class Trainer:
         """Continue from a checkpoint of this or another number of ranks."""
         self.method.load(saved.scalars["method"], saved.read)
         self.standing = Standing(**saved.scalars["standing"])
+        if self.standing.metric not in (None, self.job.train.stop.metric):
+            self.standing.best, self.standing.stale = None, 0  # of a metric that nothing watches any more
         self._start_clock()
 
     def run(self) -> str:
@@ -163,6 +166,7 @@ class Trainer:
     def _judge(self, metrics: dict[str, Any]) -> None:
         """Take an evaluation into account."""
         stop, standing = self.job.train.stop, self.standing
+        standing.metric = stop.metric
         standing.watched = {name: value for name, value in single_numbers(metrics).items() if isfinite(value)}
         value = standing.watched.get(stop.metric)
         if value is None:  # not finite, or not there, where nothing asks for it

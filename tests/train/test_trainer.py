@@ -4,6 +4,7 @@ import errno
 import json
 import time
 import tomllib
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -313,6 +314,31 @@ def test_patience_counts_from_the_best(load, tmp_path):
     stopped = train(load(**changes, train__stop__patience=3), run_dir=tmp_path / "run")
     assert stopped["stopped"] == "loss has not improved in 3 evaluations"
     assert stopped["steps"] == 24  # the first evaluation is the best, three more are not
+
+
+def test_patience_begins_anew_with_another_metric(load, tmp_path):
+    """An accuracy, 0 to 1, is no bound for a loss, which is negated so that larger is better."""
+    still = {"optimizer__lr": 1e-30, "model__batch_norm": False}  # nothing moves
+    accuracy, loss = ({**still, "train__stop__metric": metric} for metric in ("accuracy", "loss"))
+    train(load(**accuracy, train__steps=12), ranks=1, run_dir=tmp_path / "run")  # one evaluation after the best
+    resumed = train(load(**loss, train__steps=60, train__stop__patience=2), ranks=1, resume=tmp_path / "run")
+    assert resumed["stopped"] == "loss has not improved in 2 evaluations"
+    assert resumed["steps"] == 30  # the first evaluation of the loss, at 18, is the best, two more are not
+
+
+def test_a_checkpoint_that_does_not_say_what_was_watched_is_gone_on_from(load, tmp_path, monkeypatch):
+    """As checkpoints were written once: the best value is taken for that of the job's metric."""
+    still = {"optimizer__lr": 1e-30, "model__batch_norm": False, "train__stop__patience": 3}
+    monkeypatch.setattr("mpitrain.train.trainer.asdict", lambda standing: without(asdict(standing), "metric"))
+    train(load(**still, train__steps=12), ranks=1, run_dir=tmp_path / "run")
+    newest = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))
+    assert newest.scalars["standing"]["stale"] == 1
+    assert "metric" not in newest.scalars["standing"]
+    assert train(load(**still, train__steps=60), ranks=1, resume=tmp_path / "run")["steps"] == 24
+
+
+def without(mapping, key):
+    return {name: value for name, value in mapping.items() if name != key}
 
 
 def test_wall_time(load, tmp_path):
