@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import isfinite, prod
 from typing import Any
 
@@ -76,7 +77,6 @@ class Trainer:
         self.method = assembly.method
         self.standing = Standing()
         self._last: dict[str, dict[str, Any]] = {}  # newest metrics by kind
-        self._recorded: dict[str, int] = {}  # newest step in the metrics file by kind; on rank 0
         self._on_phase, self._name_signal = on_phase, name_signal
         self._asked: str | None = None  # why this rank was asked to stop
         self._start_clock()
@@ -91,8 +91,6 @@ class Trainer:
 
     def run(self) -> str:
         """Train to the end, or until something stops it; save; return why it stopped."""
-        if self.comm.rank == 0:
-            self._recorded = {record["kind"]: record["step"] for record in self.run_dir.read_metrics()}
         self._start_clock()
         self.observer.on_start(self.parts.title, self.parts.steps, self.method.step)
         self.observer.on_kept(self.run_dir.path)
@@ -160,8 +158,13 @@ class Trainer:
         with self.comm.phase("log"), agree(self.comm):  # the disk may be full, which rank 0 alone finds out
             if self.comm.rank == 0 and self._recorded.get(kind) != step:
                 self.run_dir.append_metrics(record)
-        self._recorded[kind] = step
+                self._recorded[kind] = step
         self.observer.on_metrics(record)
+
+    @cached_property
+    def _recorded(self) -> dict[str, int]:
+        """Newest step in the metrics file by kind; for rank 0, within `agree`."""
+        return {record["kind"]: record["step"] for record in self.run_dir.read_metrics()}
 
     def _judge(self, metrics: dict[str, Any]) -> None:
         """Take an evaluation into account."""

@@ -181,6 +181,23 @@ def test_a_trainer_evaluates_before_it_trains(load, tmp_path):
     assert LocalWorld(2, timeout_s=PATIENCE_S).run(run) == [True, True]
 
 
+def test_what_was_recorded_before_a_run_goes_on_is_not_recorded_again(load, tmp_path):
+    train(load(train__steps=12), run_dir=tmp_path / "run")
+    before = metrics(tmp_path / "run")
+
+    def run(comm):
+        job = load(train__steps=18)
+        directory = RunDirectory.create(comm, job.name, resume=tmp_path / "run")
+        trainer = Trainer(job, comm, assemble(job, comm), directory)
+        trainer.restore(checkpoint.load(checkpoint.latest(directory.checkpoints), comm))
+        trainer.evaluate("test")
+        assert metrics(tmp_path / "run") == before
+        trainer.run()
+
+    LocalWorld(2, timeout_s=PATIENCE_S).run(run)
+    assert {step for _, step in without_clock(metrics(tmp_path / "run"))} == {4, 6, 8, 12, 16, 18}
+
+
 def test_resuming_what_is_complete_changes_nothing(load, tmp_path):
     job = load(data__valid=0.2)
     first = train(job, run_dir=str(tmp_path / "run"))  # paths may be words, as everywhere in Python
