@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from commands import metrics, write_data, write_job
 
-from mpitrain._errors import CheckpointError, InputError, JobError, PeerError, StorageError
+from mpitrain._errors import CheckpointError, InputError, JobError, MismatchError, PeerError, StorageError
 from mpitrain.comm import LocalWorld
 from mpitrain.train import Job, Observer, checkpoint, session, train_job
 from mpitrain.train.assembly import assemble
@@ -497,3 +497,18 @@ def test_other_data_under_the_same_name_are_refused(tmp_path, load):
     write_data(tmp_path, rows=121)
     with pytest.raises(JobError, match="the data are not those that the run was started with"):
         LocalWorld(1).run(lambda comm: train_job(load(train__steps=6), comm, resume=tmp_path / "run"))
+
+
+def test_ranks_that_read_different_data_are_told(tmp_path, job_file):
+    """As two nodes with a file each of their own do; here each rank draws its rows anew."""
+    (tmp_path / "drawn.py").write_text(
+        "import numpy as np\nfrom mpitrain import Dataset\n\n"
+        "def build():\n"
+        "    inputs = np.random.default_rng().normal(size=(96, 5)).astype(np.float32)\n"
+        '    return Dataset(inputs, np.arange(96) % 2, "classification", "drawn")\n'
+    )
+    text = job_file.read_text().replace('source = "npz"\npath = "data.npz"', 'build = "drawn.py:build"')
+    job = Job.from_toml(text, job_file)
+    with pytest.raises(MismatchError, match=r"^data: ranks have read different data; got \w{12} on rank 1; expected"):
+        train(job, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
