@@ -157,6 +157,7 @@ def test_all_problems_are_listed_a_line_each():
         ("train.epochs=0", "train.epochs: is too small; got 0; expected integer ≥ 1"),
         ("train={}", "train.epochs: is missing; expected epochs or steps"),
         ("train={epochs=1, steps=1}", "train.steps: cannot go together with epochs; got 1; expected one of the two"),
+        ("train.stop.wall_time_s=1e10", "train.stop.wall_time_s: is too large; got 10000000000.0; expected number > 0"),
         ("train.stop.target={metric='r2'}", "train.stop.target: has no value; expected at_least or at_most"),
         ("train.checkpoint={every_steps=1, every_epochs=1}", "train.checkpoint.every_steps: cannot go together"),
         ("optimizer.schedule.kind=step", "optimizer.schedule.every: is missing; expected integer ≥ 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from threading import TIMEOUT_MAX  # 292 years on 64-bit Linux; a timer of more ends in an OverflowError
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
@@ -167,7 +168,9 @@ class Stop(Section):
         None, description="Convergence: how many evaluations may pass without an improvement of `metric`."
     )
     min_delta: NonNegative = Field(0.0, description="Smallest change that counts as an improvement.")
-    wall_time_s: Positive | None = Field(None, description="Seconds after which training ends with a checkpoint.")
+    wall_time_s: Annotated[Positive, Field(le=TIMEOUT_MAX)] | None = Field(
+        None, description="Seconds after which training ends with a checkpoint."
+    )
 
     @property
     def minimise(self) -> bool:
