@@ -24,7 +24,7 @@ from mpitrain.train.job import Job
 from mpitrain.train.observer import Observer
 from mpitrain.train.report import write_report
 from mpitrain.train.rundir import RunDirectory
-from mpitrain.train.signals import NameSignal, own_name
+from mpitrain.train.signals import NameSignal, own_name, stop_on_signals
 from mpitrain.train.storage import alone
 from mpitrain.train.trainer import Trainer
 
@@ -138,8 +138,9 @@ def train_job(
             trainer.restore(saved)
         with _recording(comm, trainer, directory) if traced else nullcontext():
             _keep_what_runs(job, comm, trainer, directory, bits)
-            stopped = trainer.run()
-            return _finish(job, comm, trainer, directory, stopped, report)
+            with stop_on_signals(trainer.stop_by_signal):  # to the end: launchers send more than one
+                stopped = trainer.run()
+                return _finish(job, comm, trainer, directory, stopped, report)
 
 
 def _to_go_on_with(run: Path, job: Job, comm: Communicator, held: ExitStack) -> RunDirectory:

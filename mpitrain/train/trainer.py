@@ -26,7 +26,7 @@ from mpitrain.train.job import Job
 from mpitrain.train.job.train import lower_is_better
 from mpitrain.train.observer import Observer
 from mpitrain.train.rundir import RunDirectory
-from mpitrain.train.signals import NameSignal, own_name, stop_on_signals
+from mpitrain.train.signals import NameSignal, own_name
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Trainer:
         self.observer.on_start(self.parts.title, self.parts.steps, self.method.step)
         self.observer.on_kept(self.run_dir.path)
         try:
-            with stop_on_signals(self._stop_by_signal), self._stop_after_wall_time():
+            with self._stop_after_wall_time():
                 return self._loop()
         finally:
             self.observer.on_end()
@@ -223,7 +223,8 @@ class Trainer:
         self._asked = reason
         self.method.request_stop()
 
-    def _stop_by_signal(self, number: signal.Signals) -> None:
+    def stop_by_signal(self, number: signal.Signals) -> None:
+        """Ask for a stop in the name of a signal that arrived, e.g. by `stop_on_signals`."""
         self.ask_to_stop(f"stopped by {self._name_signal(number)}")
 
     @contextmanager

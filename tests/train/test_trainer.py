@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 import time
 import tomllib
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from commands import metrics, write_data, write_job
 
 from mpitrain._errors import CheckpointError, InputError, JobError, MismatchError, PeerError, StorageError
 from mpitrain.comm import LocalWorld
+from mpitrain.comm.local import alone as alone_comm
 from mpitrain.train import Job, Observer, checkpoint, session, train_job
 from mpitrain.train.assembly import assemble
 from mpitrain.train.predictor import Predictor
@@ -512,3 +514,30 @@ def test_ranks_that_read_different_data_are_told(tmp_path, job_file):
     with pytest.raises(MismatchError, match=r"^data: ranks have read different data; got \w{12} on rank 1; expected"):
         train(job, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Twice(Observer):
+    """Sends this process SIGUSR1 as soon as a step is recorded, and again when training has ended."""
+
+    def on_metrics(self, record):
+        if record["kind"] == "train" and record["step"] == 8:
+            signal.raise_signal(signal.SIGUSR1)
+
+    def on_end(self):
+        signal.raise_signal(signal.SIGUSR1)
+
+
+def test_a_second_signal_does_not_cut_off_the_end(load, tmp_path):
+    """Launchers may send SIGUSR1 twice; outside of training it interrupts, as `mpitrain run` sets it."""
+
+    def interrupt(number, frame):
+        raise AssertionError("interrupted")
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        result = train_job(load(), alone_comm(), run_dir=tmp_path / "run", observer=Twice())
+        assert signal.getsignal(signal.SIGUSR1) is interrupt
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (result["stopped"], result["completed"]) == ("stopped by SIGUSR1", False)
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
