@@ -125,7 +125,8 @@ class Checkpoint(Section):
         "loss",
         min_length=1,
         description="Test metric whose best checkpoint is kept besides: `loss`, `accuracy`, `r2` …; the lowest if its "
-        "name ends with `loss`, `error`, `mse`, `mae` or `perplexity`, or begins with `bits_per_`, else the highest.",
+        "name ends with `loss`, `error`, `mse`, `mae` or `perplexity`, or begins with `bits_per_`, else the highest. "
+        "Only checkpoints of steps that are evaluated count.",
     )
 
     @model_validator(mode="before")
