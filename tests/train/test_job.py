@@ -108,6 +108,16 @@ def test_an_override_takes_the_place_of_what_it_excludes(write: Write):
     assert (job.train.epochs, job.train.steps) == (None, 5)
 
 
+@pytest.mark.parametrize("unit", ["steps", "epochs"])
+@pytest.mark.parametrize("key", ["train.{}", "train.evaluate_every_{}", "train.checkpoint.every_{}"])
+def test_an_override_takes_the_place_of_what_a_run_has_filled_in(key: str, unit: str):
+    """The job file that a run keeps has every default."""
+    other = {"steps": "epochs", "epochs": "steps"}[unit]
+    kept = Job.from_toml(TOML, "a.toml", [f"{key.format(other)}=2"]).to_toml()
+    job = Job.from_toml(kept, "run/job.toml", [f"{key.format(unit)}=5"])
+    assert job == Job.from_toml(TOML, "a.toml", [f"{key.format(unit)}=5"])
+
+
 def test_all_problems_are_listed_a_line_each():
     text = TOML.replace("lr = 1", "lr = '1'").replace("[data]", "sead = 1\n[data]")
     assert message("train.batch_size=0", "method.kind=[]", text=text).splitlines() == [
