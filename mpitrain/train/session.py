@@ -45,6 +45,7 @@ _MAY_CHANGE = (
     "train.checkpoint",
     "train.stop",
 )
+_PATHS_OF_NPY = ("data.options.inputs", "data.options.targets")  # as data.path, which this source does not have
 
 
 def load_job(path: str | PathLike[str], overrides: Iterable[str], comm: Communicator) -> Job:
@@ -194,10 +195,11 @@ def differences(job: Job, run: Path) -> str:
     if not path.is_file():
         return ""
     before, now = _flat(Job.load(path).model_dump()), _flat(job.model_dump())
+    may_change = _MAY_CHANGE + (_PATHS_OF_NPY if job.data.source == "npy" else ())
     changed = [
         f"{key} = {now.get(key)!r}, the run has {before.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+        if before.get(key) != now.get(key) and not key.startswith(may_change)
     ]
     return "; ".join(changed[:5])
 

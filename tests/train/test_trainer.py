@@ -501,6 +501,23 @@ def test_other_data_under_the_same_name_are_refused(tmp_path, load):
         LocalWorld(1).run(lambda comm: train_job(load(train__steps=6), comm, resume=tmp_path / "run"))
 
 
+def test_npy_files_may_lie_elsewhere_as_long_as_they_are_the_same(tmp_path, job_file):
+    def job(folder, steps=6):
+        files = f'inputs = "{folder}/x.npy"\ntargets = "{folder}/y.npy"'
+        text = job_file.read_text().replace('source = "npz"\npath = "data.npz"', 'source = "npy"')
+        return Job.from_toml(f"{text}\n[data.options]\n{files}", job_file, [f"train.steps={steps}"])
+
+    with np.load(tmp_path / "data.npz") as data:
+        for folder, inputs in (("a", data["inputs"]), ("moved", data["inputs"]), ("other", data["inputs"] + 1)):
+            (tmp_path / folder).mkdir()
+            np.save(tmp_path / folder / "x.npy", inputs)
+            np.save(tmp_path / folder / "y.npy", data["targets"])
+    train(job("a"), ranks=1, run_dir=tmp_path / "run")
+    assert train(job("moved", 8), ranks=1, resume=tmp_path / "run")["steps"] == 8
+    with pytest.raises(JobError, match="the data are not those that the run was started with"):
+        train(job("other", 8), ranks=1, resume=tmp_path / "run")
+
+
 def test_ranks_that_read_different_data_are_told(tmp_path, job_file):
     """As two nodes with a file each of their own do; here each rank draws its rows anew."""
     (tmp_path / "drawn.py").write_text(
