@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -146,7 +147,7 @@ def check_job_file(job: str, ranks: int) -> None:
         launcher = f"mpirun -n {ranks} " if ranks > 1 else ""
         raise JobError(
             "is a Python script", operation=job, expected="a job file (TOML)",
-            remedy=f"start it with: {launcher}python {job}",
+            remedy=f"start it with: {launcher}python {shlex.quote(job)}",
         )  # fmt: skip
     name = Path(job).stem
     # not under a launcher: there only rank 0 reads the file, and others' nodes may not have it
@@ -183,13 +184,15 @@ def _print_result(result: dict[str, Any], as_json: bool, traced: bool) -> None:
     )
     click.echo(f"{headline(result['metrics'])}")
     click.echo(f"weights   {result['weights_sha256']}")
-    why = f"not written; why: mpitrain report {result['run_dir']}"
+    run_dir = shlex.quote(result["run_dir"])
+    why = f"not written; why: mpitrain report {run_dir}"
     click.echo(f"report    {result['report'] or why}")
     if traced:
         click.echo(f"trace     {Path(result['run_dir']) / 'trace.json'} (opens in ui.perfetto.dev)")
     if not result["completed"]:
-        run_dir, start = result["run_dir"], "" if result["ranks"] == 1 else f"-n {result['ranks']} "
-        click.echo(f"go on     mpitrain run {start}{run_dir}/job.toml --resume {run_dir}")
+        start = "" if result["ranks"] == 1 else f"-n {result['ranks']} "
+        job = shlex.quote(f"{result['run_dir']}/job.toml")
+        click.echo(f"go on     mpitrain run {start}{job} --resume {run_dir}")
 
 
 def launch(ranks: int, arguments: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """From a job's words to all of its parts, set up: data, model, optimizer, method, and when what is due.
 
-Every rank builds the same parts by itself; the only communication is the method's own set-up.
+Every rank builds the same parts by itself; it communicates only to compare what was read, and in the method's set-up.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.codecs import make_codec
 from mpitrain.data import Batches
 from mpitrain.method import Method, Plan, Precision
+from mpitrain.method.steps import check_same
 from mpitrain.nn import Model
 from mpitrain.parallel import (
     DataParallel,
@@ -93,14 +94,17 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
 
     Raises
     ------
+    MismatchError
+        Ranks have read different rows to train on: a file differs between nodes, or ``data.build`` draws at random.
     MpitrainError
         The job and its data do not fit together.
 
     Notes
     -----
-    Collective: the method verifies that all ranks hold the same parameters.
+    Collective: all ranks must have read the same data, and the method verifies that they hold the same parameters.
     """
     samples = load_samples(job)
+    check_same(comm, samples.facts.fingerprint[:12], "ranks have read different data", "data")
     feed, axes = global_batches(job, samples.train), axes_of(job, comm)
     _check_lanes(job, feed)
     model = build_model(job, samples.facts, axes.tensor)

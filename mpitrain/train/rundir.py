@@ -217,8 +217,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
         found = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    whole = line.endswith(b"\n") and isinstance(found, dict) and type(found.get("step")) is int
-    return found if whole else None
+    whole = line.endswith(b"\n") and isinstance(found, dict)
+    return found if whole and type(found.get("step")) is int and isinstance(found.get("kind"), str) else None
 
 
 def _json(document: Mapping[str, Any], indent: int | None = None) -> bytes:

@@ -24,7 +24,7 @@ from mpitrain.train.job import Job
 from mpitrain.train.observer import Observer
 from mpitrain.train.report import write_report
 from mpitrain.train.rundir import RunDirectory
-from mpitrain.train.signals import NameSignal, own_name
+from mpitrain.train.signals import NameSignal, own_name, stop_on_signals
 from mpitrain.train.storage import alone
 from mpitrain.train.trainer import Trainer
 
@@ -45,6 +45,7 @@ _MAY_CHANGE = (
     "train.checkpoint",
     "train.stop",
 )
+_PATHS_OF_NPY = ("data.options.inputs", "data.options.targets")  # as data.path, which this source does not have
 
 
 def load_job(path: str | PathLike[str], overrides: Iterable[str], comm: Communicator) -> Job:
@@ -138,8 +139,9 @@ def train_job(
             trainer.restore(saved)
         with _recording(comm, trainer, directory) if traced else nullcontext():
             _keep_what_runs(job, comm, trainer, directory, bits)
-            stopped = trainer.run()
-            return _finish(job, comm, trainer, directory, stopped, report)
+            with stop_on_signals(trainer.stop_by_signal):  # to the end: launchers send more than one
+                stopped = trainer.run()
+                return _finish(job, comm, trainer, directory, stopped, report)
 
 
 def _to_go_on_with(run: Path, job: Job, comm: Communicator, held: ExitStack) -> RunDirectory:
@@ -193,10 +195,11 @@ def differences(job: Job, run: Path) -> str:
     if not path.is_file():
         return ""
     before, now = _flat(Job.load(path).model_dump()), _flat(job.model_dump())
+    may_change = _MAY_CHANGE + (_PATHS_OF_NPY if job.data.source == "npy" else ())
     changed = [
         f"{key} = {now.get(key)!r}, the run has {before.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+        if before.get(key) != now.get(key) and not key.startswith(may_change)
     ]
     return "; ".join(changed[:5])
 

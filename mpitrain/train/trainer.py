@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import isfinite, prod
 from typing import Any
 
@@ -25,7 +26,7 @@ from mpitrain.train.job import Job
 from mpitrain.train.job.train import lower_is_better
 from mpitrain.train.observer import Observer
 from mpitrain.train.rundir import RunDirectory
-from mpitrain.train.signals import NameSignal, own_name, stop_on_signals
+from mpitrain.train.signals import NameSignal, own_name
 
 
 @dataclass
@@ -35,7 +36,8 @@ class Standing:
     seconds: float = 0.0  # trained so far, over all resumptions
     loss: float | None = None  # of the newest training record
     watched: dict[str, float] | None = None  # newest evaluation of the set that steers the run
-    best: float | None = None  # of the metric that `patience` watches; larger is better
+    metric: str | None = None  # that `patience` watches; None before an evaluation, and in older checkpoints
+    best: float | None = None  # of this metric; larger is better
     stale: int = 0  # evaluations since the best one
 
 
@@ -75,7 +77,6 @@ class Trainer:
         self.method = assembly.method
         self.standing = Standing()
         self._last: dict[str, dict[str, Any]] = {}  # newest metrics by kind
-        self._recorded: dict[str, int] = {}  # newest step in the metrics file by kind; on rank 0
         self._on_phase, self._name_signal = on_phase, name_signal
         self._asked: str | None = None  # why this rank was asked to stop
         self._start_clock()
@@ -84,17 +85,17 @@ class Trainer:
         """Continue from a checkpoint of this or another number of ranks."""
         self.method.load(saved.scalars["method"], saved.read)
         self.standing = Standing(**saved.scalars["standing"])
+        if self.standing.metric not in (None, self.job.train.stop.metric):
+            self.standing.best, self.standing.stale = None, 0  # of a metric that nothing watches any more
         self._start_clock()
 
     def run(self) -> str:
         """Train to the end, or until something stops it; save; return why it stopped."""
-        if self.comm.rank == 0:
-            self._recorded = {record["kind"]: record["step"] for record in self.run_dir.read_metrics()}
         self._start_clock()
         self.observer.on_start(self.parts.title, self.parts.steps, self.method.step)
         self.observer.on_kept(self.run_dir.path)
         try:
-            with stop_on_signals(self._stop_by_signal), self._stop_after_wall_time():
+            with self._stop_after_wall_time():
                 return self._loop()
         finally:
             self.observer.on_end()
@@ -157,12 +158,18 @@ class Trainer:
         with self.comm.phase("log"), agree(self.comm):  # the disk may be full, which rank 0 alone finds out
             if self.comm.rank == 0 and self._recorded.get(kind) != step:
                 self.run_dir.append_metrics(record)
-        self._recorded[kind] = step
+                self._recorded[kind] = step
         self.observer.on_metrics(record)
+
+    @cached_property
+    def _recorded(self) -> dict[str, int]:
+        """Newest step in the metrics file by kind; for rank 0, within `agree`."""
+        return {record["kind"]: record["step"] for record in self.run_dir.read_metrics()}
 
     def _judge(self, metrics: dict[str, Any]) -> None:
         """Take an evaluation into account."""
         stop, standing = self.job.train.stop, self.standing
+        standing.metric = stop.metric
         standing.watched = {name: value for name, value in single_numbers(metrics).items() if isfinite(value)}
         value = standing.watched.get(stop.metric)
         if value is None:  # not finite, or not there, where nothing asks for it
@@ -216,7 +223,8 @@ class Trainer:
         self._asked = reason
         self.method.request_stop()
 
-    def _stop_by_signal(self, number: signal.Signals) -> None:
+    def stop_by_signal(self, number: signal.Signals) -> None:
+        """Ask for a stop in the name of a signal that arrived, e.g. by `stop_on_signals`."""
         self.ask_to_stop(f"stopped by {self._name_signal(number)}")
 
     @contextmanager

@@ -1,10 +1,13 @@
 """Signals and terminals: Ctrl-C and what launchers send end a run with a checkpoint, from which it goes on exactly."""
 
+import shlex
 import signal
 import time
 
 import pytest
 from commands import JOB, metrics, mpitrain, started, write_job
+
+from mpitrain.cli.run import _print_result
 
 MODEL = """
 import time
@@ -129,3 +132,14 @@ def test_a_stopped_run_says_how_to_go_on(folder):
     assert done.code == 0
     assert "(wall time of 0.2 s is over)" in done.out
     assert done.out.splitlines()[-1] == f"go on     mpitrain run -n 2 {run}/job.toml --resume {run}"
+
+
+def test_what_to_type_next_can_be_typed_for_a_path_with_spaces(capsys):
+    result = {
+        "job": "job", "ranks": 2, "steps": 3, "seconds": 1.0, "stopped": "stopped by SIGUSR1", "completed": False,
+        "metrics": {}, "weights_sha256": "0", "report": None, "run_dir": "/runs/my job",
+    }  # fmt: skip
+    _print_result(result, as_json=False, traced=False)
+    *_, report, go_on = map(shlex.split, capsys.readouterr().out.splitlines())
+    assert report[-3:] == ["mpitrain", "report", "/runs/my job"]
+    assert go_on[-3:] == ["/runs/my job/job.toml", "--resume", "/runs/my job"]

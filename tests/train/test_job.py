@@ -5,9 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpitrain._errors import JobError
+from mpitrain.arrays import Batch
+from mpitrain.nn.loss import Loss
+from mpitrain.nn.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
 from mpitrain.train.job import Job, job_reference
 from mpitrain.train.job.train import lower_is_better
 
@@ -104,6 +108,16 @@ def test_an_override_takes_the_place_of_what_it_excludes(write: Write):
     assert (job.train.epochs, job.train.steps) == (None, 5)
 
 
+@pytest.mark.parametrize("unit", ["steps", "epochs"])
+@pytest.mark.parametrize("key", ["train.{}", "train.evaluate_every_{}", "train.checkpoint.every_{}"])
+def test_an_override_takes_the_place_of_what_a_run_has_filled_in(key: str, unit: str):
+    """The job file that a run keeps has every default."""
+    other = {"steps": "epochs", "epochs": "steps"}[unit]
+    kept = Job.from_toml(TOML, "a.toml", [f"{key.format(other)}=2"]).to_toml()
+    job = Job.from_toml(kept, "run/job.toml", [f"{key.format(unit)}=5"])
+    assert job == Job.from_toml(TOML, "a.toml", [f"{key.format(unit)}=5"])
+
+
 def test_all_problems_are_listed_a_line_each():
     text = TOML.replace("lr = 1", "lr = '1'").replace("[data]", "sead = 1\n[data]")
     assert message("train.batch_size=0", "method.kind=[]", text=text).splitlines() == [
@@ -153,6 +167,7 @@ def test_all_problems_are_listed_a_line_each():
         ("train.epochs=0", "train.epochs: is too small; got 0; expected integer ≥ 1"),
         ("train={}", "train.epochs: is missing; expected epochs or steps"),
         ("train={epochs=1, steps=1}", "train.steps: cannot go together with epochs; got 1; expected one of the two"),
+        ("train.stop.wall_time_s=1e10", "train.stop.wall_time_s: is too large; got 10000000000.0; expected number > 0"),
         ("train.stop.target={metric='r2'}", "train.stop.target: has no value; expected at_least or at_most"),
         ("train.checkpoint={every_steps=1, every_epochs=1}", "train.checkpoint.every_steps: cannot go together"),
         ("optimizer.schedule.kind=step", "optimizer.schedule.every: is missing; expected integer ≥ 1"),
@@ -273,9 +288,28 @@ def test_a_target_is_reached_from_its_own_side():
     assert not target(metric="loss", at_most=0.1).reached({"loss": 0.11})
 
 
+LOWER = {"loss", "rmse", "bits_per_token"}
+HIGHER = {"accuracy", "r2"}
+
+
 def test_losses_errors_and_bits_are_better_when_lower():
-    assert all(lower_is_better(name) for name in ("loss", "absolute_error", "bits_per_byte"))
-    assert not any(lower_is_better(name) for name in ("accuracy", "r2"))
+    assert all(lower_is_better(name) for name in (*LOWER, "absolute_error", "mse", "mae", "perplexity"))
+    assert not any(lower_is_better(name) for name in HIGHER)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (CrossEntropy(unit="token"), np.array([0, 1, 1])),
+        (BinaryCrossEntropy(), np.array([0, 1, 1])),
+        (MeanSquaredError(), np.array([[0.0, 1.0], [1.0, 2.0], [2.0, 5.0]])),
+    ],
+)
+def test_of_every_metric_of_our_losses_it_is_known_which_way_is_better(loss: Loss, targets: Any):
+    outputs = np.zeros((3, 1 if isinstance(loss, BinaryCrossEntropy) else 2))
+    given = loss.metrics(loss.sums(outputs, Batch(outputs, targets, np.arange(3))))
+    numbers = {name for name, value in given.items() if np.ndim(value) == 0}
+    assert {"loss"} < numbers <= LOWER | HIGHER
 
 
 def test_the_reference_describes_every_key():

@@ -75,7 +75,10 @@ def fill_metrics(run, steps):
         run.append_metrics({"step": step, "kind": "train", "loss": np.float32(step)})
 
 
-@pytest.mark.parametrize("tail", [b"", b'{"step": 6, "kind": "tr', b"\0\0\0", b'{"step": 6}', b'{"kind": "train"}\n'])
+@pytest.mark.parametrize(
+    "tail",
+    [b"", b'{"step": 6, "kind": "tr', b"\0\0\0", b'{"step": 6}', b'{"kind": "train"}\n', b'{"step": 6}\n'],
+)
 def test_a_resumed_run_has_every_step_once(tmp_path, tail):
     run = create(path=tmp_path / "run")[0]
     fill_metrics(run, range(1, 6))
@@ -102,9 +105,13 @@ def test_rewinding_forgets_later_checkpoints(tmp_path):
     assert checkpoint.latest(run.checkpoints).name == "step-00000002"
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+@pytest.mark.parametrize("damaged", ['{"st', '{"step": 2}', '{"step": 2, "kind": 2}', '{"kind": "test"}'])
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, damaged):
     run = create(path=tmp_path / "run")[0]
-    run.metrics.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    fill_metrics(run, [1])
+    with run.metrics.open("a") as file:
+        file.write(f"{damaged}\n")
+    fill_metrics(run, [3])
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: damaged; remove that line"):
         run.read_metrics()
 

@@ -2,15 +2,18 @@
 
 import errno
 import json
+import signal
 import time
 import tomllib
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from commands import metrics, write_data, write_job
 
-from mpitrain._errors import CheckpointError, InputError, JobError, PeerError, StorageError
+from mpitrain._errors import CheckpointError, InputError, JobError, MismatchError, PeerError, StorageError
 from mpitrain.comm import LocalWorld
+from mpitrain.comm.local import alone as alone_comm
 from mpitrain.train import Job, Observer, checkpoint, session, train_job
 from mpitrain.train.assembly import assemble
 from mpitrain.train.predictor import Predictor
@@ -180,6 +183,23 @@ def test_a_trainer_evaluates_before_it_trains(load, tmp_path):
     assert LocalWorld(2, timeout_s=PATIENCE_S).run(run) == [True, True]
 
 
+def test_what_was_recorded_before_a_run_goes_on_is_not_recorded_again(load, tmp_path):
+    train(load(train__steps=12), run_dir=tmp_path / "run")
+    before = metrics(tmp_path / "run")
+
+    def run(comm):
+        job = load(train__steps=18)
+        directory = RunDirectory.create(comm, job.name, resume=tmp_path / "run")
+        trainer = Trainer(job, comm, assemble(job, comm), directory)
+        trainer.restore(checkpoint.load(checkpoint.latest(directory.checkpoints), comm))
+        trainer.evaluate("test")
+        assert metrics(tmp_path / "run") == before
+        trainer.run()
+
+    LocalWorld(2, timeout_s=PATIENCE_S).run(run)
+    assert {step for _, step in without_clock(metrics(tmp_path / "run"))} == {4, 6, 8, 12, 16, 18}
+
+
 def test_resuming_what_is_complete_changes_nothing(load, tmp_path):
     job = load(data__valid=0.2)
     first = train(job, run_dir=str(tmp_path / "run"))  # paths may be words, as everywhere in Python
@@ -313,6 +333,31 @@ def test_patience_counts_from_the_best(load, tmp_path):
     stopped = train(load(**changes, train__stop__patience=3), run_dir=tmp_path / "run")
     assert stopped["stopped"] == "loss has not improved in 3 evaluations"
     assert stopped["steps"] == 24  # the first evaluation is the best, three more are not
+
+
+def test_patience_begins_anew_with_another_metric(load, tmp_path):
+    """An accuracy, 0 to 1, is no bound for a loss, which is negated so that larger is better."""
+    still = {"optimizer__lr": 1e-30, "model__batch_norm": False}  # nothing moves
+    accuracy, loss = ({**still, "train__stop__metric": metric} for metric in ("accuracy", "loss"))
+    train(load(**accuracy, train__steps=12), ranks=1, run_dir=tmp_path / "run")  # one evaluation after the best
+    resumed = train(load(**loss, train__steps=60, train__stop__patience=2), ranks=1, resume=tmp_path / "run")
+    assert resumed["stopped"] == "loss has not improved in 2 evaluations"
+    assert resumed["steps"] == 30  # the first evaluation of the loss, at 18, is the best, two more are not
+
+
+def test_a_checkpoint_that_does_not_say_what_was_watched_is_gone_on_from(load, tmp_path, monkeypatch):
+    """As checkpoints were written once: the best value is taken for that of the job's metric."""
+    still = {"optimizer__lr": 1e-30, "model__batch_norm": False, "train__stop__patience": 3}
+    monkeypatch.setattr("mpitrain.train.trainer.asdict", lambda standing: without(asdict(standing), "metric"))
+    train(load(**still, train__steps=12), ranks=1, run_dir=tmp_path / "run")
+    newest = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))
+    assert newest.scalars["standing"]["stale"] == 1
+    assert "metric" not in newest.scalars["standing"]
+    assert train(load(**still, train__steps=60), ranks=1, resume=tmp_path / "run")["steps"] == 24
+
+
+def without(mapping, key):
+    return {name: value for name, value in mapping.items() if name != key}
 
 
 def test_wall_time(load, tmp_path):
@@ -454,3 +499,62 @@ def test_other_data_under_the_same_name_are_refused(tmp_path, load):
     write_data(tmp_path, rows=121)
     with pytest.raises(JobError, match="the data are not those that the run was started with"):
         LocalWorld(1).run(lambda comm: train_job(load(train__steps=6), comm, resume=tmp_path / "run"))
+
+
+def test_npy_files_may_lie_elsewhere_as_long_as_they_are_the_same(tmp_path, job_file):
+    def job(folder, steps=6):
+        files = f'inputs = "{folder}/x.npy"\ntargets = "{folder}/y.npy"'
+        text = job_file.read_text().replace('source = "npz"\npath = "data.npz"', 'source = "npy"')
+        return Job.from_toml(f"{text}\n[data.options]\n{files}", job_file, [f"train.steps={steps}"])
+
+    with np.load(tmp_path / "data.npz") as data:
+        for folder, inputs in (("a", data["inputs"]), ("moved", data["inputs"]), ("other", data["inputs"] + 1)):
+            (tmp_path / folder).mkdir()
+            np.save(tmp_path / folder / "x.npy", inputs)
+            np.save(tmp_path / folder / "y.npy", data["targets"])
+    train(job("a"), ranks=1, run_dir=tmp_path / "run")
+    assert train(job("moved", 8), ranks=1, resume=tmp_path / "run")["steps"] == 8
+    with pytest.raises(JobError, match="the data are not those that the run was started with"):
+        train(job("other", 8), ranks=1, resume=tmp_path / "run")
+
+
+def test_ranks_that_read_different_data_are_told(tmp_path, job_file):
+    """As two nodes with a file each of their own do; here each rank draws its rows anew."""
+    (tmp_path / "drawn.py").write_text(
+        "import numpy as np\nfrom mpitrain import Dataset\n\n"
+        "def build():\n"
+        "    inputs = np.random.default_rng().normal(size=(96, 5)).astype(np.float32)\n"
+        '    return Dataset(inputs, np.arange(96) % 2, "classification", "drawn")\n'
+    )
+    text = job_file.read_text().replace('source = "npz"\npath = "data.npz"', 'build = "drawn.py:build"')
+    job = Job.from_toml(text, job_file)
+    with pytest.raises(MismatchError, match=r"^data: ranks have read different data; got \w{12} on rank 1; expected"):
+        train(job, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Twice(Observer):
+    """Sends this process SIGUSR1 as soon as a step is recorded, and again when training has ended."""
+
+    def on_metrics(self, record):
+        if record["kind"] == "train" and record["step"] == 8:
+            signal.raise_signal(signal.SIGUSR1)
+
+    def on_end(self):
+        signal.raise_signal(signal.SIGUSR1)
+
+
+def test_a_second_signal_does_not_cut_off_the_end(load, tmp_path):
+    """Launchers may send SIGUSR1 twice; outside of training it interrupts, as `mpitrain run` sets it."""
+
+    def interrupt(number, frame):
+        raise AssertionError("interrupted")
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        result = train_job(load(), alone_comm(), run_dir=tmp_path / "run", observer=Twice())
+        assert signal.getsignal(signal.SIGUSR1) is interrupt
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (result["stopped"], result["completed"]) == ("stopped by SIGUSR1", False)
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result

@@ -17,7 +17,12 @@ from mpitrain.train.job.section import Problem
 _DEEPEST = 16
 _INTEGERS = range(-(2**63), 2**63)
 
-_EXCLUDED_BY = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
+_EXCLUSIVE = (
+    ("train.steps", "train.epochs"),
+    ("train.evaluate_every_steps", "train.evaluate_every_epochs"),
+    ("train.checkpoint.every_steps", "train.checkpoint.every_epochs"),
+)
+_EXCLUDED_BY = {one: other for pair in _EXCLUSIVE for one, other in (pair, pair[::-1])}
 """An override of one key takes the other, which cannot stand beside it, out of the file."""
 
 

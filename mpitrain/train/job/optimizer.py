@@ -44,10 +44,10 @@ class Step(Schedule):
 
 
 class Cosine(Schedule):
-    """The learning rate falls along half a cosine, to reach its end with the last step."""
+    """The learning rate falls along half a cosine, whose end comes one step after the last, as in PyTorch."""
 
     kind: Literal["cosine"]
-    final: Fraction = Field(0.0, description="The last rate, as a fraction of the highest.")
+    final: Fraction = Field(0.0, description="Where the cosine ends, as a fraction of the highest rate.")
 
 
 def _constant_by_default(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from threading import TIMEOUT_MAX  # 292 years on 64-bit Linux; a timer of more ends in an OverflowError
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
@@ -13,12 +14,13 @@ from mpitrain.train.job.codec import CodecSection
 from mpitrain.train.job.section import Count, NonNegative, PathText, Positive, Problem, Section, rejected
 
 _BATCH_WORDS = 'integer ≥ 1 or "full"'
+_LOWER_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity")
 _CUT_WORDS = '"counted", "measured" or array of ascending (integer ≥ 1)'
 
 
 def lower_is_better(metric: str) -> bool:
     """Return whether a smaller value is an improvement: of losses, errors and lengths of codes, by the name."""
-    return metric.endswith(("loss", "error")) or metric.startswith("bits_per_")
+    return metric.endswith(_LOWER_IS_BETTER) or metric.startswith("bits_per_")
 
 
 def _batch_size(value: Any) -> int | Literal["full"]:
@@ -122,8 +124,9 @@ class Checkpoint(Section):
     best: str = Field(
         "loss",
         min_length=1,
-        description="Test metric whose best checkpoint is kept besides: `loss`, `accuracy`, `r2` …; the lowest of a "
-        "loss or error, else the highest.",
+        description="Test metric whose best checkpoint is kept besides: `loss`, `accuracy`, `r2` …; the lowest if its "
+        "name ends with `loss`, `error`, `mse`, `mae` or `perplexity`, or begins with `bits_per_`, else the highest. "
+        "Only checkpoints of steps that are evaluated count.",
     )
 
     @model_validator(mode="before")
@@ -166,7 +169,9 @@ class Stop(Section):
         None, description="Convergence: how many evaluations may pass without an improvement of `metric`."
     )
     min_delta: NonNegative = Field(0.0, description="Smallest change that counts as an improvement.")
-    wall_time_s: Positive | None = Field(None, description="Seconds after which training ends with a checkpoint.")
+    wall_time_s: Annotated[Positive, Field(le=TIMEOUT_MAX)] | None = Field(
+        None, description="Seconds after which training ends with a checkpoint."
+    )
 
     @property
     def minimise(self) -> bool:
