@@ -13,7 +13,7 @@ import numpy as np
 from mpitrain._errors import DataError, InputError
 from mpitrain._typing import Array, Shape
 from mpitrain.data.checks import check_values
-from mpitrain.data.rows import Rows, gather, part, select
+from mpitrain.data.rows import Rows, check_rows, gather, part, select
 
 Task = Literal["classification", "regression", "sequence"]
 """``sequence``: the targets are the tokens that follow the inputs."""
@@ -120,11 +120,31 @@ class Dataset:
         ----------
         indices : array of int, shape (k,)
             Row numbers, each from 0 to ``len(self) - 1``; may repeat.
+
+        Raises
+        ------
+        InputError
+            They are no integers (a mask, say), or there is no such row.
         """
+        indices = check_rows(self.name, indices, len(self))
         return gather(self.inputs, indices), gather(self.targets, indices)
 
     def take(self, indices: Array, name: str | None = None) -> Dataset:
-        """Return the data set of some rows; memory-mapped rows stay on disk."""
+        """Return the data set of some rows; memory-mapped rows stay on disk.
+
+        Parameters
+        ----------
+        indices : array of int, shape (k,)
+            Row numbers, each from 0 to ``len(self) - 1``; may repeat.
+        name : str, optional
+            What messages call it; by default as this one.
+
+        Raises
+        ------
+        InputError
+            As for `rows`.
+        """
+        indices = check_rows(self.name, indices, len(self))
         inputs, targets = select(self.inputs, indices), select(self.targets, indices)
         return replace(self, inputs=inputs, targets=targets, name=name or self.name, overlap=0)
 

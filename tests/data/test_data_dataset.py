@@ -42,6 +42,34 @@ def test_no_rows(mapped):
     assert targets.shape == (0,)
 
 
+@pytest.mark.parametrize("kind", ["memory", "mapped", "taken"])
+@pytest.mark.parametrize("method", ["rows", "take"])
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (np.arange(20) > 17, r"not numbers of rows; got bool of shape \(20,\); .*; numpy.flatnonzero\(mask\) gives"),
+        ([1.0, 2.0], r"not numbers of rows; got float64 of shape \(2,\); expected integers of shape \(k,\)$"),
+        (3, r"not numbers of rows; got int64 of shape \(\); expected integers of shape \(k,\)$"),
+        ([3, -1], "no such row; got -1; expected 0 to 19"),
+        (np.array([3, 20], np.uint64), "no such row; got 20; expected 0 to 19"),
+    ],
+)
+def test_what_are_no_numbers_of_rows(mapped, kind, method, indices, message):
+    whole = {"memory": table(20), "mapped": mapped, "taken": mapped.take(np.arange(20))}[kind]
+    with pytest.raises(InputError, match=f"^sales.npy: {message}"):
+        getattr(whole, method)(indices)
+
+
+@pytest.mark.parametrize("indices", [[], [4, 2], (4, 2), np.array([4, 2], np.uint64), np.array([4, 2], np.int8)])
+def test_numbers_of_rows_may_be_a_list_or_of_any_integers(mapped, indices):
+    expected = np.arange(60).reshape(20, 3)[np.array(indices, int)]
+    for whole in (table(20), mapped):
+        some = whole.take(indices)
+        np.testing.assert_array_equal(whole.rows(indices)[0], expected)
+        np.testing.assert_array_equal(some.rows(range(len(some)))[0], expected)
+        np.testing.assert_array_equal(some.rows([])[0], expected[:0])
+
+
 def test_taking_rows_of_a_memory_map_leaves_them_on_disk(mapped):
     some = mapped.take(np.array([4, 2, 9])).take(np.array([2, 0]))
     assert isinstance(some.inputs, Selection)
