@@ -13,7 +13,7 @@ import numpy as np
 from mpitrain._errors import DataError, InputError
 from mpitrain._typing import Array, Shape
 from mpitrain.data.checks import check_values
-from mpitrain.data.rows import Rows, check_rows, gather, part, select
+from mpitrain.data.rows import Rows, check_rows, gather, overlap_of, part, select
 
 Task = Literal["classification", "regression", "sequence"]
 """``sequence``: the targets are the tokens that follow the inputs."""
@@ -43,7 +43,10 @@ class Dataset:
     tokens : bool
         The inputs are numbers of tokens, for an embedding: they stay integers.  True of every sequence.
     overlap : int
-        With how many of the rows that follow it a row shares values: 0, unless rows are overlapping windows of a text.
+        With how many of the rows that follow it a row may share values: 0, unless rows are overlapping windows of a
+        text.
+    gaps : bool
+        Rows that overlap may be missing in between, as after `take`.
 
     Raises
     ------
@@ -60,6 +63,7 @@ class Dataset:
     target_names: tuple[str, ...] = ()
     tokens: bool = False
     overlap: int = 0
+    gaps: bool = False
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
@@ -146,7 +150,9 @@ class Dataset:
         """
         indices = check_rows(self.name, indices, len(self))
         inputs, targets = select(self.inputs, indices), select(self.targets, indices)
-        return replace(self, inputs=inputs, targets=targets, name=name or self.name, overlap=0)
+        overlap = overlap_of(indices, self.overlap)
+        name = name or self.name
+        return replace(self, inputs=inputs, targets=targets, name=name, overlap=overlap, gaps=overlap > 0)
 
     def part(self, rows: slice) -> Dataset:
         """Return the data set of some rows that are evenly spaced, as views."""
@@ -154,10 +160,16 @@ class Dataset:
         return replace(self, inputs=part(self.inputs, rows), targets=part(self.targets, rows), overlap=spaced)
 
     def cover(self) -> Dataset:
-        """Return rows that hold every value of the data set: all of them, or of overlapping rows a few."""
-        if not self.overlap:
+        """Return rows that hold every value of the data set: all of them, or of overlapping rows a few.
+
+        Notes
+        -----
+        Where rows in between may be missing, all are needed.
+        """
+        if not self.overlap or self.gaps:
             return self
-        return self.take(np.append(np.arange(0, len(self) - 1, self.overlap), len(self) - 1))
+        few = self.take(np.append(np.arange(0, len(self) - 1, self.overlap), len(self) - 1))
+        return replace(few, overlap=0)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Array, Array]]:
         """Walk over rows ``[start, stop)`` in blocks of about 8 MiB: first row, inputs and targets of each."""

@@ -78,6 +78,25 @@ def check_rows(name: str, indices: object, rows: int) -> Array:
     return found.astype(np.int64, copy=False)
 
 
+def overlap_of(indices: Array, overlap: int) -> int:
+    """Return with how many of the rows that follow it one of the rows ``indices`` may share values.
+
+    Parameters
+    ----------
+    indices : array of int64, shape (k,)
+        Which rows are left.
+    overlap : int
+        The same of all rows.
+    """
+    if not overlap:
+        return 0
+    ordered = np.sort(indices)
+    shared = np.searchsorted(ordered, ordered + overlap, side="right") - np.arange(1, len(ordered) + 1)
+    if not shared.any():
+        return 0
+    return int(shared.max()) if (ordered == indices).all() else len(indices) - 1
+
+
 def gather(array: Rows, indices: Array) -> Array:
     """Return the rows ``indices`` of ``array``, in that order, as a new array in memory.
 

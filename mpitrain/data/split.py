@@ -106,6 +106,7 @@ def _held_out(rows: int, test: float, lost: int = 0) -> int:
         raise InputError(
             "split: one side would be empty", got=f"test = {test!r} of {rows} rows",
             expected="a fraction between 0 and 1 that leaves a row on each side",
+            remedy=f"{lost} rows are left out, as they may share values with both sides" if lost else None,
         )  # fmt: skip
     return found
 

@@ -70,6 +70,10 @@ def test_numbers_of_rows_may_be_a_list_or_of_any_integers(mapped, indices):
         np.testing.assert_array_equal(some.rows([])[0], expected[:0])
 
 
+def test_rows_that_are_taken_twice_are_no_overlapping_windows():
+    assert table().take([3, 3]).overlap == 0
+
+
 def test_taking_rows_of_a_memory_map_leaves_them_on_disk(mapped):
     some = mapped.take(np.array([4, 2, 9])).take(np.array([2, 0]))
     assert isinstance(some.inputs, Selection)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, combinations
 
 import numpy as np
 import pytest
@@ -172,6 +172,40 @@ def test_few_rows_cover_overlapping_windows(stride):
     np.testing.assert_array_equal(np.unique(few.inputs), np.unique(whole.inputs))
     assert len(few) <= 98 / min(3, stride * max(1, whole.overlap)) + 2
     assert few.overlap == 0
+
+
+@pytest.mark.parametrize(
+    ("taken", "overlap"),
+    [(range(94), 3), ([0, 1, 5, 6, 7], 2), (range(0, 94, 3), 1), (range(0, 94, 4), 0), ([2, 9, 1], 2), ([9, 1], 0)],
+)
+def test_rows_that_were_taken_overlap_as_they_did(taken, overlap):
+    whole = windows(np.arange(98), "text", 4, 1, [str(i) for i in range(98)])
+    some = whole.take(taken)
+    assert some.overlap == overlap
+    shared = [i for i, j in combinations(range(len(some)), 2) if np.intersect1d(some.inputs[i], some.inputs[j]).size]
+    assert max(np.bincount(shared), default=0) <= overlap
+    if overlap:
+        with pytest.raises(InputError, match="the rows overlap"):
+            split(some, seed=0)
+    else:
+        assert len(split(some, 0.5, seed=0)[0]) == len(some) // 2
+
+
+@pytest.mark.parametrize("taken", [[0, 1, 5, 6, 7, 30, 31, 60], [2, 9, 1, 50], range(0, 90, 2)])
+def test_taken_rows_are_covered_whole(taken):
+    some = windows(np.arange(98), "text", 4, 1, []).take(taken)
+    np.testing.assert_array_equal(np.unique(some.cover().inputs), np.unique(some.inputs))
+    assert some.classes == max(taken) + 5
+
+
+def test_the_end_of_taken_rows_shares_no_prediction():
+    whole = windows(np.arange(98), "text", 4, 1, [str(i) for i in range(98)])
+    train, test = split_end(whole.take(np.flatnonzero(np.arange(94) % 5 < 3)), 0.3)
+    predicted = test.rows(np.arange(len(test)))[1].ravel()
+    assert len(np.unique(predicted)) == len(predicted)
+    assert np.max(train.targets) < predicted.min()
+    with pytest.raises(InputError, match=r"one side would be empty; .*; 93 rows are left out, as they may share"):
+        split_end(whole.take(np.arange(94)[::-1]), 0.3)
 
 
 def test_random_rows_of_overlapping_windows_are_not_held_out():
