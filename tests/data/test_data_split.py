@@ -125,11 +125,41 @@ def test_standardisation_equals_scikit_learns(block_bytes, monkeypatch):
     np.testing.assert_allclose(standardise(train).targets.std(), 1, rtol=1e-12)
 
 
-def test_constant_columns_become_zero_and_targets_stay():
-    whole = Dataset(np.full((5, 2), 7.0), np.arange(5.0)[:, None], "regression", "set")
-    scaled = Standardise.fit(whole)(whole)
-    np.testing.assert_array_equal(scaled.inputs, np.zeros((5, 2)))
-    assert scaled.targets is whole.targets
+@pytest.mark.parametrize("value", [7.0, 0.1, np.float32(0.1), 1e-30, 1e308, 2**53 + 1, np.uint8(200)])
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
+def test_constant_columns_become_zero_and_targets_stay(value, block_bytes, monkeypatch):
+    monkeypatch.setattr(dataset_module, "BLOCK_BYTES", block_bytes)
+    whole = Dataset(np.full((1000, 2), value), np.arange(1000.0)[:, None], "regression", "set")
+    standardise = Standardise.fit(whole)
+    np.testing.assert_array_equal(standardise.inputs.mean, [float(value)] * 2)
+    np.testing.assert_array_equal(standardise.inputs.scale, [1, 1])
+    np.testing.assert_array_equal(standardise(whole).inputs, np.zeros((1000, 2)))
+    other = Dataset(np.full((1, 2), 0.2), np.zeros((1, 1)), "regression", "set")
+    np.testing.assert_array_equal(standardise(other).inputs, [[0.2 - float(value)] * 2])
+    assert standardise(whole).targets is whole.targets
+
+
+def test_small_integers_are_measured_as_they_are():
+    whole = Dataset(np.array([[200], [0], [100]], np.uint8), np.zeros((3, 1)), "regression", "set")
+    scaling = Standardise.fit(whole).inputs
+    np.testing.assert_array_equal(scaling.mean, [100])
+    np.testing.assert_allclose(scaling.scale, [np.sqrt(20_000 / 3)], rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("fitted", "given", "message"),
+    [
+        ((5, 1), (5, 2), r"got \(2,\); expected \(1,\)"),
+        ((5, 2, 2, 1), (5, 4), r"got \(4,\); expected \(2, 2, 1\)"),
+    ],
+)
+def test_samples_of_another_shape_are_not_standardised(fitted, given, message):
+    fit, other = (Dataset(np.ones(shape), np.zeros((5, 1)), "regression", "set") for shape in (fitted, given))
+    with pytest.raises(InputError, match="standardise: the samples have another shape .* measured; " + message):
+        Standardise.fit(fit)(other)
+    scaling = Standardise.fit(fit, targets=True)
+    with pytest.raises(InputError, match=r"standardise: .*; got \(3,\); expected \(1,\)"):
+        scaling(Dataset(fit.inputs, np.zeros((5, 3)), "regression", "set"))
 
 
 def test_what_cannot_be_standardised():
