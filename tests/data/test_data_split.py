@@ -83,7 +83,8 @@ def test_a_split_with_an_empty_side(test):
 
 
 def test_a_class_of_one_row_cannot_be_stratified():
-    with pytest.raises(DataError, match=r"set: class 1 has too few rows.*got 1 row; .*split with stratified = false"):
+    message = "set: class 1 has too few rows.*got 1 row; .*split with stratified = false or, .* task = .regression"
+    with pytest.raises(DataError, match=message):
         split(labelled((9, 1)), seed=0)
     assert len(split(labelled((9, 1)), seed=0, stratified=False)[0]) == 8
     with pytest.raises(InputError, match="set: only a classification can be stratified; got regression"):
