@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from mpitrain._errors import DataError, InputError
+from mpitrain._options import Interval
 from mpitrain._typing import Array, Shape
 from mpitrain.data.checks import check_values
-from mpitrain.data.rows import Rows, check_rows, gather, overlap_of, part, select
+from mpitrain.data.rows import Rows, Selection, check_rows, gather, overlap_of, part, select
 
 Task = Literal["classification", "regression", "sequence"]
 """``sequence``: the targets are the tokens that follow the inputs."""
@@ -73,9 +74,9 @@ class Dataset:
 
     def _check_shapes(self) -> None:
         for what in ("inputs", "targets"):
-            if not hasattr(values := getattr(self, what), "shape"):
+            if not isinstance(values := getattr(self, what), np.ndarray | Selection):
                 kind = type(values).__name__
-                raise DataError(f"{self.name}: {what} are no array", got=kind, remedy="numpy.asarray gives one")
+                raise DataError(f"{self.name}: {what} are no NumPy array", got=kind, remedy="numpy.asarray gives one")
         inputs, targets = self.inputs.shape, self.targets.shape
         if not inputs or not targets or inputs[0] != targets[0]:
             raise DataError(
@@ -192,9 +193,9 @@ class Dataset:
             if self.targets.ndim != 1:
                 raise InputError(f"{self.name}: the targets are not labels", got=self.targets.shape, expected="(n,)")
             return np.asarray(self.targets)
-        number = self.feature_names.index(feature) if feature in self.feature_names else feature
+        number: Any = self.feature_names.index(feature) if feature in self.feature_names else feature
         columns = self.inputs.shape[1] if self.inputs.ndim == 2 else 0
-        if not isinstance(number, int) or not 0 <= number < columns:
+        if not Interval(0, columns, whole=True).admits(number):
             names = ", ".join(self.feature_names) or "none are named"
             expected = f"a number below {columns} or a name ({names})"
             raise InputError(f"{self.name}: no such feature", got=repr(feature), expected=expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,14 @@ def table(rows: int = 7, **changes) -> Dataset:
         "feature_names": ("age", "height", "weight"),
     }
     return Dataset(**{**given, **changes})
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An array of another library."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
 
 
 @pytest.fixture
@@ -114,6 +124,10 @@ def test_outputs_of_a_regression():
 def test_columns(mapped):
     np.testing.assert_array_equal(mapped.column("height"), np.arange(20) * 3 + 1)
     np.testing.assert_array_equal(mapped.column(2), np.arange(20) * 3 + 2)
+    np.testing.assert_array_equal(mapped.column(np.int64(2)), np.arange(20) * 3 + 2)
+    for strange in (True, np.True_, 3, -1, 1.0):
+        with pytest.raises(InputError, match=r"sales.npy: no such feature; got .*; expected a number below 3"):
+            mapped.column(strange)
     np.testing.assert_array_equal(mapped.column(), np.arange(20) % 3)
     with pytest.raises(InputError, match=r"sales.npy: no such feature; got 'hight'; expected .*age, height, weight"):
         mapped.column("hight")
@@ -189,8 +203,9 @@ def test_an_empty_set():
         ({"task": "regression"}, r"targets have the wrong shape; got \(7,\); expected \(n, outputs\)"),
         ({"task": "sequence"}, r"targets have the wrong shape; got \(7,\); expected \(7, 3\)"),
         ({"feature_names": ("age",)}, r"feature names do not fit; got 1 names; expected \(7, 3\)"),
-        ({"inputs": [[1.0]]}, "inputs are no array; got list; numpy.asarray gives one"),
-        ({"targets": None}, "targets are no array; got NoneType"),
+        ({"inputs": [[1.0]]}, "inputs are no NumPy array; got list; numpy.asarray gives one"),
+        ({"inputs": Foreign((7, 3))}, "inputs are no NumPy array; got Foreign; numpy.asarray gives one"),
+        ({"targets": None}, "targets are no NumPy array; got NoneType"),
         ({"task": "clustering"}, r"unknown task; got 'clustering'; expected classification or regression or sequence"),
     ],
 )

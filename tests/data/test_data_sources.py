@@ -432,6 +432,18 @@ def test_tokens_of_ones_own_are_written_as_numbers():
         tokenizer.encode(b"1 3", "prompt")
 
 
+@pytest.mark.parametrize("token", [-1, 3, 1.0, True])
+def test_tokens_that_the_vocabulary_has_not(token):
+    message = rf"Tokenizer.decode: token is not allowed; got {token!r}; expected a whole number in \[0, 3\)"
+    with pytest.raises(InputError, match=message):
+        Tokenizer("character", ("a", "b", "c")).decode([0, token])
+
+
+def test_a_vocabulary_that_repeats_a_name():
+    with pytest.raises(InputError, match="Tokenizer: two tokens of the vocabulary have one name; got 'b'"):
+        Tokenizer("character", ("a", "b", "b"))
+
+
 # --- Inputs to predict from ---
 
 
