@@ -204,7 +204,7 @@ def _cast(values: Array, dtype: DType, name: str) -> Array:
         with np.errstate(over="raise"):
             return values.astype(dtype)
     except FloatingPointError as error:
-        largest = values.flat[np.argmax(np.abs(values))]
+        largest = values.flat[np.nanargmax(np.abs(values))]
         raise DataError(
             f"{name}: a value is too large for {dtype}", operation="loader", got=largest,
             expected=f"at most {np.finfo(dtype).max:g}", remedy="scale the data",
