@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from mpitrain._errors import DataError, InputError
+from mpitrain._options import Interval
 from mpitrain._typing import Array, Shape
 from mpitrain.data.checks import check_values
-from mpitrain.data.rows import Rows, gather, part, select
+from mpitrain.data.rows import Rows, Selection, check_rows, gather, overlap_of, part, select
 
 Task = Literal["classification", "regression", "sequence"]
 """``sequence``: the targets are the tokens that follow the inputs."""
@@ -43,7 +44,10 @@ class Dataset:
     tokens : bool
         The inputs are numbers of tokens, for an embedding: they stay integers.  True of every sequence.
     overlap : int
-        With how many of the rows that follow it a row shares values: 0, unless rows are overlapping windows of a text.
+        With how many of the rows that follow it a row may share values: 0, unless rows are overlapping windows of a
+        text.
+    gaps : bool
+        Rows that overlap may be missing in between, as after `take`.
 
     Raises
     ------
@@ -60,6 +64,7 @@ class Dataset:
     target_names: tuple[str, ...] = ()
     tokens: bool = False
     overlap: int = 0
+    gaps: bool = False
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
@@ -69,9 +74,9 @@ class Dataset:
 
     def _check_shapes(self) -> None:
         for what in ("inputs", "targets"):
-            if not hasattr(values := getattr(self, what), "shape"):
+            if not isinstance(values := getattr(self, what), np.ndarray | Selection):
                 kind = type(values).__name__
-                raise DataError(f"{self.name}: {what} are no array", got=kind, remedy="numpy.asarray gives one")
+                raise DataError(f"{self.name}: {what} are no NumPy array", got=kind, remedy="numpy.asarray gives one")
         inputs, targets = self.inputs.shape, self.targets.shape
         if not inputs or not targets or inputs[0] != targets[0]:
             raise DataError(
@@ -120,13 +125,35 @@ class Dataset:
         ----------
         indices : array of int, shape (k,)
             Row numbers, each from 0 to ``len(self) - 1``; may repeat.
+
+        Raises
+        ------
+        InputError
+            They are no integers (a mask, say), or there is no such row.
         """
+        indices = check_rows(self.name, indices, len(self))
         return gather(self.inputs, indices), gather(self.targets, indices)
 
     def take(self, indices: Array, name: str | None = None) -> Dataset:
-        """Return the data set of some rows; memory-mapped rows stay on disk."""
+        """Return the data set of some rows; memory-mapped rows stay on disk.
+
+        Parameters
+        ----------
+        indices : array of int, shape (k,)
+            Row numbers, each from 0 to ``len(self) - 1``; may repeat.
+        name : str, optional
+            What messages call it; by default as this one.
+
+        Raises
+        ------
+        InputError
+            As for `rows`.
+        """
+        indices = check_rows(self.name, indices, len(self))
         inputs, targets = select(self.inputs, indices), select(self.targets, indices)
-        return replace(self, inputs=inputs, targets=targets, name=name or self.name, overlap=0)
+        overlap = overlap_of(indices, self.overlap)
+        name = name or self.name
+        return replace(self, inputs=inputs, targets=targets, name=name, overlap=overlap, gaps=overlap > 0)
 
     def part(self, rows: slice) -> Dataset:
         """Return the data set of some rows that are evenly spaced, as views."""
@@ -134,10 +161,16 @@ class Dataset:
         return replace(self, inputs=part(self.inputs, rows), targets=part(self.targets, rows), overlap=spaced)
 
     def cover(self) -> Dataset:
-        """Return rows that hold every value of the data set: all of them, or of overlapping rows a few."""
-        if not self.overlap:
+        """Return rows that hold every value of the data set: all of them, or of overlapping rows a few.
+
+        Notes
+        -----
+        Where rows in between may be missing, all are needed.
+        """
+        if not self.overlap or self.gaps:
             return self
-        return self.take(np.append(np.arange(0, len(self) - 1, self.overlap), len(self) - 1))
+        few = self.take(np.append(np.arange(0, len(self) - 1, self.overlap), len(self) - 1))
+        return replace(few, overlap=0)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Array, Array]]:
         """Walk over rows ``[start, stop)`` in blocks of about 8 MiB: first row, inputs and targets of each."""
@@ -160,9 +193,9 @@ class Dataset:
             if self.targets.ndim != 1:
                 raise InputError(f"{self.name}: the targets are not labels", got=self.targets.shape, expected="(n,)")
             return np.asarray(self.targets)
-        number = self.feature_names.index(feature) if feature in self.feature_names else feature
+        number: Any = self.feature_names.index(feature) if feature in self.feature_names else feature
         columns = self.inputs.shape[1] if self.inputs.ndim == 2 else 0
-        if not isinstance(number, int) or not 0 <= number < columns:
+        if not Interval(0, columns, whole=True).admits(number):
             names = ", ".join(self.feature_names) or "none are named"
             expected = f"a number below {columns} or a name ({names})"
             raise InputError(f"{self.name}: no such feature", got=repr(feature), expected=expected)

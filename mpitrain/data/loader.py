@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain._errors import InputError
-from mpitrain._options import choose
+from mpitrain._errors import DataError, InputError
+from mpitrain._options import check_whole, choose
 from mpitrain._typing import Array, DType
 from mpitrain.arrays import Batch, Key
 from mpitrain.arrays.dtypes import floating
 from mpitrain.data.checks import check_types
 from mpitrain.data.dataset import Dataset
+from mpitrain.data.rows import gather
 from mpitrain.data.sampling import SAMPLINGS, importance_factors, importance_probabilities
 from mpitrain.data.shares import share, share_sizes
 
@@ -126,8 +127,7 @@ class Loader:
             As many as there are microbatches, each perhaps empty here, and of a short last batch perhaps everywhere.
             Arrays are new, so that batches of several steps can be held at a time.
         """
-        if step < 0:
-            raise InputError("loader: negative step", got=step, expected="0 or more")
+        check_whole("loader", "step", step, 0)
         rows = self._global_batch(step)
         cuts = (share(len(rows), self.microbatches, number) for number in range(self.microbatches))
         return [self._share(rows, start, stop) for start, stop in cuts]
@@ -181,8 +181,7 @@ def evaluation_batches(
     iterator of Batch
         Equally many on every rank, and each may be empty; ``index`` is the row's number in the data set.
     """
-    if batch_size < 1:
-        raise InputError("evaluation: the batch is too small", got=batch_size, expected="1 or more")
+    check_whole("evaluation", "batch_size", batch_size, 1)
     compute = floating(dtype, "evaluation")
     for start in range(0, len(dataset), batch_size):
         low, high = share(min(batch_size, len(dataset) - start), size, rank)
@@ -192,10 +191,24 @@ def evaluation_batches(
 
 def _batch(dataset: Dataset, rows: Array, index: Array, dtype: DType, weights: Array | None = None) -> Batch:
     check_types(dataset)  # what follows would cut labels of 0.5 down to 0
-    inputs, targets = dataset.rows(rows)
-    inputs = inputs if dataset.tokens else inputs.astype(dtype, copy=False)
-    targets = targets.astype(dtype if dataset.task == "regression" else np.int64, copy=False)
+    inputs, targets = gather(dataset.inputs, rows), gather(dataset.targets, rows)  # not checked: they are ours
+    inputs = inputs if dataset.tokens else _cast(inputs, dtype, dataset.name)
+    targets = _cast(targets, dtype if dataset.task == "regression" else np.dtype(np.int64), dataset.name)
     return Batch(inputs, targets, index, weights)
+
+
+def _cast(values: Array, dtype: DType, name: str) -> Array:
+    if values.dtype == dtype:
+        return values
+    try:
+        with np.errstate(over="raise"):
+            return values.astype(dtype)
+    except FloatingPointError as error:
+        largest = values.flat[np.nanargmax(np.abs(values))]
+        raise DataError(
+            f"{name}: a value is too large for {dtype}", operation="loader", got=largest,
+            expected=f"at most {np.finfo(dtype).max:g}", remedy="scale the data",
+        ) from error  # fmt: skip
 
 
 def _check_sampling(sampling: str, weights: Array | None) -> None:
@@ -219,12 +232,14 @@ def _check_ranks(rows: int, rank: int, size: int, owner: Array | None) -> None:
 
 
 def _check_batch(rows: int, batch_size: int, microbatches: int, sharers: int) -> None:
-    if not 1 <= batch_size <= rows:
+    check_whole("loader", "batch_size", batch_size, 1)
+    check_whole("loader", "microbatches", microbatches, 1)
+    if batch_size > rows:
         raise InputError(
             "loader: the batch does not fit the data set", got=f"batch_size {batch_size} with {rows} rows",
             expected=f"1 to {rows}",
         )  # fmt: skip
-    if not 1 <= microbatches <= batch_size:
+    if microbatches > batch_size:
         raise InputError(
             "loader: the batch cannot be cut", got=f"{microbatches} microbatches of {batch_size} rows",
             expected=f"1 to {batch_size} microbatches",

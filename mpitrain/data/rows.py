@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from mpitrain._errors import InputError
 from mpitrain._typing import Array, DType, Shape
 
 
@@ -55,6 +56,45 @@ class Selection:
 
 Rows: TypeAlias = Array | Selection
 """An array in memory, a memory-mapped one, or some rows of one."""
+
+
+def check_rows(name: str, indices: object, rows: int) -> Array:
+    """Return ``indices`` as int64, shape (k,), if each is the number of one of ``rows`` rows.
+
+    Raises
+    ------
+    InputError
+        They are no integers (a mask, say), or one is negative or too large: NumPy would take other rows for them.
+    """
+    found = np.asarray(indices)
+    if found.shape != (0,) and (found.ndim != 1 or found.dtype.kind not in "iu"):
+        remedy = "numpy.flatnonzero(mask) gives the numbers of a mask's rows" if found.dtype.kind == "b" else None
+        got = f"{found.dtype} of shape {found.shape}"
+        raise InputError(f"{name}: not numbers of rows", got=got, expected="integers of shape (k,)", remedy=remedy)
+    wrong = np.flatnonzero((found < 0) | (found >= rows))
+    if wrong.size:
+        got, expected = found[wrong[0]], f"0 to {rows - 1}" if rows else "none of an empty data set"
+        raise InputError(f"{name}: no such row", got=got, expected=expected)
+    return found.astype(np.int64, copy=False)
+
+
+def overlap_of(indices: Array, overlap: int) -> int:
+    """Return with how many of the rows that follow it one of the rows ``indices`` may share values.
+
+    Parameters
+    ----------
+    indices : array of int64, shape (k,)
+        Which rows are left.
+    overlap : int
+        The same of all rows.
+    """
+    if not overlap:
+        return 0
+    ordered = np.sort(indices)
+    shared = np.searchsorted(ordered, ordered + overlap, side="right") - np.arange(1, len(ordered) + 1)
+    if not shared.any():
+        return 0
+    return int(shared.max()) if (ordered == indices).all() else len(indices) - 1
 
 
 def gather(array: Rows, indices: Array) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
 from mpitrain.arrays import Key
+from mpitrain.data.shares import bounded
 
 Sampling: TypeAlias = Callable[[int, Key, Array | None], Array]
 """Number of rows, key of the epoch and the rows' probabilities give the epoch's row numbers: int64, shape (n,)."""
@@ -68,7 +69,8 @@ def importance_probabilities(weights: Array | None, rows: int) -> Array:
             f"importance sampling: the weight of row {row} is unusable", got=given[row],
             expected="a positive number, as a row that is never drawn would bias the result",
         )  # fmt: skip
-    probabilities: Array = given / given.sum()
+    scaled = bounded(given)
+    probabilities: Array = scaled / scaled.sum()
     return probabilities
 
 

@@ -21,6 +21,13 @@ def share_sizes(rows: int, parts: int) -> Array:
     return rows // parts + (np.arange(parts) < rows % parts)
 
 
+def bounded(weights: Array) -> Array:
+    """Return weights times a power of two, in the same proportions to the bit, so that their sum is finite."""
+    _, exponent = np.frexp(weights.max(initial=0.0))
+    scaled: Array = np.ldexp(weights, -exponent)
+    return scaled
+
+
 def apportion(total: int, weights: Sequence[float] | Array) -> Array:
     """Deal ``total`` rows out in proportion to ``weights``, by the largest remainder.
 
@@ -36,7 +43,7 @@ def apportion(total: int, weights: Sequence[float] | Array) -> Array:
     array of int64, shape (parts,)
         Sums to ``total``; each part is within one of its exact share.  Equal remainders: the first part wins.
     """
-    given = np.asarray(weights, np.float64)
+    given = bounded(np.asarray(weights, np.float64))
     exact = given * (total / given.sum())
     counts: Array = np.floor(exact).astype(np.int64)
     seats = total - int(counts.sum())

@@ -106,6 +106,7 @@ def _held_out(rows: int, test: float, lost: int = 0) -> int:
         raise InputError(
             "split: one side would be empty", got=f"test = {test!r} of {rows} rows",
             expected="a fraction between 0 and 1 that leaves a row on each side",
+            remedy=f"{lost} rows are left out, as they may share values with both sides" if lost else None,
         )  # fmt: skip
     return found
 
@@ -131,7 +132,8 @@ def _strata(dataset: Dataset, order: Array, held_out: int) -> Array:
     if (counts == 1).any():
         raise DataError(
             f"{dataset.name}: class {classes[counts == 1][0]} has too few rows to be stratified",
-            got="1 row", expected="at least 2", remedy="split with stratified = false",
+            got="1 row", expected="at least 2",
+            remedy='split with stratified = false or, if the labels are quantities, load them with task = "regression"',
         )  # fmt: skip
     quotas = apportion(held_out, counts)
     chosen = [order[labels == label][:quota] for label, quota in zip(classes, quotas, strict=True)]

@@ -27,7 +27,18 @@ class Scaling:
     scale: Array
 
     def apply(self, values: Rows) -> Array:
-        """Return the scaled values, float64; a memory map is read whole."""
+        """Return the scaled values, float64; a memory map is read whole.
+
+        Raises
+        ------
+        InputError
+            The samples have another shape than those that were measured.
+        """
+        if values.shape[1:] != self.mean.shape:
+            raise InputError(
+                "the samples have another shape than those that were measured", operation="standardise",
+                got=values.shape[1:], expected=self.mean.shape,
+            )  # fmt: skip
         scaled: Array = (np.asarray(values) - self.mean) / self.scale
         return scaled
 
@@ -91,7 +102,13 @@ class Standardise:
         return cls(inputs, _measure(lambda: (targets for _, _, targets in train.blocks()), len(train)))
 
     def __call__(self, dataset: Dataset) -> Dataset:
-        """Return the data set, scaled; held in memory as float64."""
+        """Return the data set, scaled; held in memory as float64.
+
+        Raises
+        ------
+        InputError
+            Its samples have another shape than those that were measured.
+        """
         targets = self.targets.apply(dataset.targets) if self.targets else dataset.targets
         return replace(dataset, inputs=self.inputs.apply(dataset.inputs), targets=targets)
 
@@ -102,6 +119,8 @@ def _measure(blocks: Callable[[], Iterator[Array]], rows: int) -> Scaling:
     def mean_of(function: Callable[[Array], Array]) -> Array:
         return np.asarray(sum(function(block).sum(axis=0, dtype=np.float64) for block in blocks())) / rows
 
-    mean = mean_of(lambda values: values)
+    # differences from the first row: those of a constant column are 0, its sum is rounded
+    first = np.asarray(next(blocks())[0], np.float64)
+    mean = first + mean_of(lambda values: values - first)
     scale = np.sqrt(mean_of(lambda values: (values - mean) ** 2))
     return Scaling(mean, np.where(scale > 0, scale, 1.0))

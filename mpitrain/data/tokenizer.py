@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -9,6 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from mpitrain._errors import DataError, InputError
+from mpitrain._options import Interval, check
 from mpitrain._typing import Array
 
 Unit = Literal["character", "byte", "token"]
@@ -29,7 +31,7 @@ class Tokenizer:
     Raises
     ------
     InputError
-        There is no such unit.
+        There is no such unit, or a name is that of two tokens.
     """
 
     unit: Unit
@@ -37,6 +39,9 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         check_unit("Tokenizer", self.unit)
+        if len(set(self.vocabulary)) < len(self.vocabulary):
+            twice = next(name for name, count in Counter(self.vocabulary).items() if count > 1)
+            raise InputError("Tokenizer: two tokens of the vocabulary have one name", got=repr(twice))
 
     @classmethod
     def of(cls, content: bytes, unit: Unit) -> Tokenizer:
@@ -72,7 +77,16 @@ class Tokenizer:
         return np.array([position[name] for name in names], np.int32)[inverse]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of some tokens; bytes that are not UTF-8 become the replacement character."""
+        """Return the text of some tokens; bytes that are not UTF-8 become the replacement character.
+
+        Raises
+        ------
+        InputError
+            A token is not in the vocabulary.
+        """
+        known = Interval(0, len(self.vocabulary), whole=True)
+        for token in tokens:
+            check("Tokenizer.decode", "token", token, known)
         names = [self.vocabulary[token] for token in tokens]
         if self.unit == "byte":
             return bytes.fromhex("".join(names)).decode("utf-8", errors="replace")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,14 @@ def table(rows: int = 7, **changes) -> Dataset:
         "feature_names": ("age", "height", "weight"),
     }
     return Dataset(**{**given, **changes})
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An array of another library."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
 
 
 @pytest.fixture
@@ -40,6 +50,38 @@ def test_no_rows(mapped):
     inputs, targets = mapped.rows(np.array([], np.int64))
     assert inputs.shape == (0, 3)
     assert targets.shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["memory", "mapped", "taken"])
+@pytest.mark.parametrize("method", ["rows", "take"])
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (np.arange(20) > 17, r"not numbers of rows; got bool of shape \(20,\); .*; numpy.flatnonzero\(mask\) gives"),
+        ([1.0, 2.0], r"not numbers of rows; got float64 of shape \(2,\); expected integers of shape \(k,\)$"),
+        (3, r"not numbers of rows; got int64 of shape \(\); expected integers of shape \(k,\)$"),
+        ([3, -1], "no such row; got -1; expected 0 to 19"),
+        (np.array([3, 20], np.uint64), "no such row; got 20; expected 0 to 19"),
+    ],
+)
+def test_what_are_no_numbers_of_rows(mapped, kind, method, indices, message):
+    whole = {"memory": table(20), "mapped": mapped, "taken": mapped.take(np.arange(20))}[kind]
+    with pytest.raises(InputError, match=f"^sales.npy: {message}"):
+        getattr(whole, method)(indices)
+
+
+@pytest.mark.parametrize("indices", [[], [4, 2], (4, 2), np.array([4, 2], np.uint64), np.array([4, 2], np.int8)])
+def test_numbers_of_rows_may_be_a_list_or_of_any_integers(mapped, indices):
+    expected = np.arange(60).reshape(20, 3)[np.array(indices, int)]
+    for whole in (table(20), mapped):
+        some = whole.take(indices)
+        np.testing.assert_array_equal(whole.rows(indices)[0], expected)
+        np.testing.assert_array_equal(some.rows(range(len(some)))[0], expected)
+        np.testing.assert_array_equal(some.rows([])[0], expected[:0])
+
+
+def test_rows_that_are_taken_twice_are_no_overlapping_windows():
+    assert table().take([3, 3]).overlap == 0
 
 
 def test_taking_rows_of_a_memory_map_leaves_them_on_disk(mapped):
@@ -82,6 +124,10 @@ def test_outputs_of_a_regression():
 def test_columns(mapped):
     np.testing.assert_array_equal(mapped.column("height"), np.arange(20) * 3 + 1)
     np.testing.assert_array_equal(mapped.column(2), np.arange(20) * 3 + 2)
+    np.testing.assert_array_equal(mapped.column(np.int64(2)), np.arange(20) * 3 + 2)
+    for strange in (True, np.True_, 3, -1, 1.0):
+        with pytest.raises(InputError, match=r"sales.npy: no such feature; got .*; expected a number below 3"):
+            mapped.column(strange)
     np.testing.assert_array_equal(mapped.column(), np.arange(20) % 3)
     with pytest.raises(InputError, match=r"sales.npy: no such feature; got 'hight'; expected .*age, height, weight"):
         mapped.column("hight")
@@ -157,8 +203,9 @@ def test_an_empty_set():
         ({"task": "regression"}, r"targets have the wrong shape; got \(7,\); expected \(n, outputs\)"),
         ({"task": "sequence"}, r"targets have the wrong shape; got \(7,\); expected \(7, 3\)"),
         ({"feature_names": ("age",)}, r"feature names do not fit; got 1 names; expected \(7, 3\)"),
-        ({"inputs": [[1.0]]}, "inputs are no array; got list; numpy.asarray gives one"),
-        ({"targets": None}, "targets are no array; got NoneType"),
+        ({"inputs": [[1.0]]}, "inputs are no NumPy array; got list; numpy.asarray gives one"),
+        ({"inputs": Foreign((7, 3))}, "inputs are no NumPy array; got Foreign; numpy.asarray gives one"),
+        ({"targets": None}, "targets are no NumPy array; got NoneType"),
         ({"task": "clustering"}, r"unknown task; got 'clustering'; expected classification or regression or sequence"),
     ],
 )

@@ -187,9 +187,11 @@ def test_importance_factors_keep_the_mean_unbiased():
         ({"batch_size": 3, "size": 4}, r"smaller than the number of ranks; got batch_size 3, 4 ranks; .*to 4 or more"),
         ({"size": 24}, r"loader: more ranks than samples; got 24 ranks, 23 samples; .*start at most 23 ranks"),
         ({"batch_size": 24}, r"does not fit the data set; got batch_size 24 with 23 rows; expected 1 to 23"),
-        ({"batch_size": 0}, r"does not fit the data set; got batch_size 0"),
+        ({"batch_size": 0}, r"loader: batch_size is too small; got 0; expected at least 1"),
+        ({"batch_size": 2.0}, r"loader: batch_size is not an integer; got 2.0"),
         ({"microbatches": 11}, r"cannot be cut; got 11 microbatches of 10 rows; expected 1 to 10"),
-        ({"microbatches": 0}, r"cannot be cut; got 0 microbatches"),
+        ({"microbatches": 0}, r"loader: microbatches is too small; got 0; expected at least 1"),
+        ({"microbatches": 1.0}, r"loader: microbatches is not an integer; got 1.0"),
         ({"rank": 2, "size": 2}, r"no such rank; got rank 2 of 2; expected 0 to 1"),
         ({"rank": -1}, r"no such rank; got rank -1 of 1"),
         ({"owner": np.zeros(5, int)}, r"not one owner for each row; got int64 of shape \(5,\); .*\(23,\)"),
@@ -216,12 +218,27 @@ def test_bad_numbers(options, message):
 def test_other_bad_input():
     with pytest.raises(InputError, match="loader: the data set is empty; got 0 rows"):
         Loader(numbered(0), 1, seed=0)
-    with pytest.raises(InputError, match="loader: negative step; got -1"):
+    with pytest.raises(InputError, match="loader: step is too small; got -1; expected at least 0"):
         Loader(numbered(), 10, seed=0).batch(-1)
+    with pytest.raises(InputError, match=r"loader: step is not an integer; got 1\.5"):
+        Loader(numbered(), 10, seed=0).batch(1.5)
     with pytest.raises(DtypeError, match="loader: models do not compute in this dtype; got int64"):
         Loader(numbered(), 10, seed=0, dtype=np.int64)
-    with pytest.raises(InputError, match="evaluation: the batch is too small; got 0"):
+    with pytest.raises(InputError, match="evaluation: batch_size is too small; got 0"):
         next(evaluation_batches(numbered(), 0))
+    with pytest.raises(InputError, match=r"evaluation: batch_size is not an integer; got 2\.0"):
+        next(evaluation_batches(numbered(), 2.0))
+
+
+@pytest.mark.parametrize("what", ["inputs", "targets"])
+def test_values_beyond_the_models_numbers(what):
+    given = {"inputs": np.ones((5, 1)), "targets": np.ones((5, 1))}
+    given[what][2:4] = [[np.nan], [-1e39]]
+    huge = Dataset(**given, task="regression", name="huge")
+    with pytest.raises(DataError, match=r"loader: huge: a value is too large for float32; got -1e\+39"):
+        Loader(huge, 5, seed=0).batch(0)
+    [batch] = Loader(huge, 5, seed=0, dtype=np.float64).batch(0)
+    assert np.nanmin(getattr(batch, what)) == -1e39
 
 
 @settings(deadline=None)

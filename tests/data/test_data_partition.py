@@ -88,6 +88,7 @@ def test_the_largest_remainder_wins():
     assert apportion(10, [1, 1, 1]).tolist() == [4, 3, 3]
     assert apportion(10, [6, 5, 4]).tolist() == [4, 3, 3]
     assert apportion(7, [0.5, 0.25, 0.25]).tolist() == [3, 2, 2]
+    assert apportion(10, [1e308] * 3).tolist() == apportion(10, [5e-324] * 3).tolist() == [4, 3, 3]
 
 
 @pytest.mark.parametrize(

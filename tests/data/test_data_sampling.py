@@ -42,6 +42,11 @@ def test_probabilities_and_factors():
     np.testing.assert_allclose(importance_factors(probabilities), [8 / 3, 8 / 9, 2 / 3], rtol=1e-15)
 
 
+@pytest.mark.parametrize("unit", [1e308, 5e-324])
+def test_weights_of_any_size(unit):
+    assert importance_probabilities(np.full(5, unit), 5).tolist() == [0.2] * 5
+
+
 def test_orders_without_replacement():
     key = Key(1, "shuffle").at(3)
     assert sorted(SAMPLINGS["shuffle"](9, key, None).tolist()) == list(range(9))

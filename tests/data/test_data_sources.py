@@ -235,6 +235,15 @@ def test_csv_labels_are_numbered_alike_in_every_process(write):
     assert strange.class_names == ("+-2", "3")
 
 
+def test_csv_of_two_files_with_the_same_classes(write):
+    train = load("csv", {"path": write("train.csv", "x,y\n1,cat\n2,dog\n3,emu\n")})
+    path = write("test.csv", "x,y\n1,emu\n2,dog\n")
+    test = load("csv", {"path": path, "classes": train.class_names})
+    assert (test.targets.tolist(), test.classes, test.class_names) == ([2, 1], 3, ("cat", "dog", "emu"))
+    assert load("csv", {"path": path, "classes": ["emu", "dog"]}).targets.tolist() == [0, 1]
+    assert load("csv", {"path": path}).targets.tolist() == [1, 0]
+
+
 def test_csv_columns_named_by_their_numbers(write):
     assert len(load("csv", {"path": write("a.csv", "0,1\n5,a\n6,b\n")})) == 2
 
@@ -265,6 +274,13 @@ def test_csv_regression_with_several_targets(write):
         ('x,y\n1,"a\n', {}, r"cannot be read; got unexpected end of data; expected delimited text in UTF-8"),
         (b"x,y\n1,\xff\n", {}, r"cannot be read; got 'utf-8' codec can't decode .*; expected delimited text in UTF-8"),
         ("x,y\n1,a\n2,b\n", {"task": "regression"}, r"line 2, column 'y' is not a number; got 'a'"),
+        ("x,y\n1,a\n1_000,b\n", {}, r"line 3, column 'x' is not a number; got '1_000'"),
+        ("x;y\n1;a\n2;b\n", {}, r"no column is left for features; got 'x;y'; .*; the delimiter may be .* than ','"),
+        ("y\n1\n2\n", {"task": "regression"}, "no column is left for features; got 'y'"),
+        ("1_0,2_0\n2,1\n", {}, r"the header has numbers for names; got 1_0, 2_0"),
+        ("x,y\n1,a\n2,b\n", {"classes": ["a", "c"]}, r"line 3, column 'y': no such class; got 'b'; expected a or c"),
+        ("x,y\n1,a\n2,b\n", {"classes": ["a", "b", "a"]}, r"a class is named twice; got \['a', 'b', 'a'\]"),
+        ("x,y\n1,2\n", {"classes": ["a"], "task": "regression"}, r"a regression has no classes; got \['a'\]"),
     ],
 )
 def test_malformed_csv(write, content, options, message):
@@ -414,6 +430,18 @@ def test_tokens_of_ones_own_are_written_as_numbers():
         Tokenizer("word", ("a",))
     with pytest.raises(DataError, match="prompt: the text has tokens that are not in the vocabulary; got '3'"):
         tokenizer.encode(b"1 3", "prompt")
+
+
+@pytest.mark.parametrize("token", [-1, 3, 1.0, True])
+def test_tokens_that_the_vocabulary_has_not(token):
+    message = rf"Tokenizer.decode: token is not allowed; got {token!r}; expected a whole number in \[0, 3\)"
+    with pytest.raises(InputError, match=message):
+        Tokenizer("character", ("a", "b", "c")).decode([0, token])
+
+
+def test_a_vocabulary_that_repeats_a_name():
+    with pytest.raises(InputError, match="Tokenizer: two tokens of the vocabulary have one name; got 'b'"):
+        Tokenizer("character", ("a", "b", "b"))
 
 
 # --- Inputs to predict from ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, combinations
 
 import numpy as np
 import pytest
@@ -83,7 +83,8 @@ def test_a_split_with_an_empty_side(test):
 
 
 def test_a_class_of_one_row_cannot_be_stratified():
-    with pytest.raises(DataError, match=r"set: class 1 has too few rows.*got 1 row; .*split with stratified = false"):
+    message = "set: class 1 has too few rows.*got 1 row; .*split with stratified = false or, .* task = .regression"
+    with pytest.raises(DataError, match=message):
         split(labelled((9, 1)), seed=0)
     assert len(split(labelled((9, 1)), seed=0, stratified=False)[0]) == 8
     with pytest.raises(InputError, match="set: only a classification can be stratified; got regression"):
@@ -125,11 +126,41 @@ def test_standardisation_equals_scikit_learns(block_bytes, monkeypatch):
     np.testing.assert_allclose(standardise(train).targets.std(), 1, rtol=1e-12)
 
 
-def test_constant_columns_become_zero_and_targets_stay():
-    whole = Dataset(np.full((5, 2), 7.0), np.arange(5.0)[:, None], "regression", "set")
-    scaled = Standardise.fit(whole)(whole)
-    np.testing.assert_array_equal(scaled.inputs, np.zeros((5, 2)))
-    assert scaled.targets is whole.targets
+@pytest.mark.parametrize("value", [7.0, 0.1, np.float32(0.1), 1e-30, 1e308, 2**53 + 1, np.uint8(200)])
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
+def test_constant_columns_become_zero_and_targets_stay(value, block_bytes, monkeypatch):
+    monkeypatch.setattr(dataset_module, "BLOCK_BYTES", block_bytes)
+    whole = Dataset(np.full((1000, 2), value), np.arange(1000.0)[:, None], "regression", "set")
+    standardise = Standardise.fit(whole)
+    np.testing.assert_array_equal(standardise.inputs.mean, [float(value)] * 2)
+    np.testing.assert_array_equal(standardise.inputs.scale, [1, 1])
+    np.testing.assert_array_equal(standardise(whole).inputs, np.zeros((1000, 2)))
+    other = Dataset(np.full((1, 2), 0.2), np.zeros((1, 1)), "regression", "set")
+    np.testing.assert_array_equal(standardise(other).inputs, [[0.2 - float(value)] * 2])
+    assert standardise(whole).targets is whole.targets
+
+
+def test_small_integers_are_measured_as_they_are():
+    whole = Dataset(np.array([[200], [0], [100]], np.uint8), np.zeros((3, 1)), "regression", "set")
+    scaling = Standardise.fit(whole).inputs
+    np.testing.assert_array_equal(scaling.mean, [100])
+    np.testing.assert_allclose(scaling.scale, [np.sqrt(20_000 / 3)], rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("fitted", "given", "message"),
+    [
+        ((5, 1), (5, 2), r"got \(2,\); expected \(1,\)"),
+        ((5, 2, 2, 1), (5, 4), r"got \(4,\); expected \(2, 2, 1\)"),
+    ],
+)
+def test_samples_of_another_shape_are_not_standardised(fitted, given, message):
+    fit, other = (Dataset(np.ones(shape), np.zeros((5, 1)), "regression", "set") for shape in (fitted, given))
+    with pytest.raises(InputError, match="standardise: the samples have another shape .* measured; " + message):
+        Standardise.fit(fit)(other)
+    scaling = Standardise.fit(fit, targets=True)
+    with pytest.raises(InputError, match=r"standardise: .*; got \(3,\); expected \(1,\)"):
+        scaling(Dataset(fit.inputs, np.zeros((5, 3)), "regression", "set"))
 
 
 def test_what_cannot_be_standardised():
@@ -172,6 +203,40 @@ def test_few_rows_cover_overlapping_windows(stride):
     np.testing.assert_array_equal(np.unique(few.inputs), np.unique(whole.inputs))
     assert len(few) <= 98 / min(3, stride * max(1, whole.overlap)) + 2
     assert few.overlap == 0
+
+
+@pytest.mark.parametrize(
+    ("taken", "overlap"),
+    [(range(94), 3), ([0, 1, 5, 6, 7], 2), (range(0, 94, 3), 1), (range(0, 94, 4), 0), ([2, 9, 1], 2), ([9, 1], 0)],
+)
+def test_rows_that_were_taken_overlap_as_they_did(taken, overlap):
+    whole = windows(np.arange(98), "text", 4, 1, [str(i) for i in range(98)])
+    some = whole.take(taken)
+    assert some.overlap == overlap
+    shared = [i for i, j in combinations(range(len(some)), 2) if np.intersect1d(some.inputs[i], some.inputs[j]).size]
+    assert max(np.bincount(shared), default=0) <= overlap
+    if overlap:
+        with pytest.raises(InputError, match="the rows overlap"):
+            split(some, seed=0)
+    else:
+        assert len(split(some, 0.5, seed=0)[0]) == len(some) // 2
+
+
+@pytest.mark.parametrize("taken", [[0, 1, 5, 6, 7, 30, 31, 60], [2, 9, 1, 50], range(0, 90, 2)])
+def test_taken_rows_are_covered_whole(taken):
+    some = windows(np.arange(98), "text", 4, 1, []).take(taken)
+    np.testing.assert_array_equal(np.unique(some.cover().inputs), np.unique(some.inputs))
+    assert some.classes == max(taken) + 5
+
+
+def test_the_end_of_taken_rows_shares_no_prediction():
+    whole = windows(np.arange(98), "text", 4, 1, [str(i) for i in range(98)])
+    train, test = split_end(whole.take(np.flatnonzero(np.arange(94) % 5 < 3)), 0.3)
+    predicted = test.rows(np.arange(len(test)))[1].ravel()
+    assert len(np.unique(predicted)) == len(predicted)
+    assert np.max(train.targets) < predicted.min()
+    with pytest.raises(InputError, match=r"one side would be empty; .*; 93 rows are left out, as they may share"):
+        split_end(whole.take(np.arange(94)[::-1]), 0.3)
 
 
 def test_random_rows_of_overlapping_windows_are_not_held_out():

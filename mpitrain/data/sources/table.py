@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from mpitrain._errors import DataError
+from mpitrain._options import brief
 from mpitrain._typing import Array
 from mpitrain.data.dataset import Dataset
 from mpitrain.data.sources.files import PathLike, reading
@@ -29,6 +30,7 @@ def csv(
     task: Literal["classification", "regression"] = "classification",
     header: bool = True,
     delimiter: str = ",",
+    classes: Sequence[str] = (),
 ) -> Dataset:
     """Return a data set of a delimited text file (UTF-8); every rank reads it.
 
@@ -40,24 +42,34 @@ def csv(
         The column to learn; a regression may have several.  All others are features and must hold numbers.
     task : {"classification", "regression"}
         For a classification the distinct labels, sorted (by value if all are integers, else as text), are the
-        classes 0, 1, …
+        classes 0, 1, …; so two files number them alike only if they have the same ones, or are given ``classes``.
     header : bool
         The first row holds the columns' names.
     delimiter : str
         What separates cells.
+    classes : sequence of str, optional
+        The labels of a classification, in the order of their numbers: those of a training set, for the file that it
+        is tested on (`Dataset.class_names`).  By default those of this file.
     """
     table = read_table(path, header=header, delimiter=delimiter)
     wanted = [target] if isinstance(target, str | int) else target
     targets = [table.find(column) for column in wanted]
     features = [number for number in range(len(table.names)) if number not in targets]
+    if task == "classification" and len(targets) != 1:
+        raise DataError(f"{path}: a classification has one target column", got=target)
+    if not features:
+        raise DataError(
+            f"{path}: no column is left for features", got=", ".join(map(repr, table.names)),
+            expected="a target and at least one more", remedy=f"the delimiter may be another than {delimiter!r}",
+        )  # fmt: skip
     inputs, feature_names = table.numbers(features), table.named(features)
     if task == "regression":
+        if classes:
+            raise DataError(f"{path}: a regression has no classes", got=brief(classes))
         values = table.numbers(targets)
         return Dataset(inputs, values, task, table.name, (), feature_names, table.named(targets))
-    if len(targets) != 1:
-        raise DataError(f"{path}: a classification has one target column", got=target)
-    classes, labels = table.labels(targets[0])
-    return Dataset(inputs, labels, task, table.name, classes, feature_names)
+    names, labels = table.labels(targets[0], classes)
+    return Dataset(inputs, labels, task, table.name, names, feature_names)
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ class Table:
         for line, row in zip(self.lines, self.rows, strict=True):
             for number in columns:
                 try:
-                    values.append(float(row[number]))
+                    values.append(_number(row[number]))
                 except ValueError as error:
                     raise DataError(
                         f"{self.name}: line {line}, column {self.names[number]!r} is not a number",
@@ -108,18 +120,22 @@ class Table:
                     ) from error  # fmt: skip
         return np.frombuffer(values, np.float64).reshape(len(self.rows), len(columns)).copy()
 
-    def labels(self, column: int) -> tuple[tuple[str, ...], Array]:
-        """Return the sorted distinct labels of a column, and the int64 number of each row's."""
+    def labels(self, column: int, known: Sequence[str] = ()) -> tuple[tuple[str, ...], Array]:
+        """Return the labels of a column, ``known`` or sorted distinct ones, and the int64 number of each row's."""
         cells = [row[column].strip() for row in self.rows]
         distinct = set(cells)
         if "" in distinct:
             line = self.lines[cells.index("")]
             raise DataError(f"{self.name}: line {line}, column {self.names[column]!r}: the label is missing")
-        by_value = all(map(_INTEGER.fullmatch, distinct))
-        # the text breaks ties ("1", "01"): the order of a set of strings differs from process to process
-        classes = sorted(distinct, key=lambda cell: (int(cell) if by_value else 0, cell))
+        classes = tuple(known) or _sorted(distinct)
+        strange = sorted(distinct.difference(classes))
+        if strange:
+            place = f"line {self.lines[cells.index(strange[0])]}, column {self.names[column]!r}"
+            raise DataError(f"{self.name}: {place}: no such class", got=repr(strange[0]), expected=" or ".join(classes))
         numbers = {label: number for number, label in enumerate(classes)}
-        return tuple(classes), np.array([numbers[cell] for cell in cells], np.int64)
+        if len(numbers) < len(classes):
+            raise DataError(f"{self.name}: a class is named twice", got=brief(known))
+        return classes, np.array([numbers[cell] for cell in cells], np.int64)
 
 
 def read_table(path: PathLike, *, header: bool = True, delimiter: str = ",") -> Table:
@@ -150,6 +166,12 @@ def read_table(path: PathLike, *, header: bool = True, delimiter: str = ",") -> 
     return Table(str(path), names, rows[header:], lines[header:])
 
 
+def _sorted(labels: set[str]) -> tuple[str, ...]:
+    by_value = all(map(_INTEGER.fullmatch, labels))
+    # the text breaks ties ("1", "01"): the order of a set of strings differs from process to process
+    return tuple(sorted(labels, key=lambda label: (int(label) if by_value else 0, label)))
+
+
 def _check_header(names: tuple[str, ...], path: str) -> None:
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -157,6 +179,12 @@ def _check_header(names: tuple[str, ...], path: str) -> None:
     if all(map(_is_number, names)):  # read as names, this row would silently be lost
         remedy = "set header = false if the first row is data"
         raise DataError(f"{path}: the header has numbers for names", got=", ".join(names[:5]), remedy=remedy)
+
+
+def _number(cell: str) -> float:
+    if "_" in cell:  # Python reads 1_000 as 1000
+        raise ValueError(cell)
+    return float(cell)
 
 
 def _is_number(cell: str) -> bool:
