@@ -330,7 +330,9 @@ def bench_on_nodes(ranks_per_node: int, path: Path, patch: pytest.MonkeyPatch, *
 
 
 @pytest.mark.skipif(bool(missing()), reason=f"no virtual nodes: {missing()}")
-@pytest.mark.parametrize(("ranks_per_node", "transport"), [(1, "network"), (2, "shared")])
+@pytest.mark.parametrize(
+    ("ranks_per_node", "transport"), [(1, "network"), pytest.param(2, "shared", marks=pytest.mark.slow)]
+)
 def test_on_several_nodes(
     ranks_per_node: int, transport: str, tmp_path: Path, caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def run(folder, ranks, steps, stage, *options):
     return done.result
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_as_any_other_and_ends_as_on_one_rank(tmp_path):
     """On three ranks a batch of eight is uneven."""
     (tmp_path / "a.txt").write_text("the cat sat on the mat and the dog sat on the log. " * 40)

@@ -81,6 +81,7 @@ def check_resumed(folder, run, whole, done):
     assert not [path for path in (folder / run).rglob(".*") if path.suffix != ".toml"]
 
 
+@pytest.mark.slow
 def test_killed_twice(folder, whole):
     """Before the first checkpoint, and then between two."""
     run = folder / "twice"
