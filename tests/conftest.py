@@ -26,6 +26,10 @@ _BROKEN = pytest.StashKey[bool]()
 def pytest_configure(config: pytest.Config) -> None:
     """Start MPI before anything else does, and refuse a world of another size than was asked for."""
     if not _RANKS:
+        hypothesis.settings.register_profile(
+            "unit", deadline=None
+        )  # each test has an end, and a busy machine is no bug
+        hypothesis.settings.load_profile("unit")
         return
     world = mpitrain.comm.world()
     if world.size != _RANKS:

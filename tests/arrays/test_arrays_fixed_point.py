@@ -68,7 +68,7 @@ def sums(draw: st.DrawFn) -> list[np.ndarray]:
     return [np.array(values, dtype) for values in draw(st.lists(row, min_size=1, max_size=12))]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(sums(), st.randoms(use_true_random=False))
 def test_same_bits_in_any_order_and_within_the_bound(terms: list[np.ndarray], random: Any) -> None:
     got, code = summed(terms), code_of(terms)
@@ -86,7 +86,7 @@ def test_same_bits_in_any_order_and_within_the_bound(terms: list[np.ndarray], ra
                 assert near <= abs(Fraction(float(other)) - model)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(sums())
 def test_float64_equals_the_model_exactly(terms: list[np.ndarray]) -> None:
     terms = [term.astype(np.float64) for term in terms]

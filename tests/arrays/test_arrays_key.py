@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mpitrain.arrays import Key
@@ -112,7 +112,6 @@ def boxes(draw):
     return shape, tuple((low, high) for low, high in bounds)
 
 
-@settings(deadline=None)
 @given(case=boxes(), kind=st.sampled_from(["uniform", "normal"]))
 def test_a_box_holds_what_the_whole_tensor_holds_there(case, kind):
     shape, box = case

@@ -23,7 +23,7 @@ from mpitrain.comm.transports.topology import domain
 Domains = Sequence[tuple[int, ...] | None]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(2, 4), min_size=1, max_size=3), elements=st.integers(0, 150))
 def test_every_element_of_every_rank_is_combined_once(sizes: list[int], elements: int) -> None:
     levels = Levels(sizes)

@@ -209,7 +209,7 @@ def test_lanes_give_the_same_bits_however_shared_out() -> None:
         assert np.all(np.abs(got[part] - exact[part]) <= LANES * 2.0**-53 * largest + rounding)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.lists(st.floats(-1e300, 1e300), min_size=3, max_size=3), min_size=1, max_size=8),
     st.randoms(use_true_random=False),

@@ -7,7 +7,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mpitrain._errors import DataError, DtypeError, InputError
@@ -241,7 +241,6 @@ def test_values_beyond_the_models_numbers(what):
     assert np.nanmin(getattr(batch, what)) == -1e39
 
 
-@settings(deadline=None)
 @given(rows=st.integers(0, 30), batch_size=st.integers(1, 12), size=st.integers(1, 6))
 def test_evaluation_takes_every_row_once_in_as_many_batches_on_every_rank(rows, batch_size, size):
     whole = numbered(rows)

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mpitrain._errors import InputError
@@ -54,7 +54,6 @@ def test_random_shares_depend_on_the_seed_and_are_not_blocks():
     assert random(50, 2, 0).tolist() != block(50, 2).tolist()
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(-3, 6), max_size=60), PARTS)
 def test_rows_that_share_a_value_stay_together_and_no_part_is_overfull(values, parts):
     owner = by_feature(np.array(values, np.int64), parts)

@@ -167,7 +167,7 @@ def test_truncated_npy(tmp_path, cut):
         load("npy", options)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 127), byte=st.integers(0, 255))
 def test_a_damaged_header_is_a_clear_error_or_an_array(tmp_path, place, byte):
     options = npy_pair(tmp_path)

@@ -76,7 +76,7 @@ def test_what_walks_over_shards_by_itself_takes_no_terms():
     assert not Own().takes_terms
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from(ELEMENTWISE))
 def test_cuts_anywhere_give_the_bits_of_the_whole(data, name, layout, start, gradients):
     inner = data.draw(st.lists(st.integers(0, layout.size), max_size=6).map(sorted))

@@ -155,7 +155,7 @@ def test_recomputed_blocks_change_nothing(on_ranks, make):
     on_ranks(check_recomputed, make)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     owner=st.lists(st.integers(0, 2), min_size=ROWS, max_size=ROWS),
     microbatches=st.integers(1, BATCH),

@@ -190,7 +190,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_value_anywhere_in_a_manifest_is_taken_or_refused_cleanly(run, data):
     document = json.loads((run[0] / "manifest.json").read_bytes())
