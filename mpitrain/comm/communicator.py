@@ -164,9 +164,9 @@ class Communicator(Collectives, Messages):
         Returns
         -------
         NumPy array
-            Zeros, page-aligned, in the memory next to this rank.  `allreduce` with ``out`` the same array, and
-            `allreduce_plan`, reduce it (and equal views of it on all ranks) where it lies.  Ordinary memory where
-            `transport` is not ``"shared"``.
+            Zeros, in the memory next to this rank; page-aligned where they are shared.  `allreduce` with ``out`` the
+            same array, and `allreduce_plan`, reduce it (and equal views of it on all ranks) where it lies.  Ordinary
+            memory where `transport` is not ``"shared"``.
 
         Raises
         ------
@@ -196,12 +196,13 @@ class Communicator(Collectives, Messages):
         -------
         AllreducePlan
             ``plan()`` returns the result: the buffer, or a read-only array that keeps its values until the plan's
-            next call.  For buffers from `empty` that is one array for all ranks of a node.  For a tensor it is a
-            tensor, which cannot say that it is read-only: do not write to it.
+            next call.  For buffers from `empty` that are not small it is one array for all ranks of a node.  For a
+            tensor it is a tensor, which cannot say that it is read-only: do not write to it.
 
         Notes
         -----
         Of a buffer of n bytes from `empty`, each of p ranks reads n bytes and writes n/p, or n in place; two fences.
+        Small ones, of up to 1.5 KB where loops are compiled, are copied to the others, who combine all; one fence.
         """
         self._check_open("allreduce_plan")
         target = plan.check(buffer, op)

@@ -26,6 +26,7 @@ from mpitrain.comm.local import LocalCommunicator
 from mpitrain.comm.transports import blocks
 from mpitrain.comm.transports.choice import choose
 from mpitrain.comm.transports.fence import LINE_BYTES, Fence
+from mpitrain.comm.transports.host import HostTransport
 from mpitrain.comm.transports.shards import bounds, pieces, pieces_of_chunks
 
 Check = Callable[[Communicator], None]
@@ -282,3 +283,11 @@ def test_a_fence_orders_memory_before_it_tells_and_after_it_has_seen() -> None:
     fence = Fence(lines, 0, lambda: seen.append(int(fence._own[0])), True)
     fence.wait()
     assert seen == [0, 1]
+
+
+@pytest.mark.parametrize(("elements", "offset"), [((1 << 22) - 1, 0), (1 << 22, 64), ((3 << 21) + 5, 64)])
+def test_large_arrays_of_the_librarys_do_not_begin_with_a_page(elements: int, offset: int) -> None:
+    x = HostTransport().empty((1, elements), np.dtype(np.float64))
+    assert (x.shape, x.ctypes.data % 4096) == ((1, elements), offset)
+    x[0, :9] = x[0, -9:] = 1
+    assert not x[0, 9:-9:4096].any()

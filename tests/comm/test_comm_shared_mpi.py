@@ -74,6 +74,23 @@ def test_a_memory_barrier_of_mpis_where_the_machine_needs_one(
 
 
 @pytest.mark.mpi
+def test_planned_small_arrays_meet_once(world: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_checks.use_loops("compiled", monkeypatch)
+    with world.split(0) as comm:
+        if comm.transport != "shared" or comm.node.size < comm.size:
+            pytest.skip("the ranks are not on one node that shares its memory")
+        team = comm._transport._kernel._team
+        for elements, meetings in ((1, 1), (384, 1), (385, 2)):
+            for in_place in (False, True):
+                x = comm.empty(elements)
+                plan = comm.allreduce_plan(x, in_place=in_place)
+                for _ in range(3):
+                    x[...], before = values(comm.rank, x.shape), team.fence
+                    same(plan(), folded(comm.size, x.shape, "float32", "sum"))
+                    assert team.fence - before == meetings
+
+
+@pytest.mark.mpi
 def test_many_random_collectives(world: Communicator) -> None:
     """At the real thresholds: sizes about the chunk, shared and ordinary, planned and not, in the same random order."""
     rng = np.random.default_rng(3)

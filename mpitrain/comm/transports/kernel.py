@@ -189,6 +189,10 @@ class Kernel:
         """Tell whether `allreduce` and `plan` know a reduction."""
         return _operation(dtype, op, 0) is not None
 
+    def hands_over(self, values: Array, op: str) -> bool:
+        """Tell whether `plan` hands an array over whole: one fence, wherever it lies, where `reduction` takes two."""
+        return values.nbytes <= self._team.slot_bytes and self.streams(values.dtype, op)
+
     def allreduce(self, op: str, send: Array, recv: Array, post: tuple[int, int, int, int]) -> bool:
         """Post numbers, and reduce contiguous arrays of equal size through the places.  Collective over the node.
 

@@ -176,7 +176,7 @@ class SharedTransport(Transport):
         if self._rounds_twice(values.dtype) or small:
             return None
         parts = self._parts(values, op)
-        if parts is None:
+        if parts is None or (self._kernel is not None and self._kernel.hands_over(values, op)):
             return self._plan_stream(buffer, op, in_place)
         result = None if in_place else self._result(values)
         run = self._lay_out(op, parts, result)

@@ -54,7 +54,7 @@ class Transport(ABC):
 
     @abstractmethod
     def empty(self, shape: Shape, dtype: DType) -> Array:
-        """Return zeroed, page-aligned memory of this rank's that the ranks of its node reduce fastest.  Collective."""
+        """Return zeroed memory of this rank's that the ranks of its node reduce fastest.  Collective."""
 
     @abstractmethod
     def allreduce(self, send: Array, recv: Array, op: str) -> bool:
