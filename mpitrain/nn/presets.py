@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from mpitrain._errors import InputError
-from mpitrain._options import choose
+from mpitrain._options import check_kind, choose
 from mpitrain.nn import checks
 from mpitrain.nn.activations import ACTIVATIONS
 from mpitrain.nn.batchnorm import BatchNorm
@@ -50,6 +50,7 @@ def mlp(
     batch_norm : bool
         Whether hidden layers are normalised.
     """
+    check_kind("mlp", "hidden", hidden, Collection, "sizes of layers, e.g. [128, 64]")
     layers: list[Layer] = [Flatten()]
     for size in hidden:
         layers.append(Linear(inputs, size, bias=not batch_norm))
@@ -93,6 +94,7 @@ def cnn(
         Whether convolutions are normalised.
     """
     height, width, depth = _image(input_shape)
+    check_kind("cnn", "channels", channels, Collection, "channels of each convolution, e.g. [16, 32]")
     if checks.positive("cnn: kernel_size", kernel_size) % 2 == 0:
         raise InputError("cnn: kernel_size is even", got=kernel_size, expected="an odd number, which keeps the size")
     checks.positive("cnn: pool_every", pool_every)
@@ -126,8 +128,10 @@ def _hidden(size: int, activation: str, dropout: float, batch_norm: bool) -> lis
 
 
 def _image(shape: Sequence[int]) -> tuple[int, int, int]:
+    expected = "(height, width, channels)"
+    check_kind("cnn", "input_shape", shape, Collection, expected)
     if len(shape) != 3:
-        raise InputError("cnn: input_shape is wrong", got=tuple(shape), expected="(height, width, channels)")
+        raise InputError("cnn: input_shape is wrong", got=tuple(shape), expected=expected)
     height, width, depth = (checks.positive("cnn: input_shape", size) for size in shape)
     return height, width, depth
 

@@ -37,7 +37,7 @@ from mpitrain.parallel import (
 )
 from mpitrain.train.cadence import Cadence
 from mpitrain.train.cutting import cut_words, cutting
-from mpitrain.train.facts import Facts
+from mpitrain.train.facts import Facts, rows_sha256
 from mpitrain.train.job import Job
 from mpitrain.train.mesh import Axes, axes_of
 from mpitrain.train.models import build_model
@@ -95,7 +95,7 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     Raises
     ------
     MismatchError
-        Ranks have read different rows to train on: a file differs between nodes, or ``data.build`` draws at random.
+        Ranks have read different rows: a file differs between nodes, or ``data.build`` draws at random.
     MpitrainError
         The job and its data do not fit together.
 
@@ -104,7 +104,7 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     Collective: all ranks must have read the same data, and the method verifies that they hold the same parameters.
     """
     samples = load_samples(job)
-    check_same(comm, samples.facts.fingerprint[:12], "ranks have read different data", "data")
+    check_same(comm, _rows(samples), "ranks have read different data", "data")
     feed, axes = global_batches(job, samples.train), axes_of(job, comm)
     _check_lanes(job, feed)
     model = build_model(job, samples.facts, axes.tensor)
@@ -122,6 +122,13 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     parts = Assembly(title, samples, feed, model, method, steps, steps_per_epoch, cadence, held_out)
     _check_metrics(job, parts, islice(held_out[parts.watched](), len(method.evaluation_shares)))
     return parts
+
+
+def _rows(samples: Samples) -> str:
+    """Tell apart what was read, in some digits for each part."""
+    digests = {"train": samples.facts.fingerprint}
+    digests |= {kind: rows_sha256(part) for kind, part in samples.held_out.items()}
+    return ", ".join(f"{kind} {digest[:12]}" for kind, digest in digests.items())
 
 
 def _ranks(comm: Communicator, axes: Axes) -> str:

@@ -61,7 +61,7 @@ class Facts:
             dataset.feature_names,
             scaling.mean.tolist() if scaling else None,
             scaling.scale.tolist() if scaling else None,
-            _fingerprint(dataset),
+            rows_sha256(dataset),
         )
 
     def prepare(self, inputs: Array) -> Array:
@@ -116,8 +116,8 @@ class Facts:
             ) from error
 
 
-def _fingerprint(dataset: Dataset) -> str:
-    """Hash the values of a data set, a block at a time."""
+def rows_sha256(dataset: Dataset) -> str:
+    """Return the SHA-256 of a data set's inputs and targets, which are read a block at a time."""
     digest = hashlib.sha256()
     for _, inputs, targets in dataset.cover().blocks():
         for block in (inputs, targets):

@@ -200,6 +200,9 @@ def test_presets_and_losses_by_name():
     ("build", "message"),
     [
         (lambda: nn.MODELS["mlp"](4, 2, activation="rleu"), "unknown activation; got 'rleu'; expected gelu or relu"),
+        (lambda: nn.MODELS["mlp"](4, 2, hidden=8), r"mlp: hidden is of another kind; got int: 8; expected sizes"),
+        (lambda: nn.MODELS["cnn"](8, 2), r"cnn: input_shape is of another kind; got int: 8; expected \(height, width"),
+        (lambda: nn.MODELS["cnn"]((8, 8, 1), 2, channels=4), r"cnn: channels is of another kind; got int: 4; expected"),
         (lambda: nn.MODELS["cnn"]((8, 8), 2), r"cnn: input_shape is wrong; got \(8, 8\); expected \(height, width"),
         (lambda: nn.MODELS["cnn"]((2, 2, 1), 2, channels=[2, 2], pool_every=1), "pooling leaves nothing of the images"),
         (lambda: nn.MODELS["cnn"]((8, 8, 1), 2, kernel_size=4), "kernel_size is even; got 4; expected an odd number"),

@@ -518,17 +518,20 @@ def test_npy_files_may_lie_elsewhere_as_long_as_they_are_the_same(tmp_path, job_
         train(job("other", 8), ranks=1, resume=tmp_path / "run")
 
 
-def test_ranks_that_read_different_data_are_told(tmp_path, job_file):
+@pytest.mark.parametrize("drawn", ["::2", "-3:"], ids=["train", "held out"])
+def test_ranks_that_read_different_data_are_told(tmp_path, job_file, drawn):
     """As two nodes with a file each of their own do; here each rank draws its rows anew."""
     (tmp_path / "drawn.py").write_text(
         "import numpy as np\nfrom mpitrain import Dataset\n\n"
         "def build():\n"
-        "    inputs = np.random.default_rng().normal(size=(96, 5)).astype(np.float32)\n"
+        "    inputs = np.random.default_rng(3).normal(size=(96, 5)).astype(np.float32)\n"
+        f"    inputs[{drawn}] = np.random.default_rng().normal(size=inputs[{drawn}].shape)\n"
         '    return Dataset(inputs, np.arange(96) % 2, "classification", "drawn")\n'
     )
     text = job_file.read_text().replace('source = "npz"\npath = "data.npz"', 'build = "drawn.py:build"')
-    job = Job.from_toml(text, job_file)
-    with pytest.raises(MismatchError, match=r"^data: ranks have read different data; got \w{12} on rank 1; expected"):
+    job = Job.from_toml(text, job_file, ['data.hold_out="end"'])
+    said = r"train \w{12}, test \w{12}"
+    with pytest.raises(MismatchError, match=rf"^data: ranks have read different data; got {said} on rank 1; expected"):
         train(job, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
