@@ -16,7 +16,7 @@ from mpitrain.arrays.namespace import by_device, namespace, to_host
 
 
 class Allocator(Protocol):
-    """Gives page-aligned, zeroed memory.  `comm` offers one for memory that the ranks of a node share."""
+    """Gives zeroed memory, page-aligned where that serves.  `comm` offers one for memory that a node's ranks share."""
 
     def __call__(self, size: int, dtype: DType, /) -> Array:
         """Return a zeroed one-dimensional array of ``size`` elements."""

@@ -84,6 +84,14 @@ def test_the_best_rival_is_compared_with_ours_of_its_own_launch() -> None:
     assert tables.summary_rows(REPORT, "allreduce", "checked", "host") == []
 
 
+def test_the_best_rival_is_the_one_that_ours_is_least_ahead_of() -> None:
+    """Not the one of the smallest time, which may come from a launch in which the machine was faster."""
+    slow = launch("sm", measured(4, 3e-6, mpi4py=6e-6))
+    report = Report(["mpitrain"], [launch("default", measured(4, 1e-6, mpi4py=4e-6)), slow], [])
+    best = tables.best_rival(report, ("allreduce", "plan", "shared", 4))
+    assert (best.name, best.rivalry.ratio.p50) == ("sm", 2.0)
+
+
 def test_all_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     tables.show(REPORT, Console(width=150))
     printed = capsys.readouterr().out

@@ -19,9 +19,9 @@ import pytest
 from mpitrain._errors import CommunicationError, InputError
 from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.comm.bench import meeting
-from mpitrain.comm.bench.cases import VARIANTS, Contender, correct, shapes
+from mpitrain.comm.bench.cases import VARIANTS, Contender, correct, handed_in, shapes
 from mpitrain.comm.bench.components import components, disabled
-from mpitrain.comm.bench.ground import MOST_BUFFERS, Stage, buffers_for
+from mpitrain.comm.bench.ground import MOST_BUFFERS, Ground, Stage, buffers_for
 from mpitrain.comm.bench.meeting import Place, meet
 from mpitrain.comm.bench.ranks import Bench, chosen
 from mpitrain.comm.bench.results import (
@@ -126,12 +126,14 @@ def test_shapes_and_what_is_correct(operation: str, ranks: int) -> None:
     """Our own collectives as threads are the oracle of the shapes, and plain NumPy that of the values."""
 
     def program(comm: Communicator) -> list[bool]:
-        send, recv = shapes(operation, 1, ranks)
-        x = np.full(send, comm.rank + 1.0)
+        send, recv = shapes(operation, 24, ranks)
+        first = handed_in(send, "float64")
+        x = first * (comm.rank + 1)
         result = getattr(comm, operation)(x)
-        wrong = result.copy()
+        right = partial(correct, operation, comm.rank, ranks, first)
+        wrong, shifted = result.copy(), np.roll(result, 1)
         wrong.reshape(-1)[-1] += 1
-        return [result.shape == recv, correct(operation, ranks, result), not correct(operation, ranks, wrong)]
+        return [result.shape == recv, right(result), not right(wrong), not right(shifted)]
 
     assert all(itertools.chain(*LocalWorld(ranks, timeout_s=30).run(program)))
 
@@ -197,7 +199,7 @@ def test_before_each_turn_its_own_preparation_is_done_outside_of_the_time() -> N
 @pytest.mark.parametrize(("buffers", "turns"), [("resident", "oorr"), ("rotating", "or")])
 def test_of_resident_buffers_each_turn_follows_a_call_of_its_own(buffers: str, turns: str) -> None:
     done: list[str] = []
-    ours, rival = (Contender(name, [lambda n=name: done.append(n[0])], [], False) for name in ("ours", "rival"))
+    ours, rival = (Contender(name, [lambda n=name: done.append(n[0])], [], [], False) for name in ("ours", "rival"))
 
     def program(comm: Communicator) -> np.ndarray:
         spec = Spec((4,), repeats=1, buffers=buffers)
@@ -259,15 +261,28 @@ def test_a_rival_that_gives_wrong_results_is_left_out_with_a_note(ranks: int) ->
         assert notes == ([] if ranks == 1 else ["mpi4py: no allgather of float32, or a wrong one; left out"])
 
 
-def test_a_wrong_result_of_ours_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    lies = replace(VARIANTS[0], bind=lambda comm, x, y: lambda: x)
-    monkeypatch.setattr("mpitrain.comm.bench.ranks.VARIANTS", (lies,))
+@pytest.mark.parametrize("lie", [lambda x, y: x, lambda x, y: y], ids=["the input", "what the one before wrote"])
+def test_a_wrong_result_of_ours_is_an_error(lie: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    lies = replace(VARIANTS[0], name="a lie", bind=lambda comm, x, y: partial(lie, x, y))
+    monkeypatch.setattr("mpitrain.comm.bench.ranks.VARIANTS", (VARIANTS[0], lies))
 
     def program(comm: Communicator) -> None:
         list(Bench(Stage(comm), Spec((64,), repeats=2), {}, []).size("allreduce", 64))
 
-    with pytest.raises(CommunicationError, match="allreduce: checked gave a wrong result"):
+    with pytest.raises(CommunicationError, match="allreduce: a lie gave a wrong result"):
         LocalWorld(2, timeout_s=30).run(program)
+
+
+def test_a_rival_of_calls_on_node_memory_has_the_memory_that_it_is_fastest_on() -> None:
+    """As `Communicator.empty` gives it where nothing is shared; other calls and their rivals use the same arrays."""
+    variants = {each.name: each for each in VARIANTS if each.operation == "allreduce"}
+    ground = Ground("allreduce", 1 << 20, "float32", 2, 1)
+    for make, planned in ((ground.rival, 2), (ground.always_in_place, 1)):
+        (ordinary, placed) = (make("a rival", copying, variants[name]) for name in ("checked", "plan"))
+        pages = [array.ctypes.data % 4096 for array in (*placed.inputs, *placed.outputs)]
+        assert pages == [0] * planned
+        assert all(not np.shares_memory(array, pair) for array in placed.inputs for pair in ground.pairs[0])
+        assert any(ordinary.inputs[0] is array for array in ground.pairs[0])
 
 
 def test_ranks_meet_at_the_loopback_of_one_machine() -> None:

@@ -91,14 +91,17 @@ def summary_rows(report: Report, operation: str, variant: str, transport: str) -
 
 
 def best_rival(report: Report, key: tuple[str, str, str, int]) -> Best:
-    """Return the rival of the smallest median beside one of our ways to call, over all set-ups and gloo."""
+    """Return the rival that one of our ways to call is least ahead of, turn by turn, over all set-ups and gloo.
+
+    By the ratio, not the time: a launch may have met another state of the machine than the rest.
+    """
     found = [
         Best(name if rival == MAIN else rival, rivalry)
         for name in report.components()
         if (measurement := report.measurements(name).get(key))
         for rival, rivalry in measurement.rivals.items()
     ]
-    return min(found, key=lambda best: best.rivalry.seconds.p50)
+    return min(found, key=lambda best: best.rivalry.ratio.p50)
 
 
 def show(report: Report, console: Console) -> None:

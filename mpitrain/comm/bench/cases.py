@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -34,6 +35,8 @@ class Contender:
         One per pair of arrays.
     inputs : list of array
         What the calls read.
+    outputs : list of array
+        Where else they may write.
     overwrites : bool
         Whether they write there too.
     """
@@ -41,6 +44,7 @@ class Contender:
     name: str
     calls: list[Call]
     inputs: list[Array]
+    outputs: list[Array]
     overwrites: bool
 
 
@@ -74,6 +78,9 @@ class Variant:
 
 
 _EACH = ("host", "shared", "network")
+
+_VALUES = 7
+"""Different ones that an array holds, in turn: small, so that sums over many ranks are exact; no power of two."""
 
 
 def _waiting(begin: Callable[[], Any]) -> Call:
@@ -136,8 +143,20 @@ def shapes(operation: str, elements: int, ranks: int) -> tuple[Shape, Shape]:
             return (elements,), (elements,)
 
 
-def correct(operation: str, ranks: int, result: Array) -> bool:
-    """Tell whether a result is right, where every rank r handed in nothing but r + 1."""
-    numbers = np.arange(1, ranks + 1).reshape(-1, 1)
-    expected = {"allreduce": numbers.sum(), "reduce_scatter": numbers.sum(), "allgather": numbers, "broadcast": 1}
-    return bool(np.all(result == expected[operation]))
+def handed_in(shape: Shape, dtype: str) -> Array:
+    """Return what rank 0 hands in, other at each place nearby; rank r hands in r + 1 times as much."""
+    return (np.arange(prod(shape), dtype=np.int32) % _VALUES + 1).astype(dtype).reshape(shape)
+
+
+def correct(operation: str, rank: int, ranks: int, first: Array, result: Array) -> bool:
+    """Tell whether a result is right, where ranks handed in multiples of ``first``, what rank 0 did."""
+    total = ranks * (ranks + 1) // 2
+    match operation:
+        case "allreduce":
+            return np.array_equal(result, first * total)
+        case "reduce_scatter":
+            return np.array_equal(result, first[rank] * total)
+        case "allgather":
+            return np.array_equal(result, np.stack([first * number for number in range(1, ranks + 1)]))
+        case _:
+            return np.array_equal(result, first)

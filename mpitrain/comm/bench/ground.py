@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpitrain._typing import Array
-from mpitrain.comm.bench.cases import Call, Contender, Pair, Variant, shapes
+from mpitrain._typing import Array, DType, Shape
+from mpitrain.comm.bench.cases import Call, Contender, Pair, Variant, handed_in, shapes
 from mpitrain.comm.transports.host import HostTransport
 
 if TYPE_CHECKING:
@@ -99,15 +100,27 @@ class Ground:
         self.operation = operation
         self.shapes = shapes(operation, elements, ranks)
         self.dtype = np.dtype(dtype)
-        self.pairs: list[Pair] = [self._pair() for _ in range(buffers)]
+        self.pairs: list[Pair] = [self._pair(np.empty) for _ in range(buffers)]
 
     @property
     def total_bytes(self) -> int:
         """Of the whole array."""
         return max(map(prod, self.shapes)) * self.dtype.itemsize
 
-    def _pair(self) -> Pair:
-        x, y = (np.ones(shape, self.dtype) for shape in self.shapes)  # written, so that memory is really there
+    @cached_property
+    def placed(self) -> list[Pair]:
+        """Pairs for rivals of calls on `Communicator.empty`: MPI libraries are faster on them than on NumPy's."""
+        return [self._pair(HostTransport().empty) for _ in self.pairs]
+
+    @cached_property
+    def first(self) -> Array:
+        """What rank 0 hands in when results are looked at; rank r hands in r + 1 times as much."""
+        return handed_in(self.shapes[0], self.dtype.name)
+
+    def _pair(self, make: Callable[[Shape, DType], Array]) -> Pair:
+        x, y = (make(shape, self.dtype) for shape in self.shapes)
+        for array in (x, y):
+            array.fill(1)  # written, so that memory is really there
         return x, y
 
     def ours(self, variant: Variant, comm: Communicator) -> Contender:
@@ -116,19 +129,24 @@ class Ground:
         if variant.node_memory:
             pairs = [(comm.empty(self.shapes[0], self.dtype), y) for _, y in pairs]
         calls = [variant.bind(comm, x, y) for x, y in pairs]
-        return Contender("ours", calls, [x for x, _ in pairs], variant.in_place)
+        return Contender("ours", calls, [x for x, _ in pairs], [y for _, y in pairs], variant.in_place)
 
-    def rival(self, name: str, bind: Bind, in_place: bool) -> Contender:
-        """Return a rival on these arrays."""
-        calls = [bind(self.operation, x, y, in_place) for x, y in self.pairs]
-        return Contender(name, calls, [x for x, _ in self.pairs], in_place or self.operation == "broadcast")
+    def rival(self, name: str, bind: Bind, variant: Variant) -> Contender:
+        """Return a rival of a variant, on memory as good as it has without sharing it."""
+        pairs = self._pairs_beside(variant)
+        calls = [bind(self.operation, x, y, variant.in_place) for x, y in pairs]
+        overwrites = variant.in_place or self.operation == "broadcast"
+        return Contender(name, calls, [x for x, _ in pairs], [y for _, y in pairs], overwrites)
 
-    def always_in_place(self, name: str, bind: Bind, in_place: bool) -> Contender:
+    def always_in_place(self, name: str, bind: Bind, variant: Variant) -> Contender:
         """Return a rival that knows allreduce in place only; it works on the results of those that do not."""
-        if in_place or self.operation != "allreduce":
-            return self.rival(name, bind, in_place)
-        calls = [bind(self.operation, y, y, True) for _, y in self.pairs]
-        return Contender(name, calls, [y for _, y in self.pairs], True)
+        if variant.in_place or self.operation != "allreduce":
+            return self.rival(name, bind, variant)
+        results = [y for _, y in self._pairs_beside(variant)]
+        return Contender(name, [bind(self.operation, y, y, True) for y in results], results, [], True)
+
+    def _pairs_beside(self, variant: Variant) -> list[Pair]:
+        return self.placed if variant.node_memory else self.pairs
 
     def copies(self) -> list[Call]:
         """Return what copies an array of the whole size, on each pair in turn."""
