@@ -145,10 +145,9 @@ class TorchModel(Model):
 
     def _pass_of_nothing(self, batch: Batch, grads: Gradients, rng: Key) -> None:
         """Go through the module as the ranks do that have samples, and add nothing."""
-        inputs = np.zeros((2, *batch.inputs.shape[1:]), batch.inputs.dtype)
         with self._batch_statistics():
             with seeded(rng.child("empty")):
-                outputs = self.module(self._inputs(inputs))
+                outputs = self.module(self._inputs(_two_of_zeros(batch.inputs)))
             self._add_statistics(grads.tree, 0.0)
             self._backward(outputs, torch.zeros_like(outputs), lambda name, grad: grads.complete(name))
 
@@ -165,9 +164,11 @@ class TorchModel(Model):
 
     def predict(self, params: FlatBuffer, inputs: Array) -> Array:
         """Return the outputs for ``inputs``, shape (n, …), in evaluation mode; a new array."""
+        if not len(inputs):  # for which x.view(x.size(0), -1) fails, as modules are often written
+            return self.predict(params, _two_of_zeros(inputs))[:0]
         self._bind(params)
         self.module.eval()
-        starts = range(0, max(len(inputs), 1), _PREDICT_ROWS)
+        starts = range(0, len(inputs), _PREDICT_ROWS)
         with torch.no_grad():
             parts = [_shown(self.module(self._inputs(inputs[start : start + _PREDICT_ROWS]))) for start in starts]
         found: Array = np.concatenate(parts)
@@ -290,6 +291,11 @@ def _checked(outputs: Any) -> Any:
             expected="one with requires_grad, and neither detach() nor no_grad() behind it",
         )  # fmt: skip
     return outputs
+
+
+def _two_of_zeros(inputs: Array) -> Array:
+    """Return two samples like those of a batch that has none: of a single one, modules may squeeze the axis away."""
+    return np.zeros((2, *inputs.shape[1:]), inputs.dtype)
 
 
 def _shown(outputs: Any) -> Array:

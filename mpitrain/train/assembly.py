@@ -37,7 +37,7 @@ from mpitrain.parallel import (
 )
 from mpitrain.train.cadence import Cadence
 from mpitrain.train.cutting import cut_words, cutting
-from mpitrain.train.facts import Facts, rows_sha256
+from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
 from mpitrain.train.mesh import Axes, axes_of
 from mpitrain.train.models import build_model
@@ -95,7 +95,7 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     Raises
     ------
     MismatchError
-        Ranks have read different rows: a file differs between nodes, or ``data.build`` draws at random.
+        Ranks have read different rows or weights: a file differs between nodes, or ``data.build`` draws at random.
     MpitrainError
         The job and its data do not fit together.
 
@@ -104,8 +104,8 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     Collective: all ranks must have read the same data, and the method verifies that they hold the same parameters.
     """
     samples = load_samples(job)
-    check_same(comm, _rows(samples), "ranks have read different data", "data")
-    feed, axes = global_batches(job, samples.train), axes_of(job, comm)
+    check_same(comm, _read(samples.facts), "ranks have read different data", "data")
+    feed, axes = global_batches(job, samples), axes_of(job, comm)
     _check_lanes(job, feed)
     model = build_model(job, samples.facts, axes.tensor)
     method = _method(job, axes, model, samples.facts, feed)
@@ -124,11 +124,9 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     return parts
 
 
-def _rows(samples: Samples) -> str:
+def _read(facts: Facts) -> str:
     """Tell apart what was read, in some digits for each part."""
-    digests = {"train": samples.facts.fingerprint}
-    digests |= {kind: rows_sha256(part) for kind, part in samples.held_out.items()}
-    return ", ".join(f"{kind} {digest[:12]}" for kind, digest in digests.items())
+    return ", ".join(f"{name} {digest[:12]}" for name, digest in facts.digests.items())
 
 
 def _ranks(comm: Communicator, axes: Axes) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ class Facts:
         Inputs were standardised as ``(inputs - mean) / scale``; nested as the sample is.
     fingerprint : str
         SHA-256 of the rows that were trained on.
+    also_read : dict of str to str
+        SHA-256 of what else was read, by name: each held-out set, and ``weights``.  Empty in runs that kept none.
     """
 
     task: Task
@@ -48,10 +51,11 @@ class Facts:
     mean: list[float] | None = None
     scale: list[float] | None = None
     fingerprint: str = ""
+    also_read: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dataset: Dataset, standardise: Standardise | None = None) -> Facts:
-        """Return the facts of a data set that has been standardised so."""
+    def of(cls, dataset: Dataset, standardise: Standardise | None = None, **also_read: str) -> Facts:
+        """Return the facts of a data set that has been standardised so, beside which something else was read."""
         scaling = standardise.inputs if standardise else None
         return cls(
             dataset.task,
@@ -62,7 +66,13 @@ class Facts:
             scaling.mean.tolist() if scaling else None,
             scaling.scale.tolist() if scaling else None,
             rows_sha256(dataset),
+            also_read,
         )
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of all that was read, by name."""
+        return {"train": self.fingerprint, **self.also_read}
 
     def prepare(self, inputs: Array) -> Array:
         """Return raw inputs as the model was trained on.
@@ -118,9 +128,14 @@ class Facts:
 
 def rows_sha256(dataset: Dataset) -> str:
     """Return the SHA-256 of a data set's inputs and targets, which are read a block at a time."""
+    blocks = dataset.cover().blocks()
+    return arrays_sha256(block for _, inputs, targets in blocks for block in (inputs, targets))
+
+
+def arrays_sha256(arrays: Iterable[Array]) -> str:
+    """Return the SHA-256 of arrays: of their dtypes, shapes and values."""
     digest = hashlib.sha256()
-    for _, inputs, targets in dataset.cover().blocks():
-        for block in (inputs, targets):
-            digest.update(f"{block.dtype} {block.shape}".encode())
-            digest.update(np.ascontiguousarray(block).view(np.uint8).data)
+    for each in arrays:
+        digest.update(f"{each.dtype} {each.shape}".encode())
+        digest.update(np.ascontiguousarray(each).view(np.uint8).data)
     return digest.hexdigest()

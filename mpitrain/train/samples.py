@@ -17,7 +17,7 @@ from mpitrain._errors import DataError, JobError
 from mpitrain._typing import Array
 from mpitrain.arrays import Batch
 from mpitrain.data import Batches, Dataset, Standardise
-from mpitrain.train.facts import Facts
+from mpitrain.train.facts import Facts, arrays_sha256, rows_sha256
 from mpitrain.train.job import Job
 from mpitrain.train.job.userfile import call_object
 
@@ -26,21 +26,25 @@ _EVALUATION_ROWS = 1024
 
 @dataclass(frozen=True)
 class Samples:
-    """A job's data: the parts, and what was done to the inputs."""
+    """A job's data: the parts, what was done to the inputs, and how often rows are to be drawn."""
 
     train: Dataset
     held_out: dict[str, Dataset]  # by kind: "valid" if the job asks for it, and "test"
     standardise: Standardise | None
+    weights: Array | None  # of the rows to train on, where some are drawn more often
 
     @cached_property
     def facts(self) -> Facts:
-        """What the model must know of them."""
-        return Facts.of(self.train, self.standardise)
+        """What the model must know of them, and what tells them from others."""
+        also_read = {kind: rows_sha256(part) for kind, part in self.held_out.items()}
+        if self.weights is not None:
+            also_read["weights"] = arrays_sha256([self.weights])
+        return Facts.of(self.train, self.standardise, **also_read)
 
 
 def load_samples(job: Job) -> Samples:
-    """Read the data set, hold parts of it out, and standardise by the rest."""
-    section = job.data
+    """Read the data set and the weights, hold parts of the set out, and standardise by the rest."""
+    section, weights = job.data, _sampling_weights(job)
     whole = _dataset(job)
     if section.folds:
         train, test = list(data.folds(whole, section.folds, seed=job.seed, stratified=section.stratified))[section.fold]
@@ -51,9 +55,10 @@ def load_samples(job: Job) -> Samples:
         train, valid = _cut(train, section.valid / (1 - section.held_out), job)
         held_out = {"valid": valid, "test": test}
     if not section.standardise:
-        return Samples(train, held_out, None)
+        return Samples(train, held_out, None, weights)
     standardise = Standardise.fit(train)
-    return Samples(standardise(train), {kind: standardise(part) for kind, part in held_out.items()}, standardise)
+    held_out = {kind: standardise(part) for kind, part in held_out.items()}
+    return Samples(standardise(train), held_out, standardise, weights)
 
 
 def _cut(dataset: Dataset, fraction: float, job: Job) -> tuple[Dataset, Dataset]:
@@ -77,9 +82,9 @@ def _dataset(job: Job) -> Dataset:
     return data.load(section.source, section.arguments())
 
 
-def global_batches(job: Job, train: Dataset) -> Batches:
+def global_batches(job: Job, samples: Samples) -> Batches:
     """Return the global batches of the rows to train on."""
-    section = job.data
+    section, train = job.data, samples.train
     return Batches(
         train,
         len(train) if job.train.batch_size == "full" else job.train.batch_size,
@@ -87,7 +92,7 @@ def global_batches(job: Job, train: Dataset) -> Batches:
         owners=None if section.partition == "none" else section.partition,
         owner_options=section.partition_options.model_dump(exclude_none=True),
         sampling=section.sampling,
-        sampling_weights=_sampling_weights(job),
+        sampling_weights=samples.weights,
         drop_last=job.train.drop_last,
         dtype=job.dtype,
     )
@@ -97,7 +102,8 @@ def _sampling_weights(job: Job) -> Array | None:
     if job.data.weights is None:
         return None
     try:
-        weights: Array = np.load(job.data.weights, allow_pickle=False)
+        with open(job.data.weights, "rb") as file:
+            weights: Array = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{job.data.weights}: cannot be read", got=str(error), expected="a .npy file") from error
     return weights

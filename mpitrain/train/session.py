@@ -216,12 +216,15 @@ def _check_not_past_the_end(parts: Assembly, saved: Checkpoint, comm: Communicat
 
 
 def _check_same_data(parts: Assembly, directory: RunDirectory, comm: Communicator) -> None:
-    """Refuse to continue a run on other data, wherever they lie now."""
+    """Refuse to continue a run on other data, wherever they lie now; compared is what the run has kept of its own."""
     with agree(comm):
-        if comm.rank == 0 and Facts.read(directory.path).fingerprint != parts.samples.facts.fingerprint:
+        kept = Facts.read(directory.path).digests if comm.rank == 0 else {}
+        now = parts.samples.facts.digests
+        others = [name for name, digest in kept.items() if digest != now.get(name)]
+        if others:
             raise JobError(
                 "the data are not those that the run was started with", operation=f"resume {directory.path}",
-                remedy="restore them, or start anew with train.warm_start",
+                got=f"others for {', '.join(others)}", remedy="restore them, or start anew with train.warm_start",
             )  # fmt: skip
 
 

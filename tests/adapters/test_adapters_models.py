@@ -186,6 +186,35 @@ def test_a_loss_of_pytorch_is_that_of_ours():
             run_serially(model, Whole(batch))
 
 
+class Viewing(torch.nn.Sequential):
+    """Flattens samples, and below their losses, in the usual words, which fail where there are none."""
+
+    def forward(self, x):
+        return super().forward(x.view(x.size(0), -1))
+
+
+def viewed(outputs, targets):
+    losses = torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+    return losses.view(losses.size(0), -1).sum(1)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropy(), viewed], ids=["ours", "of PyTorch"])
+def test_a_rank_without_a_sample_evaluates_and_predicts_none(loss):
+    feed = feed_of("mlp")
+    batch = Batch(feed.inputs.reshape(ROWS, 3, 2), feed.targets, np.arange(ROWS))
+    models = [TorchModel(seeded(lambda: Viewing(*mlp())), loss) for _ in range(2)]
+
+    def rank(comm):
+        method = DataParallel(comm)
+        method.setup(models[comm.rank], optim.SGD(), Plan(Key(0), lambda step: 1.0, 1))
+        assert method.predict(batch.inputs[:0]).shape == (0, 3)
+        return method.evaluate([batch.part(slice(ROWS if comm.rank == 0 else 0))])["loss"]
+
+    with torch.no_grad():
+        expected = float(viewed(seeded(mlp)(torch.from_numpy(feed.inputs)), torch.from_numpy(feed.targets)).mean())
+    assert LocalWorld(2).run(rank) == pytest.approx([expected] * 2, rel=1e-12)
+
+
 def test_weights_of_samples_multiply_their_losses():
     model = TorchModel(seeded(mlp), torch.nn.CrossEntropyLoss(reduction="none"))
     feed, params = feed_of("mlp"), FlatBuffer(model.layout)

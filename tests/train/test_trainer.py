@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from commands import metrics, write_data, write_job
 
-from mpitrain._errors import CheckpointError, InputError, JobError, MismatchError, PeerError, StorageError
+from mpitrain._errors import CheckpointError, DataError, InputError, JobError, MismatchError, PeerError, StorageError
 from mpitrain.comm import LocalWorld
 from mpitrain.comm.local import alone as alone_comm
 from mpitrain.train import Job, Observer, checkpoint, session, train_job
@@ -534,6 +534,53 @@ def test_ranks_that_read_different_data_are_told(tmp_path, job_file, drawn):
     with pytest.raises(MismatchError, match=rf"^data: ranks have read different data; got {said} on rank 1; expected"):
         train(job, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def drawing(load, weights, first=1.0, steps=6):
+    """Return the job that draws its rows by weights, which it writes: ones, but for the first row's."""
+    np.save(weights, np.r_[first, np.ones(95)])
+    return load(train__steps=steps, data__sampling="importance", data__weights=str(weights))
+
+
+def test_ranks_that_read_different_weights_are_told(tmp_path, load):
+    jobs = [drawing(load, tmp_path / f"{rank}.npy", first=rank + 1.0) for rank in range(2)]
+    said = r"train \w{12}, test \w{12}, weights \w{12}"
+    with pytest.raises(MismatchError, match=rf"^data: ranks have read different data; got {said} on rank 1; expected"):
+        LocalWorld(2).run(lambda comm: train_job(jobs[comm.rank], comm, run_dir=tmp_path / "run"))
+
+
+def test_a_run_goes_on_with_its_own_weights_only(tmp_path, load):
+    weights, run = tmp_path / "w.npy", tmp_path / "run"
+    train(drawing(load, weights), ranks=1, run_dir=run)
+    other = drawing(load, weights, first=5.0, steps=7)
+    with pytest.raises(JobError, match=r"data are not those that .*; got others for weights; restore them"):
+        train(other, ranks=1, resume=run)
+    assert train(drawing(load, weights, steps=7), ranks=1, resume=run)["steps"] == 7
+
+
+def test_a_run_goes_on_with_its_own_held_out_rows_only(tmp_path, load):
+    def job(steps):
+        return load(train__steps=steps, data__hold_out="end", data__valid=0.1)
+
+    run = tmp_path / "run"
+    train(job(6), ranks=1, run_dir=run)
+    with np.load(tmp_path / "data.npz") as data:
+        targets = data["targets"]
+        targets[-1] = (targets[-1] + 1) % 3
+        np.savez(tmp_path / "data.npz", inputs=data["inputs"], targets=targets)
+    with pytest.raises(JobError, match=r"data are not those that .*; got others for test; restore them"):
+        train(job(7), ranks=1, resume=run)
+    facts = json.loads((run / "data.json").read_text())
+    assert facts.pop("also_read").keys() == {"valid", "test"}
+    (run / "data.json").write_text(json.dumps(facts))  # as runs were before these were kept
+    assert train(job(7), ranks=1, resume=run)["steps"] == 7
+
+
+def test_weights_are_one_array(tmp_path, load):
+    np.savez(tmp_path / "w.npz", np.ones(96))
+    job = load(data__sampling="importance", data__weights=str(tmp_path / "w.npz"))
+    with pytest.raises(DataError, match=r"w.npz: cannot be read; got .*; expected a .npy file"):
+        train(job, ranks=1, run_dir=tmp_path / "run")
 
 
 class Twice(Observer):
