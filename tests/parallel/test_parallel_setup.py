@@ -108,6 +108,31 @@ def test_lanes_and_codecs_refuse_a_step_without_samples():
         LocalWorld(2).run(check_a_step_without_samples, make)
 
 
+class Missing(RowsFeed):
+    """The last share leaves out a microbatch in which it has no samples."""
+
+    def share(self, rank: int, size: int, microbatches: int) -> Any:
+        loader, last = super().share(rank, size, microbatches), rank == size - 1
+        return SimpleNamespace(batch=lambda step: loader.batch(step)[: -1 if last and step else None])
+
+
+FEWER = {
+    "gradient 1": lambda comm: GradientParallel(comm, microbatches=2),
+    "gradient 2": lambda comm: GradientParallel(comm, stage=2, bucket_bytes=8, microbatches=2),
+    "pipeline": lambda comm: PipelineParallel(comm, microbatches=2),
+    "lanes": lambda comm: ReproducibleDataParallel(comm, lanes=3, microbatches=2),
+}
+
+
+@pytest.mark.parametrize("name", FEWER)
+def test_a_share_with_too_few_microbatches_is_refused(name):
+    told = "the feed's share of step 2 is not a Batch for each microbatch; got 1; expected 2; .*a Batch of none"
+    with pytest.raises(InputError, match=told):
+        LocalWorld(2, timeout_s=20).run(
+            lambda comm: set_up(comm, mlp(), 4, make=FEWER[name]).advance(Missing(), until=2)
+        )
+
+
 class Counts(Network):
     """Says that a loss is to be divided by whatever it is told."""
 
