@@ -8,14 +8,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parallel_cases import IMAGES, METHODS, Make, RowsFeed, cnn, every_method, mlp, plan, same_on_all, set_up
+from parallel_cases import (
+    IMAGES,
+    METHODS,
+    Make,
+    RowsFeed,
+    cnn,
+    every_method,
+    mlp,
+    plan,
+    random_values,
+    same_on_all,
+    set_up,
+)
 
 from mpitrain import nn
 from mpitrain._errors import InputError, MismatchError, NonFiniteError
 from mpitrain.arrays import Batch, FlatBuffer, Key
 from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
 from mpitrain.comm.codecs import Int8
-from mpitrain.data import Batches
+from mpitrain.data import Batches, Dataset
 from mpitrain.method import Method
 from mpitrain.nn import Network
 from mpitrain.optim import LAMB, SGD, Constant
@@ -154,6 +166,33 @@ def test_a_count_that_nothing_can_be_divided_by_is_refused(count, error, message
     network.count = count
     with pytest.raises(error, match=message):
         LocalWorld(1).run(lambda comm: set_up(comm, network, 4).advance(RowsFeed(), until=1))
+
+
+STEEP = Dataset(1e80 * random_values(8, 2), random_values(8, 1), "regression", "steep")
+"""Gradients of its squared errors are near 1e160, which float64 holds, and their squares are not."""
+
+CLIPPING: dict[str, Make] = {
+    "data": DataParallel,
+    "gradient": GradientParallel,
+    "pipeline": PipelineParallel,
+    "lanes": lambda comm: ReproducibleDataParallel(comm, lanes=2),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPING)
+def test_a_norm_that_overflows_ends_all_ranks(name):
+    """Clipping by it would make every gradient 0."""
+
+    def check(comm: Communicator) -> None:
+        network = Network(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), nn.MeanSquaredError(), np.float64)
+        method = CLIPPING[name](comm)
+        method.setup(network, SGD(), plan(1, clip_norm=1.0))
+        before = method.weights_sha256()
+        with pytest.raises(NonFiniteError, match=r"too large for its norm.*; got a norm of inf; .*clip_value"):
+            method.advance(RowsFeed(STEEP, 8), until=1)
+        assert method.weights_sha256() == before
+
+    LocalWorld(2, timeout_s=20).run(check)
 
 
 class OneBitOff(Network):
