@@ -24,7 +24,14 @@ class Share(Protocol):
     """One rank's part of each batch, as a pure function of the step: nothing to save, nothing to rewind."""
 
     def batch(self, step: int) -> Sequence[Batch]:
-        """Return this share of the global batch of ``step`` (from 0), a `Batch` per microbatch, perhaps empty."""
+        """Return this share of the global batch of ``step`` (from 0).
+
+        Returns
+        -------
+        sequence of Batch
+            As many as `Feed.share` was asked for microbatches, on every rank: a `Batch` of no samples where this share
+            has none.
+        """
         ...
 
 

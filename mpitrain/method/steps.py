@@ -5,6 +5,7 @@ Each works on the parts of the flat range that a rank updates: all of it for dat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -209,12 +210,24 @@ def clip(parts: Sequence[Part], plan: Plan, reach: Reach = _ALL_HERE, tiles: Til
         Over which ranks the squared norms of parts are summed (collective); by default these parts are everything.
     tiles : Tiles, optional
         Sums them instead, with the same bits on every layout.
+
+    Raises
+    ------
+    NonFiniteError
+        The norm overflows, of float64 gradients above about 1e154: they would be scaled to 0.  On all ranks that share
+        the norm.
     """
     if plan.clip_value is not None:
         for part in parts:
             clip_value(part.grads, part.shard, plan.clip_value)
     if plan.clip_norm is not None:
-        norm = float(np.sqrt(tiles.squared_norm() if tiles else _squared_norm(parts, reach)))
+        with np.errstate(over="ignore"):  # told below
+            norm = math.sqrt(tiles.squared_norm() if tiles else _squared_norm(parts, reach))
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                "the gradient is too large for its norm, by which it is to be clipped", got=f"a norm of {norm}",
+                remedy="lower optimizer.lr, or set optimizer.clip_value, which bounds each element before",
+            )  # fmt: skip
         if norm > plan.clip_norm:
             for part in parts:
                 scale(part.grads, part.shard, plan.clip_norm / norm)

@@ -11,7 +11,7 @@ bucket whose turn has not come waits in memory of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, get_args
@@ -89,22 +89,28 @@ class WholeGradients(GradientBuffer):
     ----------
     comm, layout, allocate
         As for `StreamedGradients`.
-    buckets : sequence of Bucket
-        What is divided evenly, each by itself.  Several are cut in the order of the ranks: other communicators of this
-        size, wherever their ranks run, cut them alike.
+    apart : collection of str
+        Tensors that are divided each by itself, in the order of the ranks: other communicators of this size, wherever
+        their ranks run, cut them alike.
 
     Attributes
     ----------
+    buckets : list of Bucket
+        What is divided evenly, each by itself.
     shards, sums
         As of `StreamedGradients`; the sums may lie in the gradients' memory.
     """
 
-    def __init__(self, comm: Communicator, layout: Layout, allocate: Allocator, buckets: Sequence[Bucket]) -> None:
+    def __init__(self, comm: Communicator, layout: Layout, allocate: Allocator, apart: Collection[str] = ()) -> None:
         super().__init__(layout, allocate)
-        self.buckets = buckets
-        ordered = len(buckets) > 1
-        places = [self.flat[each.start : each.stop] for each in buckets]
-        self._plans = [comm.reduce_scatter_plan(place, in_rank_order=ordered) for place in places]
+        self.buckets = buckets_apart(layout, apart)
+        self._plans = [
+            comm.reduce_scatter_plan(
+                self.flat[bucket.start : bucket.stop],
+                in_rank_order=any(segment.name in apart for segment in bucket.segments),
+            )
+            for bucket in self.buckets
+        ]
         self.shards = [
             layout.shard(bucket.start + plan.begin, bucket.start + plan.end)
             for bucket, plan in zip(self.buckets, self._plans, strict=True)

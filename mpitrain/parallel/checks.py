@@ -9,7 +9,7 @@ from typing import Any
 from mpitrain._errors import InputError
 from mpitrain._options import check_kind
 from mpitrain.arrays import Batch
-from mpitrain.method.method import Plan
+from mpitrain.method.method import Plan, Share
 from mpitrain.nn.model import Model
 from mpitrain.optim import Optimizer
 
@@ -29,6 +29,20 @@ def check_parts(model: object, optimizer: object, plan: object) -> None:
     check_kind("setup", "model", model, Model, models)
     check_kind("setup", "optimizer", optimizer, Optimizer, "an Optimizer of mpitrain.optim, e.g. Adam()")
     check_kind("setup", "plan", plan, Plan, "a Plan(Key(seed=0), Constant(lr=1e-3), steps=100)")
+
+
+def microbatches_of(share: Share, step: int, microbatches: int) -> list[Batch]:
+    """Return what a share, perhaps a user's, gives for a step, once it is seen to be a batch a microbatch.
+
+    Passes take part in collectives: a rank with fewer of them than the others would answer theirs with its next ones.
+    """
+    found = list(share.batch(step))
+    if len(found) != microbatches:
+        raise InputError(
+            f"the feed's share of step {step + 1} is not a Batch for each microbatch", operation="advance",
+            got=len(found), expected=microbatches, remedy="where a microbatch has no samples, give a Batch of none",
+        )  # fmt: skip
+    return found
 
 
 def two_numbers(found: Any) -> tuple[float, float]:

@@ -55,7 +55,7 @@ class GradientSteps(OwnedParameters):
             return common
         if self.stage > 1:
             return StreamedGradients(self._owners, layout, self.bucket_bytes, self._private, self._allocator)
-        return WholeGradients(self._owners, layout, self._private or self._owners.empty, self._stretches(layout))
+        return WholeGradients(self._owners, layout, self._private or self._owners.empty, self._apart)
 
     def _in_one_piece(self, layout: Layout) -> bool:
         """Tell whether all gradients lie side by side, which in stage 2 takes no more memory than to pass through."""

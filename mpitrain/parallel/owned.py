@@ -5,7 +5,7 @@ What methods share that divide optimizer state: where parameters lie, who owns w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from mpitrain.arrays import FlatBuffer, Layout, Shard, is_cupy
 from mpitrain.comm.shard_plans import AllgatherPlan
 from mpitrain.method.state import Kind, Read
 from mpitrain.method.steps import Part
-from mpitrain.parallel.buckets import Bucket, buckets_apart
+from mpitrain.parallel.buckets import Bucket
 from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import Synchronous
 
@@ -41,9 +41,10 @@ class OwnedParameters(Synchronous):
     _buckets: Sequence[Bucket]
     _lines: Array | None = None
 
-    def _stretches(self, layout: Layout) -> list[Bucket]:
-        """Return what is divided by itself in stage 1: everything together."""
-        return buckets_apart(layout)
+    @property
+    def _apart(self) -> Collection[str]:
+        """Names of the tensors that are divided each by itself in stage 1: none, everything is divided together."""
+        return ()
 
     @property
     def _gathers_by_layer(self) -> bool:

@@ -14,6 +14,7 @@ from mpitrain.comm.lanes import lane_reduce_scatter
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Part
 from mpitrain.method.tiles import tile_shards
+from mpitrain.parallel.buckets import buckets_apart
 from mpitrain.parallel.data import DataParallel
 from mpitrain.parallel.gradient import GradientParallel
 from mpitrain.parallel.lanes import LaneSteps
@@ -67,7 +68,7 @@ class ShardedLaneSteps(LaneSteps, OwnedParameters):
     params: FlatBuffer
 
     def _allocate(self, layout: Layout) -> None:
-        self._buckets, rank = self._stretches(layout), self._owners.rank
+        self._buckets, rank = buckets_apart(layout, self._apart), self._owners.rank
         self._layouts = [layout.select(segment.name for segment in bucket.segments) for bucket in self._buckets]
         pairs = zip(self._layouts, self._buckets, strict=True)
         self._shard_cuts = [_tile_cuts(each, bucket.start, self._owners.size) for each, bucket in pairs]

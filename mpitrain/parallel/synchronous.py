@@ -43,7 +43,7 @@ from mpitrain.method.steps import (
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite
 from mpitrain.parallel import in_place
-from mpitrain.parallel.checks import check_parts, checked, two_numbers
+from mpitrain.parallel.checks import check_parts, checked, microbatches_of, two_numbers
 from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.tally import Tally
 from mpitrain.parallel.whole import whole_tensor
@@ -204,7 +204,7 @@ class Synchronous(Method):
         total = Tally()
         while self.step < self.plan.steps and not (self._at_commit() and (self.step >= until or total.stops)):
             with self.comm.phase("data"):
-                microbatches = [batch for share in mine for batch in share.batch(self.step)]
+                microbatches = [each for share in mine for each in microbatches_of(share, self.step, self.microbatches)]
             with self.comm.phase("step"):
                 total += self._train_step(microbatches)
         lr = self.plan.schedule(max(self.updates, 1))

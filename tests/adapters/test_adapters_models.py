@@ -141,8 +141,8 @@ def test_ranks_with_other_initial_values_are_named(world):
         DataParallel(world).setup(TorchModel(module, nn.CrossEntropy()), optim.SGD(), Plan(Key(0), lambda step: 1.0, 1))
 
 
-def run_serially(model, feed, steps=3):
-    (found,) = LocalWorld(1).run(lambda comm: trained(DataParallel, model, comm, feed, steps, lr=0.1))
+def run_serially(model, feed, steps=3, microbatches=2):
+    (found,) = LocalWorld(1).run(lambda comm: trained(DataParallel, model, comm, feed, steps, None, 0.1, microbatches))
     return found
 
 
@@ -183,7 +183,7 @@ def test_a_loss_of_pytorch_is_that_of_ours():
     for reduction in ("sum", "mean"):
         model = TorchModel(seeded(mlp), torch.nn.CrossEntropyLoss(reduction=reduction))
         with pytest.raises(InputError, match=r'got shape \(\); expected shape \(10,\); .*"none"'):
-            run_serially(model, Whole(batch))
+            run_serially(model, Whole(batch), microbatches=1)
 
 
 class Viewing(torch.nn.Sequential):

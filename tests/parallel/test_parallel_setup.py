@@ -8,14 +8,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parallel_cases import IMAGES, METHODS, Make, RowsFeed, cnn, every_method, mlp, plan, same_on_all, set_up
+from parallel_cases import (
+    IMAGES,
+    METHODS,
+    Make,
+    RowsFeed,
+    cnn,
+    every_method,
+    mlp,
+    plan,
+    random_values,
+    same_on_all,
+    set_up,
+)
 
 from mpitrain import nn
 from mpitrain._errors import InputError, MismatchError, NonFiniteError
 from mpitrain.arrays import Batch, FlatBuffer, Key
 from mpitrain.comm import Communicator, LocalWorld, ProcessMesh
 from mpitrain.comm.codecs import Int8
-from mpitrain.data import Batches
+from mpitrain.data import Batches, Dataset
 from mpitrain.method import Method
 from mpitrain.nn import Network
 from mpitrain.optim import LAMB, SGD, Constant
@@ -108,6 +120,31 @@ def test_lanes_and_codecs_refuse_a_step_without_samples():
         LocalWorld(2).run(check_a_step_without_samples, make)
 
 
+class Missing(RowsFeed):
+    """The last share leaves out a microbatch in which it has no samples."""
+
+    def share(self, rank: int, size: int, microbatches: int) -> Any:
+        loader, last = super().share(rank, size, microbatches), rank == size - 1
+        return SimpleNamespace(batch=lambda step: loader.batch(step)[: -1 if last and step else None])
+
+
+FEWER = {
+    "gradient 1": lambda comm: GradientParallel(comm, microbatches=2),
+    "gradient 2": lambda comm: GradientParallel(comm, stage=2, bucket_bytes=8, microbatches=2),
+    "pipeline": lambda comm: PipelineParallel(comm, microbatches=2),
+    "lanes": lambda comm: ReproducibleDataParallel(comm, lanes=3, microbatches=2),
+}
+
+
+@pytest.mark.parametrize("name", FEWER)
+def test_a_share_with_too_few_microbatches_is_refused(name):
+    told = "the feed's share of step 2 is not a Batch for each microbatch; got 1; expected 2; .*a Batch of none"
+    with pytest.raises(InputError, match=told):
+        LocalWorld(2, timeout_s=20).run(
+            lambda comm: set_up(comm, mlp(), 4, make=FEWER[name]).advance(Missing(), until=2)
+        )
+
+
 class Counts(Network):
     """Says that a loss is to be divided by whatever it is told."""
 
@@ -129,6 +166,33 @@ def test_a_count_that_nothing_can_be_divided_by_is_refused(count, error, message
     network.count = count
     with pytest.raises(error, match=message):
         LocalWorld(1).run(lambda comm: set_up(comm, network, 4).advance(RowsFeed(), until=1))
+
+
+STEEP = Dataset(1e80 * random_values(8, 2), random_values(8, 1), "regression", "steep")
+"""Gradients of its squared errors are near 1e160, which float64 holds, and their squares are not."""
+
+CLIPPING: dict[str, Make] = {
+    "data": DataParallel,
+    "gradient": GradientParallel,
+    "pipeline": PipelineParallel,
+    "lanes": lambda comm: ReproducibleDataParallel(comm, lanes=2),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPING)
+def test_a_norm_that_overflows_ends_all_ranks(name):
+    """Clipping by it would make every gradient 0."""
+
+    def check(comm: Communicator) -> None:
+        network = Network(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), nn.MeanSquaredError(), np.float64)
+        method = CLIPPING[name](comm)
+        method.setup(network, SGD(), plan(1, clip_norm=1.0))
+        before = method.weights_sha256()
+        with pytest.raises(NonFiniteError, match=r"too large for its norm.*; got a norm of inf; .*clip_value"):
+            method.advance(RowsFeed(STEEP, 8), until=1)
+        assert method.weights_sha256() == before
+
+    LocalWorld(2, timeout_s=20).run(check)
 
 
 class OneBitOff(Network):

@@ -27,7 +27,9 @@ from mpitrain import nn
 from mpitrain._errors import InputError, NonFiniteError
 from mpitrain.arrays import FlatBuffer, Shard
 from mpitrain.arrays.box import box_size
-from mpitrain.comm import Communicator, Count, LocalWorld, ProcessMesh
+from mpitrain.comm import Communicator, Count, LocalWorld, ProcessMesh, shard_plans
+from mpitrain.comm.shard_plans import AllgatherPlan, ReduceScatterPlan
+from mpitrain.comm.transports.shards import bounds
 from mpitrain.comm.tuning import Key, Row, Table
 from mpitrain.data import Dataset
 from mpitrain.method import Precision
@@ -160,6 +162,51 @@ def test_copies_stay_the_same_bits_where_sums_depend_on_the_place_of_a_tensor(ma
         united(comm, method.params.views)
 
     LocalWorld(6, timeout_s=20).run(check)
+
+
+def cross_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ranks own the shards in reverse, as if on several nodes, unless rank order is asked for."""
+    in_order = shard_plans.reduce_scatter
+
+    def reduce_scatter(comm: Communicator, buffer: np.ndarray, op: str, in_rank_order: bool) -> ReduceScatterPlan:
+        if in_rank_order:
+            return in_order(comm, buffer, op, in_rank_order)
+        cuts = bounds(buffer.size, comm.size, buffer.itemsize)
+        begin, end = cuts[comm.size - 1 - comm.rank], cuts[comm.size - comm.rank]
+        shard = buffer[begin:end].copy()
+        return ReduceScatterPlan(lambda: np.copyto(shard, comm.allreduce(buffer)[begin:end]), begin, end, shard)
+
+    def allgather(comm: Communicator, buffer: np.ndarray, begin: int, end: int) -> AllgatherPlan:
+        def run() -> None:
+            for start, values in comm.allgather_object((begin, buffer[begin:end].copy())):
+                buffer[start : start + values.size] = values
+
+        return AllgatherPlan(run, buffer)
+
+    monkeypatch.setattr(shard_plans, "reduce_scatter", reduce_scatter)
+    monkeypatch.setattr(shard_plans, "allgather", allgather)
+
+
+def test_copies_stay_the_same_where_a_stage_holds_nothing_but_the_tied_tensor(monkeypatch):
+    """Its one stretch is cut as the other stage cuts the same tensor, which lies among others there."""
+    cross_shards(monkeypatch)
+
+    def check(comm: Communicator) -> None:
+        mesh = ProcessMesh(comm, data=2, pipe=2)
+        method = GradientPipelineParallel(mesh, microbatches=2, cuts=[6])  # in front of the head
+        method.setup(late_table(), make_optimizer("adam"), plan(3))
+        start = whole_params(comm, method)
+        method.advance(RowsFeed(TEXT), until=3)
+        assert (len(method.parts) == 1) == (method.pipe.rank == 1)
+
+        def mean_gradient(params: FlatBuffer, step: int) -> FlatBuffer:
+            return serial(late_table(), params, RowsFeed(TEXT), step, 2)[1]
+
+        expected = descend(start, make_optimizer("adam"), mean_gradient, 3, schedule)
+        assert_close(whole_params(comm, method), expected, 1e-9)
+        mesh.free()
+
+    LocalWorld(4, timeout_s=20).run(check)
 
 
 class LateTable(nn.Sequential):

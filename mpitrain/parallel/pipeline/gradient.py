@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
-from mpitrain.arrays import Allocator, FlatBuffer, Layout
+from mpitrain.arrays import Allocator, FlatBuffer
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Reach
 from mpitrain.method.tiles import Tiles
-from mpitrain.parallel.buckets import Bucket, WholeGradients, buckets_apart
+from mpitrain.parallel.buckets import WholeGradients
 from mpitrain.parallel.gradient import GradientSteps
 from mpitrain.parallel.pipeline.method import PipelineParallel
 from mpitrain.parallel.pipeline.reproducible import ReproduciblePipelineParallel
@@ -83,8 +83,9 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
     def _round_to_read(self) -> None:
         """Nothing to do: each owner rounds what it has updated, before it is gathered."""
 
-    def _stretches(self, layout: Layout) -> list[Bucket]:
-        return buckets_apart(layout, self._ties.shared)
+    @property
+    def _apart(self) -> Collection[str]:
+        return self._ties.shared
 
     def _reduce_gradients(self) -> None:
         super()._reduce_gradients()
