@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
 
 Call: TypeAlias = Callable[[], Any]
-"""Performs a collective once and returns its result."""
+"""Performs a collective once; returns its result, or nothing where it was handed an array for that."""
 
 Pair: TypeAlias = tuple[Array, Array]
 """What a rank hands in, and where its result goes; `Variant.in_place` leaves the second alone."""
@@ -46,6 +46,12 @@ class Contender:
     inputs: list[Array]
     outputs: list[Array]
     overwrites: bool
+
+    def results(self) -> Iterator[Array]:
+        """Perform the calls one after the other, and yield what each gives."""
+        for call, own in zip(self.calls, self.inputs if self.overwrites else self.outputs, strict=True):
+            found = call()
+            yield own if found is None else np.asarray(found)
 
 
 @dataclass(frozen=True)

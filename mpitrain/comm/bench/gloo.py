@@ -84,23 +84,15 @@ def _bind(distributed: Any, operation: str, x: Array, y: Array, in_place: bool) 
     flat = (recv.reshape(-1), send.reshape(-1))
     match operation:
         case "allreduce":
-            return _returning(partial(distributed.all_reduce, send), x)
+            return partial(distributed.all_reduce, send)
         case "broadcast":
-            return _returning(partial(distributed.broadcast, send, 0), x)
+            return partial(distributed.broadcast, send, 0)
         case "reduce_scatter":
-            return _returning(partial(_named(distributed, "reduce_scatter_single", "reduce_scatter_tensor"), *flat), y)
+            return partial(_named(distributed, "reduce_scatter_single", "reduce_scatter_tensor"), *flat)
         case _:
-            return _returning(partial(_named(distributed, "all_gather_single", "all_gather_into_tensor"), *flat), y)
+            return partial(_named(distributed, "all_gather_single", "all_gather_into_tensor"), *flat)
 
 
 def _named(distributed: Any, *names: str) -> Any:
     """Return the first of these that this release of PyTorch has."""
     return next(getattr(distributed, name) for name in names if hasattr(distributed, name))
-
-
-def _returning(perform: Callable[[], object], result: Array) -> Call:
-    def call() -> Array:
-        perform()
-        return result
-
-    return call

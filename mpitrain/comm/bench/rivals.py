@@ -6,7 +6,6 @@ Datatypes and buffers are spelt out beforehand, as those do who want mpi4py at i
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from mpi4py import MPI
 
@@ -32,20 +31,12 @@ def bind(operation: str, x: Array, y: Array, in_place: bool) -> Call:
     send, recv = ([array, DATATYPES[array.dtype.name]] for array in (x, y))
     match operation:
         case "allreduce" if in_place:
-            return _returning(partial(comm.Allreduce, MPI.IN_PLACE, send, MPI.SUM), x)
+            return partial(comm.Allreduce, MPI.IN_PLACE, send, MPI.SUM)
         case "allreduce":
-            return _returning(partial(comm.Allreduce, send, recv, MPI.SUM), y)
+            return partial(comm.Allreduce, send, recv, MPI.SUM)
         case "broadcast":
-            return _returning(partial(comm.Bcast, send, 0), x)
+            return partial(comm.Bcast, send, 0)
         case "reduce_scatter":
-            return _returning(partial(comm.Reduce_scatter_block, send, recv, MPI.SUM), y)
+            return partial(comm.Reduce_scatter_block, send, recv, MPI.SUM)
         case _:
-            return _returning(partial(comm.Allgather, send, recv), y)
-
-
-def _returning(perform: Any, result: Array) -> Call:
-    def call() -> Array:
-        perform()
-        return result
-
-    return call
+            return partial(comm.Allgather, send, recv)
