@@ -24,6 +24,7 @@ from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.comm.calls import Call
 from mpitrain.comm.local import LocalCommunicator
 from mpitrain.comm.transports import blocks
+from mpitrain.comm.transports.blocks import Arena, Place
 from mpitrain.comm.transports.choice import choose
 from mpitrain.comm.transports.fence import LINE_BYTES, Fence
 from mpitrain.comm.transports.host import HostTransport
@@ -291,3 +292,34 @@ def test_large_arrays_of_the_librarys_do_not_begin_with_a_page(elements: int, of
     assert (x.shape, x.ctypes.data % 4096) == ((1, elements), offset)
     x[0, :9] = x[0, -9:] = 1
     assert not x[0, 9:-9:4096].any()
+
+
+def test_blocks_that_the_collector_ends_at_any_moment() -> None:
+    """As where arrays in memory that is shared belong to objects that refer to each other."""
+
+    def program(comm: Communicator) -> None:
+        arena, told = Arena(comm), []
+        arena.changed = lambda: told.append(list(arena.held()))
+        for moment in range(25):
+            for _ in range(4):
+                cycle: list[object] = [arena.allocate(8)]
+                cycle.append(cycle)
+            del cycle
+            kept, memory = arena.allocate(8)
+            hoard = [(i, i) for i in range(3000)]  # leaves none that may be used again, without the collector
+            gc.set_threshold(gc.get_count()[0] + moment)
+            gc.enable()
+            place = arena.locate(memory[0])
+            gc.disable()
+            del hoard
+            gc.collect()
+            assert place == Place(kept, 0)
+            assert told[-1] == list(arena.held()) == [kept]
+
+    thresholds = gc.get_threshold()
+    gc.disable()
+    try:
+        LocalWorld(1, timeout_s=20).run(program)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -103,16 +103,10 @@ class Arena:
         assert memory is not None
         return memory
 
-    def own_parts(self) -> list[tuple[int, int, int]]:
-        """Return of each of this rank's parts the first address, the end, and the number of the block."""
-        return [(memory.own.start, memory.own.stop, number) for number, memory in self._held()]
-
-    def _held(self) -> Iterator[tuple[int, Memory]]:
-        """Yield the blocks that are still there."""
-        for number, reference in list(self._blocks.items()):
-            memory = reference()
-            if memory is not None:
-                yield number, memory
+    def held(self) -> dict[int, Memory]:
+        """Return the blocks that are still there, by number.  They stay for as long as what is returned."""
+        blocks = self._blocks.copy()  # at once: else the collector may end blocks, which are forgotten, in the middle
+        return {number: memory for number, reference in blocks.items() if (memory := reference()) is not None}
 
     def _forget(self, number: int, _: object) -> None:
         """Take note that a block is about to go, before its addresses can be given to something else."""
@@ -122,7 +116,7 @@ class Arena:
     def locate(self, array: Array) -> Place:
         """Return where a C-contiguous array lies within this rank's part of a block."""
         start = address(array)
-        for number, memory in self._held():
+        for number, memory in self.held().items():
             if start in memory.own and start + array.nbytes <= memory.own.stop:
                 return Place(number, start - memory.own.start)
         return NOWHERE

@@ -277,8 +277,11 @@ class SharedTransport(Transport):
 
     def _hold(self) -> None:
         """Tell the entry in which memory arrays are reduced where they lie."""
-        if self._entry is not None:
-            self._entry.hold(array("q", chain.from_iterable(self._arena.own_parts())).tobytes())
+        if self._entry is None:
+            return
+        held = self._arena.held()  # so none of them goes, and is told to have gone, before this is told
+        parts = ((memory.own.start, memory.own.stop, number) for number, memory in held.items())
+        self._entry.hold(array("q", chain.from_iterable(parts)).tobytes())
 
     def _lay_out(self, op: str, parts: list[Array], result: Array | None) -> Callable[[], object]:
         """Return what reduces arrays in shared memory, between two fences: into one result, or where they lie."""
