@@ -63,10 +63,10 @@ class Done:
         return found
 
 
-def mpitrain(*arguments: str | Path, under: int = 0, cwd: Path | None = None) -> Done:
+def mpitrain(*arguments: str | Path, under: int = 0, cwd: Path | None = None, timeout_s: float = TIMEOUT_S) -> Done:
     """Run the command line; with ``under``, as that many ranks of a plain mpiexec."""
     with started(*arguments, under=under, cwd=cwd) as process:
-        return process.end()
+        return process.end(timeout_s)
 
 
 class Running:

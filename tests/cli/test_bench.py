@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from commands import mpitrain
+from commands import TIMEOUT_S, mpitrain
 from rich.console import Console
 from virtual_nodes import VirtualNodes, missing
 
@@ -228,8 +228,8 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def bench(*arguments: str, under: int = 0) -> Any:
-    return mpitrain("bench", "collectives", *arguments, under=under)
+def bench(*arguments: str, under: int = 0, timeout_s: float = TIMEOUT_S) -> Any:
+    return mpitrain("bench", "collectives", *arguments, under=under, timeout_s=timeout_s)
 
 
 def test_started_by_itself_it_measures_every_variant(tmp_path: Path, caches: Path) -> None:
@@ -332,7 +332,8 @@ def bench_on_nodes(ranks_per_node: int, path: Path, patch: pytest.MonkeyPatch, *
     with VirtualNodes(2) as nodes:
         patch.setenv("PATH", nodes.env["PATH"])
         command = shlex.join(nodes.launcher(ranks_per_node))
-        done = bench(f"--launcher={command}", "--sizes=64,1M", "--repeats=2", f"--json={path}", *arguments)
+        options = ("--sizes=64,1M", "--repeats=2", f"--json={path}", *arguments)
+        done = bench(f"--launcher={command}", *options, timeout_s=280)  # with peers, some ten launches
     assert done.code == 0, done.err
     return Report.from_json(path.read_bytes()), done.out
 
@@ -357,9 +358,10 @@ def test_on_several_nodes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(bool(missing()), reason=f"no virtual nodes: {missing()}")
 def test_against_the_peers_of_several_nodes(tmp_path: Path, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = ("--operations=allreduce,broadcast", "--variants=checked", "--peers")
+    few = ("--operations=allreduce,broadcast", "--variants=checked", "--sizes=64", "--peers")
     report, _ = bench_on_nodes(2, tmp_path / "found.json", monkeypatch, *few)
     assert {"default", "han", "adapt", "basic"} < set(report.components())
     assert "sm: Open MPI does not enable its component sm for these ranks; skipped" in report.failures
