@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_int64, c_void_p
-from functools import cache
+from ctypes import c_int64, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpitrain import _env
-from mpitrain._typing import Array
+from mpitrain._typing import Array, DType
 
 Loop = Callable[..., None]
 
-ENDINGS = {np.dtype(np.float32): "f32", np.dtype(np.float64): "f64"}
+_ARGUMENTS = {"v": c_void_p, "n": c_int64, "u": c_uint64, "w": c_uint32}
+"""Of loops, by letters: addresses, whole numbers, those without a sign, and words of 32 bits."""
+
+_ENDINGS = {np.dtype(np.float32): "_f32", np.dtype(np.float64): "_f64"}
 """How the names of loops over an array's dtype end.  Bytes in another order are another dtype."""
 
 
-def load(path: Path, version_of: str, version: int) -> ctypes.CDLL | None:
-    """Load a library.
+@dataclass(frozen=True, eq=False)
+class CompiledLibrary:
+    """The compiled loops of one `kernel.c`, loaded when they are first asked for.
 
     Parameters
     ----------
@@ -30,43 +35,58 @@ def load(path: Path, version_of: str, version: int) -> ctypes.CDLL | None:
     version_of : str
         Name of the function in it that returns the version of its interface.
     version : int
-        The version that the caller was written for.
-
-    Returns
-    -------
-    CDLL, optional
-        None if it is not there, or was built from another version of its source.
+        The version that its callers are written for.
     """
-    try:
-        found = ctypes.CDLL(str(path))
-    except OSError:
-        return None
-    return found if found[version_of]() == version else None
+
+    path: Path
+    version_of: str
+    version: int
+
+    @cached_property
+    def loaded(self) -> ctypes.CDLL | None:
+        """The library; None where it was not built, or from another version of its source."""
+        try:
+            found = ctypes.CDLL(str(self.path))
+        except OSError:
+            return None
+        return found if found[self.version_of]() == self.version else None
+
+    def loop(self, name: str, arguments: str, dtype: DType | None = None) -> Loop | None:
+        """Return a loop; None where there is none.
+
+        Parameters
+        ----------
+        name : str
+            Of the function, but for its ending if there is one for each dtype.
+        arguments : str
+            A letter for each: an address (v), a whole number (n), one without a sign (u), or a word of 32 bits (w).
+        dtype : numpy.dtype, optional
+            Of the arrays, if there is a loop for float32 and one for float64.
+        """
+        return _loop(self, name, arguments, dtype)
+
+    def loop_over(self, name: str, arguments: str, *arrays: Array) -> Loop | None:
+        """Return a loop for arrays of one dtype: NumPy's, contiguous and aligned; None where there is none for them.
+
+        Nor is there one where ``MPITRAIN_KERNEL=off``.
+        """
+        dtype = arrays[0].dtype
+        fit = _env.kernel() and all(
+            isinstance(each, np.ndarray) and each.flags.c_contiguous and each.flags.aligned and each.dtype == dtype
+            for each in arrays
+        )
+        return _loop(self, name, arguments, dtype) if fit else None
 
 
 @cache
-def loop(library: ctypes.CDLL | None, name: str, arguments: str) -> Loop | None:
-    """Return a loop whose arguments are addresses (v) and whole numbers (n); None where there is no library."""
-    if library is None:
+def _loop(library: CompiledLibrary, name: str, arguments: str, dtype: DType | None) -> Loop | None:
+    ending = "" if dtype is None else _ENDINGS.get(dtype)
+    if library.loaded is None or ending is None:
         return None
-    found: Any = library[name]
-    found.argtypes = [c_void_p if each == "v" else c_int64 for each in arguments]
+    found: Any = library.loaded[name + ending]
+    found.argtypes = [_ARGUMENTS[each] for each in arguments]
     found.restype = None
     return found  # type: ignore[no-any-return]
-
-
-def loop_over(library: ctypes.CDLL | None, name: str, arguments: str, *arrays: Array) -> Loop | None:
-    """Return a loop for arrays of one dtype: NumPy's, contiguous and aligned; None where there is none for them.
-
-    Nor is there one where ``MPITRAIN_KERNEL=off``.
-    """
-    dtype = arrays[0].dtype
-    fit = _env.kernel() and all(
-        isinstance(each, np.ndarray) and each.flags.c_contiguous and each.flags.aligned and each.dtype == dtype
-        for each in arrays
-    )
-    ending = ENDINGS.get(dtype) if fit else None
-    return loop(library, f"{name}_{ending}", arguments) if ending else None
 
 
 def address(array: Array) -> int:

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import byref, c_int64
-from functools import cache
 from pathlib import Path
 
 from mpitrain._typing import Array
-from mpitrain.arrays.compiled import address, load, loop_over
+from mpitrain.arrays.compiled import CompiledLibrary, address
 
-LIBRARY = Path(__file__).with_name("_kernel.so")
-
-_ABI = 1
+LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_nn_abi", 1)
 
 _RELU_FROM = 1 << 16
 """Elements; for fewer NumPy's two calls take less time than to get to the loop."""
@@ -27,12 +24,6 @@ class _Tiling(ctypes.Structure):
     """How windows tile images; `kernel.c` says what each number is."""
 
     _fields_ = [(name, c_int64) for name in ("rows", "columns", "channels", "height", "width")]
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """Return the compiled loops; None where they were not built, or from another version of their source."""
-    return load(LIBRARY, "mpitrain_nn_abi", _ABI)
 
 
 def max_pool(x: Array, y: Array, window: tuple[int, int]) -> bool:
@@ -47,7 +38,7 @@ def max_pool(x: Array, y: Array, window: tuple[int, int]) -> bool:
     window : (int, int)
         Height and width.
     """
-    run = loop_over(library(), "mpitrain_max_pool", "vvv", x, y)
+    run = LIBRARY.loop_over("mpitrain_max_pool", "vvv", x, y)
     if run is None:
         return False
     run(address(x), address(y), byref(_tiling(y, window)))
@@ -58,7 +49,7 @@ def max_pool_gradient(x: Array, y: Array, dy: Array, dx: Array, window: tuple[in
     """Write the gradient with respect to the images; ``dx`` is of their shape, ``dy`` of the maxima's."""
     if dy.shape != y.shape:
         return False
-    run = loop_over(library(), "mpitrain_max_pool_gradient", "vvvvv", x, y, dy, dx)
+    run = LIBRARY.loop_over("mpitrain_max_pool_gradient", "vvvvv", x, y, dy, dx)
     if run is None:
         return False
     run(address(x), address(y), address(dy), address(dx), byref(_tiling(y, window)))
@@ -68,7 +59,7 @@ def max_pool_gradient(x: Array, y: Array, dy: Array, dx: Array, window: tuple[in
 def relu_gradient(y: Array, dy: Array, dx: Array) -> bool:
     """Write ``dy`` where y > 0, else zeros; all of one shape.  Few elements are left to NumPy."""
     run = (
-        loop_over(library(), "mpitrain_relu_gradient", "vvvn", y, dy, dx)
+        LIBRARY.loop_over("mpitrain_relu_gradient", "vvvn", y, dy, dx)
         if dy.shape == y.shape and y.size >= _RELU_FROM
         else None
     )

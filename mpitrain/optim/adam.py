@@ -10,7 +10,7 @@ from typing import ClassVar
 from mpitrain._options import EPSILON, FRACTION, NON_NEGATIVE, Pair, option
 from mpitrain._typing import Array
 from mpitrain.arrays import namespace
-from mpitrain.optim.elementwise import Elementwise
+from mpitrain.optim.elementwise import Decay, Elementwise
 from mpitrain.optim.kernel import AdamSettings, adam
 from mpitrain.optim.terms import Terms
 
@@ -46,17 +46,12 @@ class Adam(Elementwise):
         work *= lr * self._direction(m, v, step, work)
         p -= work
 
-    def _compiled(self, p: Array, terms: Terms, slots: Sequence[Array], lr: float, step: int, decays: bool) -> bool:
+    def _compiled(self, p: Array, terms: Terms, slots: Sequence[Array], lr: float, step: int, decay: Decay) -> bool:
         m, v = slots
         beta1, beta2 = self.betas
         eps, rate = self._corrected(step)
-        penalty, shrink = self._decays(lr) if decays else (0.0, 1.0)
-        settings = AdamSettings(penalty, shrink, 1.0 - beta1, beta2, 1.0 - beta2, eps, lr * rate)
+        settings = AdamSettings(decay.penalty, decay.shrink, 1.0 - beta1, beta2, 1.0 - beta2, eps, lr * rate)
         return adam(p, terms, m, v, settings)
-
-    def _decays(self, lr: float) -> tuple[float, float]:
-        """Return the coefficient of a penalty, and what parameters are multiplied by."""
-        return self.weight_decay, 1.0
 
     def _corrected(self, step: int) -> tuple[float, float]:
         """Return eps and the learning rate's factor, both corrected for the moments' zero start."""
@@ -107,9 +102,6 @@ class AdamW(Adam):
 
     weight_decay: float = option(NON_NEGATIVE, 0.01)
 
-    def _decay(self, p: Array, g: Array, lr: float, work: Array) -> None:
-        """Shrink the parameters themselves."""
-        p *= 1.0 - lr * self.weight_decay
-
-    def _decays(self, lr: float) -> tuple[float, float]:
-        return 0.0, 1.0 - lr * self.weight_decay
+    def _decay(self, lr: float) -> Decay:
+        """Return decay of the parameters themselves."""
+        return Decay(shrink=1.0 - lr * self.weight_decay)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from mpitrain._errors import InputError
 from mpitrain._options import NON_NEGATIVE, Checked, option
@@ -18,6 +18,21 @@ from mpitrain.arrays import Shard, namespace
 from mpitrain.optim.chunks import chunks, scratch
 from mpitrain.optim.optimizer import Optimizer, State
 from mpitrain.optim.terms import Terms
+
+
+class Decay(NamedTuple):
+    """What weight decay does to a run in one step, before all else: ``g += penalty * p``, then ``p *= shrink``."""
+
+    penalty: float = 0.0
+    shrink: float = 1.0
+
+    def apply(self, p: Array, g: Array, work: Array) -> None:
+        """Do it, in place; ``work`` is scratch."""
+        if self.penalty:
+            namespace(p).multiply(p, self.penalty, out=work)
+            g += work
+        if self.shrink != 1.0:
+            p *= self.shrink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +84,14 @@ class Elementwise(Checked, Optimizer):
         mean = work if terms.is_mean else scratch(params)
         for decays, run in self._trained(shard):
             slots = [state[slot][run] for slot in self.slots]
-            if self._compiled(params[run], terms.cut(run), slots, lr, step, decays):
+            decay = self._decay(lr) if decays else Decay()
+            if self._compiled(params[run], terms.cut(run), slots, lr, step, decay):
                 continue
             for chunk in chunks(run, params):
                 p = params[chunk]
                 g = terms.cut(chunk).mean(mean[: p.size])
                 slots = [state[slot][chunk] for slot in self.slots]
-                if decays:
-                    self._decay(p, g, lr, work[: p.size])
+                decay.apply(p, g, work[: p.size])
                 self._step(p, g, slots, lr, step, work[: p.size])
         follow_statistics(params, terms, shard)
 
@@ -92,13 +107,12 @@ class Elementwise(Checked, Optimizer):
             found.append((decays, run))
         return found
 
-    def _decay(self, p: Array, g: Array, lr: float, work: Array) -> None:
-        """Add the gradient of the penalty λ‖p‖²/2."""
-        namespace(p).multiply(p, self.weight_decay, out=work)
-        g += work
+    def _decay(self, lr: float) -> Decay:
+        """Return weight decay at a learning rate: by the gradient of the penalty λ‖p‖²/2."""
+        return Decay(penalty=self.weight_decay)
 
-    def _compiled(self, p: Array, terms: Terms, slots: Sequence[Array], lr: float, step: int, decays: bool) -> bool:
-        """Update a whole run by a compiled loop, with the bits that `_step` gives; tell whether there is one."""
+    def _compiled(self, p: Array, terms: Terms, slots: Sequence[Array], lr: float, step: int, decay: Decay) -> bool:
+        """Update a whole run by a compiled loop, to the same bits as without; tell whether there is one."""
         return False
 
     @abstractmethod

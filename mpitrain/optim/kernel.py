@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, byref, c_double, c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 
 from mpitrain._typing import Array
-from mpitrain.arrays.compiled import Loop, address, load, loop_over
+from mpitrain.arrays.compiled import CompiledLibrary, Loop, address
 from mpitrain.optim.terms import Terms
 
-LIBRARY = Path(__file__).with_name("_kernel.so")
-
-_ABI = 2
+LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_optim_abi", 2)
 
 
 class AdamSettings(ctypes.Structure):
@@ -33,12 +30,6 @@ class _Sources(ctypes.Structure):
     _fields_ = [
         ("terms", POINTER(c_void_p)), ("term_count", c_int64), ("own", c_int64), ("parameters_are_read", c_int64),
     ]  # fmt: skip
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """Return the compiled loops; None where they were not built, or from another version of their source."""
-    return load(LIBRARY, "mpitrain_optim_abi", _ABI)
 
 
 def adam(p: Array, terms: Terms, m: Array, v: Array, settings: AdamSettings) -> bool:
@@ -72,7 +63,7 @@ def add(sums: Array, terms: Terms) -> None:
 
 def _loop(name: str, arguments: str, written: tuple[Array, ...], terms: Terms) -> Loop | None:
     """Return a loop for arrays that it may write to."""
-    found = loop_over(library(), name, arguments, *written, *terms.arrays)
+    found = LIBRARY.loop_over(name, arguments, *written, *terms.arrays)
     return found if all(each.flags.writeable for each in written) else None
 
 

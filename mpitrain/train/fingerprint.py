@@ -31,7 +31,7 @@ def fingerprint(in_bfloat16: bool = False) -> Fingerprint:
         "BLAS": _blas(),
         "NumPy": np.__version__,
         "C library": " ".join(platform.libc_ver()),
-        "compiled loops": "yes" if _env.kernel() and nn_kernel.library() and optim_kernel.library() else "no",
+        "compiled loops": "yes" if _env.kernel() and nn_kernel.LIBRARY.loaded and optim_kernel.LIBRARY.loaded else "no",
         "mpitrain": __version__,
     }
     return found | {"ml_dtypes": version("ml_dtypes")} if in_bfloat16 else found

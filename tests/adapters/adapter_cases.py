@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+import mpitrain.torch as mt
+from mpitrain.comm import Communicator
 from mpitrain.train.bench.torch_models import TorchGPT
 
 ROWS = 10
@@ -76,3 +78,29 @@ class Lstm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(self.lstm(x[:, None, :])[0][:, 0])
+
+
+class Run:
+    """One rank with a module, an optimizer and ten samples."""
+
+    def __init__(self, comm: Communicator, **options: Any) -> None:
+        self.module = seeded(mlp)
+        self.sgd = torch.optim.SGD(self.module.parameters(), lr=0.1, momentum=0.9)
+        self.opt = mt.DistributedOptimizer(self.sgd, self.module, comm, **options)
+        self.weight = self.module[0].weight
+
+    def backward(self, reduction: str = "sum") -> None:
+        loss_sum(self.module, *samples("mlp"), reduction).backward()
+
+    def step(self, count: Any = ROWS) -> None:
+        self.opt.step(count=count)
+
+
+def two_layers(frozen: bool) -> torch.nn.Module:
+    """The same on all threads; PyTorch's generator is not theirs alone."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        for each in module.parameters():
+            each.copy_(torch.linspace(-1.0, 1.0, each.numel()).view(each.shape))
+    module[0].requires_grad_(not frozen)
+    return module

@@ -7,7 +7,7 @@ import pytest
 
 from mpitrain.arrays import Key, kernel
 
-compiled = pytest.mark.skipif(kernel.library() is None, reason="the compiled loops are not built: no C compiler")
+compiled = pytest.mark.skipif(kernel.LIBRARY.loaded is None, reason="the compiled loops are not built: no C compiler")
 COLUMNS = [(0, 1), (0, 4), (3, 500), (1, 1), (127, 129), (4 * (1 << 32) - 9, 4 * (1 << 32))]
 
 

@@ -12,7 +12,7 @@ import pytest
 from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.comm.codecs import Bf16, Format, Fp16, Int8, TopK, compressed, format, kernel, powersgd, topk
 
-compiled = pytest.mark.skipif(kernel.library() is None, reason="the compiled loops are not built: no C compiler")
+compiled = pytest.mark.skipif(kernel.LIBRARY.loaded is None, reason="the compiled loops are not built: no C compiler")
 FORMATS = {"fp16": Fp16(), "bf16": Bf16(), "int8": Int8(), "int8 in small blocks": Int8(block=10)}
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import CDLL
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,8 @@ import pytest
 
 from mpitrain._typing import Array
 from mpitrain.arrays import plain
-from mpitrain.arrays.compiled import load
 from mpitrain.comm.transports import kernel
-from mpitrain.comm.transports.kernel import ABI, PLACES, Kernel
+from mpitrain.comm.transports.kernel import PLACES, Kernel
 from mpitrain.comm.transports.pages import PAGE_BYTES
 
 SOURCE = Path(kernel.__file__).with_name("kernel.c")
@@ -55,10 +55,10 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CDLL:
         path.write_text(text)
     built = tmp_path / "kernel.so"
     subprocess.run([compiler, "-std=c11", "-O1", "-shared", "-fPIC", "-o", built, source], check=True)
-    found = load(built, "mpitrain_abi", ABI)
-    assert found is not None
-    monkeypatch.setattr(kernel, "library", lambda: found)
-    return found
+    found = replace(kernel.LIBRARY, path=built)
+    monkeypatch.setattr(kernel, "LIBRARY", found)
+    assert found.loaded is not None
+    return found.loaded
 
 
 def test_what_is_written_past_the_cache_is_seen_before_it_is_announced(library: CDLL) -> None:

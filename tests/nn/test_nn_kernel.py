@@ -8,7 +8,7 @@ import pytest
 from mpitrain import nn
 from mpitrain.nn import kernel
 
-compiled = pytest.mark.skipif(kernel.library() is None, reason="the compiled loops are not built: no C compiler")
+compiled = pytest.mark.skipif(kernel.LIBRARY.loaded is None, reason="the compiled loops are not built: no C compiler")
 
 
 def passes(layer: nn.Layer, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ LAYOUT = [
     Segment("s", (5,), group="statistics", rate=0.1),
 ]
 
-compiled = pytest.mark.skipif(kernel.library() is None, reason="the compiled loops are not built: no C compiler")
+compiled = pytest.mark.skipif(kernel.LIBRARY.loaded is None, reason="the compiled loops are not built: no C compiler")
 
 
 def trajectory(optimizer: Adam, dtype: str, start: int, stop: int | None) -> list[bytes]:

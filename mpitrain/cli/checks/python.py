@@ -46,7 +46,7 @@ def loops() -> Finding:
         "codecs": codecs_kernel,
         "random values": arrays_kernel,
     }
-    lacking = [name for name, each in parts.items() if each.library() is None]
+    lacking = [name for name, each in parts.items() if each.LIBRARY.loaded is None]
     if lacking:
         return warn(
             f"not compiled, or of another version: NumPy does the work of {', '.join(lacking)}, slower",

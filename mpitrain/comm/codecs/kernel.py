@@ -6,25 +6,15 @@ here tells whether there is a loop for its arrays; if not, it has done nothing.
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from mpitrain import _env
-from mpitrain._typing import Array, DType
-from mpitrain.arrays.compiled import ENDINGS, Loop, address, load, loop
+from mpitrain._typing import Array
+from mpitrain.arrays.compiled import CompiledLibrary, address
 
-LIBRARY = Path(__file__).with_name("_kernel.so")
-
-_ABI = 1
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """Return the compiled loops; None where they were not built, or from another version of their source."""
-    return load(LIBRARY, "mpitrain_codecs_abi", _ABI)
+LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_codecs_abi", 1)
 
 
 def quantise(values: Array, words: Array, block: int, codes: Array, steps: Array) -> bool:
@@ -43,7 +33,7 @@ def quantise(values: Array, words: Array, block: int, codes: Array, steps: Array
     steps : array of float32, shape (⌈n/block⌉,)
         Written to.
     """
-    run = _loop_of("quantise", values.dtype, "vvnnvv") if _is_plain(values) else None
+    run = LIBRARY.loop("mpitrain_quantise", "vvnnvv", values.dtype) if _is_plain(values) else None
     if run is None:
         return False
     run(address(values), address(words), values.size, block, address(codes), address(steps))
@@ -62,7 +52,7 @@ def dequantise(codes: Array, steps: Array, block: int, values: Array) -> bool:
     values : array of float32 or float64, shape (rows, n)
         Written to.
     """
-    run = _loop_of("dequantise", values.dtype, "vvnnv") if _is_plain(codes, steps, values) else None
+    run = LIBRARY.loop("mpitrain_dequantise", "vvnnv", values.dtype) if _is_plain(codes, steps, values) else None
     if run is None:
         return False
     for row in range(len(codes)):
@@ -81,7 +71,8 @@ def convert(name: str, source: Array, target: Array) -> bool:
         Of float32, and of float16 or uint16; ``target`` is written to.
     """
     single = source if name.startswith("to") else target
-    run = _loop(name, "vnv") if _is_plain(source, target) and single.dtype == np.float32 else None
+    fits = _is_plain(source, target) and single.dtype == np.float32
+    run = LIBRARY.loop(f"mpitrain_{name}", "vnv") if fits else None
     if run is None:
         return False
     for row in range(len(source)):
@@ -102,7 +93,7 @@ def multiply(left: Array, terms: Array, out: Array, takes_away: bool) -> bool:
         Whether the product is subtracted from ``out`` instead of written to it.
     """
     fits = _is_plain(left, terms, out) and all(each.flags.c_contiguous for each in (left, terms, out))
-    run = _loop_of("product", out.dtype, "vvnnnnv") if fits else None
+    run = LIBRARY.loop("mpitrain_product", "vvnnnnv", out.dtype) if fits else None
     if run is None:
         return False
     run(address(left), address(terms), *left.shape, terms.shape[1], takes_away, address(out))
@@ -117,12 +108,3 @@ def _is_plain(*arrays: Array) -> bool:
         and (each.shape[-1] < 2 or each.strides[-1] == each.itemsize)
         for each in arrays
     )
-
-
-def _loop_of(name: str, dtype: DType, arguments: str) -> Loop | None:
-    ending = ENDINGS.get(dtype)
-    return _loop(f"{name}_{ending}", arguments) if ending else None
-
-
-def _loop(name: str, arguments: str) -> Loop | None:
-    return loop(library(), f"mpitrain_{name}", arguments)

@@ -17,14 +17,11 @@ import numpy as np
 
 from mpitrain import _env
 from mpitrain._typing import Array, DType
-from mpitrain.arrays.compiled import address, load
+from mpitrain.arrays.compiled import CompiledLibrary, address
 from mpitrain.comm.transports.fence import LINE_BYTES, POSTED, Fence
 from mpitrain.comm.transports.program import Combine
 
-LIBRARY = Path(__file__).with_name("_kernel.so")
-
-ABI = 4
-"""Of `kernel.c`, as this file calls it."""
+LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_abi", 4)
 
 _TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
 _OPS = ("sum", "prod", "min", "max", "and", "or")
@@ -88,15 +85,9 @@ class _Stream(ctypes.Structure):
     ]  # fmt: skip
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """Return the compiled loops; None where they were not built, or from another version of their source."""
-    return load(LIBRARY, "mpitrain_abi", ABI)
-
-
 def available() -> bool:
     """Tell whether this rank can use the compiled loops; ``MPITRAIN_KERNEL=off`` forbids it."""
-    return _env.kernel() and library() is not None
+    return _env.kernel() and LIBRARY.loaded is not None
 
 
 @cache
@@ -150,7 +141,7 @@ class Kernel:
     ) -> None:  # fmt: skip
         ranks, row_bytes = memory.shape
         place_bytes = (row_bytes - header_bytes) // PLACES // LINE_BYTES * LINE_BYTES
-        found = library()
+        found = LIBRARY.loaded
         assert found is not None
         self.ranks, self._library = ranks, found
         self._team = _Team(address(memory), row_bytes, header_bytes, place_bytes, SLOT_BYTES, rank, ranks, spins)

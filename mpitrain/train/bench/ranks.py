@@ -27,7 +27,7 @@ from mpitrain.method import Plan
 from mpitrain.nn import CrossEntropy, Network
 from mpitrain.nn.costs import training_flops
 from mpitrain.optim import Adam
-from mpitrain.optim.kernel import library
+from mpitrain.optim.kernel import LIBRARY
 from mpitrain.parallel import DataParallel, GradientParallel
 from mpitrain.parallel.synchronous import Synchronous
 from mpitrain.train.bench.communication import communication_share
@@ -213,7 +213,7 @@ def _about(comm: Communicator, spec: Spec) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **versions()},
         "mpi_library": comm.library,
-        "compiled_adam": library() is not None,
+        "compiled_adam": LIBRARY.loaded is not None,
         "blas_threads": 1,
         "rounds": spec.rounds,
         "round_s": spec.round_s,
