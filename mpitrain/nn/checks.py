@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mpitrain._errors import InputError
-from mpitrain._options import FRACTION, POSITIVE, Interval
+from mpitrain._options import EPSILON, FRACTION, POSITIVE, Interval
 from mpitrain._typing import Array, Shape
 
 
@@ -34,6 +34,11 @@ def fraction(what: str, value: Any) -> float:
 
 
 def epsilon(what: str, value: Any) -> float:
+    """Return ``value`` if it is a finite number that float32 does not round to 0."""
+    return number(what, value, EPSILON)
+
+
+def spread(what: str, value: Any) -> float:
     """Return ``value`` if it is a finite number above 0."""
     return number(what, value, POSITIVE)
 
