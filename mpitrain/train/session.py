@@ -261,7 +261,7 @@ def _keep_what_runs(
 
 def _tell_of_other_bits(directory: RunDirectory, bits: Fingerprint, observer: Observer) -> None:
     """Say so if a run goes on where other bits are to be expected than where it was before."""
-    changed = changes(directory.read_environment().get("fingerprint", bits), bits)
+    changed = changes(directory.read_fingerprint() or bits, bits)
     if changed:
         observer.on_note(f"not where the run was before, so that the bits may be others from here on: {changed}")
 
