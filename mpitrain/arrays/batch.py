@@ -40,13 +40,27 @@ class Batch:
     weights: Array | None = None
 
     def __post_init__(self) -> None:
+        if not self._is_usual():
+            self._check()
+
+    def _is_usual(self) -> bool:
+        """Tell whether these are arrays that fit together, in as little time as can be: steps make batches."""
+        try:
+            rows, weights = self.inputs.shape[0], self.weights
+            fits = self.index.shape == (rows,) and self.targets.shape[0] == rows
+            return fits and self.index.dtype.kind in "iu" and (weights is None or weights.shape[0] == rows)
+        except (AttributeError, IndexError, TypeError):
+            return False
+
+    def _check(self) -> None:
+        """Raise an InputError if something is wrong, which says what."""
         for name in _FIELDS if self.weights is not None else _FIELDS[:-1]:
             self._check_rows(name)
-        dtype = getattr(self.index.dtype, "name", str(self.index.dtype))  # of whichever library
-        if len(self.index.shape) != 1 or "int" not in dtype:
+        dtype, shape = str(self.index.dtype), self.index.shape
+        if len(shape) != 1 or "int" not in dtype:  # torch.int64 is right, too
             raise InputError(
-                "index is not an integer for each sample", operation="Batch",
-                got=f"{dtype} of shape {self.index.shape}", remedy=_REMEDY,
+                "index is not an integer for each sample", operation="Batch", got=f"{dtype} of shape {shape}",
+                remedy=_REMEDY,
             )  # fmt: skip
 
     def _check_rows(self, name: str) -> None:
