@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 from mpitrain._errors import InputError
@@ -16,9 +17,13 @@ def positive(what: str, value: Any) -> int:
 
 def at_least(what: str, value: Any, least: int) -> int:
     """Return ``value`` if it is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
+    try:
+        number = least - 1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
         raise InputError(f"{what} is wrong", got=repr(value), expected=f"a whole number of at least {least}")
-    return int(value)
+    return number
 
 
 def number(what: str, value: Any, allowed: Interval) -> float:
