@@ -69,7 +69,7 @@ class Choice:
 
     def admits(self, value: object) -> bool:
         """Tell whether ``value`` is one of the words."""
-        return value in self.words
+        return isinstance(value, str) and value in self.words
 
     def __str__(self) -> str:
         return " or ".join(map(repr, self.words))
@@ -192,7 +192,7 @@ def choose(registry: Mapping[str, T], what: str, name: str) -> T:
     InputError
         There is no such name; the message lists those that there are, and the nearest one.
     """
-    if name in registry:
+    if isinstance(name, str) and name in registry:
         return registry[name]
     raise InputError(
         f"unknown {what}", got=repr(name), expected=" or ".join(sorted(registry)),

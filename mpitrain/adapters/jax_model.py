@@ -11,6 +11,7 @@ import numpy as np
 
 from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import Array
+from mpitrain.adapters.empty import two_of_zeros
 from mpitrain.adapters.jax_sharded import ShardedLoss
 from mpitrain.adapters.tree import add
 from mpitrain.arrays import Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, Segment
@@ -172,6 +173,8 @@ class JaxModel(Model):
         """Return the outputs for ``inputs``, shape (n, …); a new array."""
         if self._predict is None:
             raise InputError("the model has no predict", operation="JaxModel", remedy="pass predict=")
+        if not len(inputs):  # for which x.reshape(len(x), -1) fails, as functions are often written
+            return self.predict(params, two_of_zeros(inputs))[:0]
         return np.array(self._predict(self._values(params.views), self._inputs(inputs)))
 
     def sums(self, params: FlatBuffer, batch: Batch) -> dict[str, Array]:
@@ -226,8 +229,7 @@ def _scalar(value: Any) -> Any:
 
 def _nothing(batch: Batch) -> Batch:
     """Return two samples of zeros, in the shapes of an empty batch's."""
-    inputs, targets = (np.zeros((2, *each.shape[1:]), each.dtype) for each in (batch.inputs, batch.targets))
-    return Batch(inputs, targets, np.arange(2))
+    return Batch(two_of_zeros(batch.inputs), two_of_zeros(batch.targets), np.arange(2))
 
 
 def _layout(initial: Mapping[str, Array]) -> Layout:

@@ -14,6 +14,7 @@ import torch
 from mpitrain._errors import InputError
 from mpitrain._options import check_kind
 from mpitrain._typing import Array, Tree
+from mpitrain.adapters.empty import two_of_zeros
 from mpitrain.adapters.torch_gathering import can_gather, gathering, layer_of, send_away
 from mpitrain.adapters.torch_layout import layout_of, statistics_of
 from mpitrain.adapters.torch_loss import TorchLoss, tensor
@@ -147,7 +148,7 @@ class TorchModel(Model):
         """Go through the module as the ranks do that have samples, and add nothing."""
         with self._batch_statistics():
             with seeded(rng.child("empty")):
-                outputs = self.module(self._inputs(_two_of_zeros(batch.inputs)))
+                outputs = self.module(self._inputs(two_of_zeros(batch.inputs)))
             self._add_statistics(grads.tree, 0.0)
             self._backward(outputs, torch.zeros_like(outputs), lambda name, grad: grads.complete(name))
 
@@ -165,7 +166,7 @@ class TorchModel(Model):
     def predict(self, params: FlatBuffer, inputs: Array) -> Array:
         """Return the outputs for ``inputs``, shape (n, …), in evaluation mode; a new array."""
         if not len(inputs):  # for which x.view(x.size(0), -1) fails, as modules are often written
-            return self.predict(params, _two_of_zeros(inputs))[:0]
+            return self.predict(params, two_of_zeros(inputs))[:0]
         self._bind(params)
         self.module.eval()
         starts = range(0, len(inputs), _PREDICT_ROWS)
@@ -291,11 +292,6 @@ def _checked(outputs: Any) -> Any:
             expected="one with requires_grad, and neither detach() nor no_grad() behind it",
         )  # fmt: skip
     return outputs
-
-
-def _two_of_zeros(inputs: Array) -> Array:
-    """Return two samples like those of a batch that has none: of a single one, modules may squeeze the axis away."""
-    return np.zeros((2, *inputs.shape[1:]), inputs.dtype)
 
 
 def _shown(outputs: Any) -> Array:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import DtypeError, MissingExtraError
+from mpitrain._options import brief
 from mpitrain._typing import DType
 
 
@@ -66,6 +67,23 @@ def half(name: str, operation: str) -> DType:
     return found
 
 
+def known_dtype(dtype: Any, what: str, expected: str = 'a dtype, e.g. "float32"') -> DType:
+    """Return a NumPy dtype for what stands for one.
+
+    Raises
+    ------
+    DtypeError
+        Nothing does, or its elements have no size.  None is refused, for which NumPy takes float64.
+    """
+    try:
+        found: DType | None = None if dtype is None else np.dtype(dtype)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or not found.itemsize:
+        raise DtypeError(f"{what}: not a dtype", got=brief(dtype), expected=expected)
+    return found
+
+
 def floating(dtype: Any, what: str) -> DType:
     """Return ``dtype`` as a NumPy dtype.
 
@@ -74,10 +92,7 @@ def floating(dtype: Any, what: str) -> DType:
     DtypeError
         It is not float32 or float64, the types that models compute in.
     """
-    try:
-        found: DType = np.dtype(dtype)
-    except TypeError as error:
-        raise DtypeError(f"{what}: not a dtype", got=repr(dtype), expected="float32 or float64") from error
+    found = known_dtype(dtype, what, "float32 or float64")
     if found not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise DtypeError(f"{what}: models do not compute in this dtype", got=found, expected="float32 or float64")
     return found

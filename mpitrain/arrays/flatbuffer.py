@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mpitrain._options import check_kind
 from mpitrain._typing import Array, DType
 from mpitrain.arrays.layout import Layout
 from mpitrain.arrays.namespace import by_device, namespace, to_host
@@ -65,6 +66,7 @@ class FlatBuffer:
     """
 
     def __init__(self, layout: Layout, allocator: Allocator = plain) -> None:
+        check_kind("FlatBuffer", "layout", layout, Layout, "a Layout, e.g. that of a model")
         self.layout = layout
         self.flat = allocator(layout.size, layout.dtype)
         self.views = views(layout, self.flat)

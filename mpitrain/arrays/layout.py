@@ -20,8 +20,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mpitrain._errors import InputError
+from mpitrain._options import check_kind, check_whole
 from mpitrain._typing import DType, Shape
 from mpitrain.arrays.box import Box, box_size, inside
+from mpitrain.arrays.dtypes import known_dtype
 
 Group = Literal["decay", "no_decay", "statistics"]
 """``decay``: weights, shrunk by weight decay.  ``no_decay``: biases and normalisation scales.  ``statistics``: not
@@ -63,6 +65,10 @@ class Segment:
     offset: int = 0
 
     def __post_init__(self) -> None:
+        check_kind("Segment", "name", self.name, str, 'a dotted path, e.g. "0.weight"')
+        check_kind("Segment", "global_shape", self.global_shape, tuple, "a tuple of whole numbers")
+        for length in self.global_shape:
+            check_whole("Segment", "a length in global_shape", length, 0)
         if not self.box:
             object.__setattr__(self, "box", tuple((0, n) for n in self.global_shape))
         if self.group not in get_args(Group):
@@ -124,8 +130,14 @@ class Layout:
         ------
         InputError
             Two segments have one name, or a tie names no segment.
+        DtypeError
+            The dtype is none.
         """
-        dtype = np.dtype(dtype)
+        dtype = known_dtype(dtype, "Layout")
+        check_kind("Layout", "segments", segments, Iterable, "the Segments of its tensors")
+        segments = list(segments)
+        for each in segments:
+            check_kind("Layout", "one of segments", each, Segment, "a Segment")
         order = get_args(Group)
         placed, size = _placed(sorted(segments, key=lambda s: order.index(s.group)), 0, dtype)
         layout = cls(placed, dtype, size, dict(ties or {}))
@@ -177,7 +189,7 @@ class Layout:
 
     def astype(self, dtype: Any) -> Layout:
         """Return the layout of the same tensors, at the same offsets, in another dtype."""
-        return replace(self, dtype=np.dtype(dtype))
+        return replace(self, dtype=known_dtype(dtype, "Layout"))
 
     def select(self, names: Iterable[str]) -> Layout:
         """Return a layout of its own for some of the tensors (a pipeline stage, an adapter's subset).

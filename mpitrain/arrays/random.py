@@ -86,7 +86,8 @@ class Key:
 
     def __post_init__(self) -> None:
         check_whole("Key", "seed", self.seed, 0)
-        if not 0 <= self.step <= _MASK:
+        check_whole("Key", "step", self.step, 0)
+        if self.step > _MASK:
             raise InputError("key: the step is out of range", got=self.step, expected="0 to 2³² − 1")
 
     @property

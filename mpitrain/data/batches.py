@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mpitrain._options import check_kind, check_whole
+from mpitrain._options import check_whole
 from mpitrain._typing import Array
-from mpitrain.data.dataset import Dataset
+from mpitrain.data.dataset import Dataset, check_dataset
 from mpitrain.data.loader import Loader
 from mpitrain.data.partition import partition
 
@@ -51,7 +51,7 @@ class Batches:
     dtype: Any = np.float32
 
     def __post_init__(self) -> None:
-        check_kind("Batches", "dataset", self.dataset, Dataset, 'a Dataset, e.g. mpitrain.data.load("digits")')
+        check_dataset("Batches", self.dataset)
         check_whole("Batches", "batch_size", self.batch_size, 1)
         check_whole("Batches", "seed", self.seed, 0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mpitrain._errors import DataError, InputError
-from mpitrain._options import Interval
+from mpitrain._options import Interval, brief, check_kind
 from mpitrain._typing import Array, Shape
 from mpitrain.data.checks import check_values
 from mpitrain.data.rows import Rows, Selection, check_rows, gather, overlap_of, part, select
@@ -67,10 +67,19 @@ class Dataset:
     gaps: bool = False
 
     def __post_init__(self) -> None:
-        if self.task not in get_args(Task):
+        if not isinstance(self.task, str) or self.task not in get_args(Task):
             raise InputError(f"{self.name}: unknown task", got=repr(self.task), expected=" or ".join(get_args(Task)))
         object.__setattr__(self, "tokens", self.tokens or self.task == "sequence")
+        self._keep_names()
         self._check_shapes()
+
+    def _keep_names(self) -> None:
+        """Turn the names, of whatever sequence, into tuples."""
+        for what in ("class_names", "feature_names", "target_names"):
+            names = getattr(self, what)
+            if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(n, str) for n in names):
+                raise DataError(f"{self.name}: {what} are no names", got=brief(names), expected="a sequence of strings")
+            object.__setattr__(self, what, tuple(names))
 
     def _check_shapes(self) -> None:
         for what in ("inputs", "targets"):
@@ -212,3 +221,8 @@ class Dataset:
             negative, or is larger than the number of classes.  File, row (counted from 0) and column are named.
         """
         check_values(self, start, stop)
+
+
+def check_dataset(operation: str, dataset: object) -> None:
+    """Raise an InputError unless something is a data set."""
+    check_kind(operation, "dataset", dataset, Dataset, 'a Dataset, e.g. mpitrain.data.load("digits")')

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import reduce
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from mpitrain._errors import DataError, InputError
-from mpitrain._options import check_whole, choose
+from mpitrain._options import check_kind, check_whole, choose
 from mpitrain._typing import Array, DType
 from mpitrain.arrays import Batch, Key
 from mpitrain.arrays.dtypes import floating
 from mpitrain.data.checks import check_types
-from mpitrain.data.dataset import Dataset
+from mpitrain.data.dataset import Dataset, check_dataset
 from mpitrain.data.rows import gather
 from mpitrain.data.sampling import SAMPLINGS, importance_factors, importance_probabilities
 from mpitrain.data.shares import share, share_sizes
@@ -83,6 +84,7 @@ class Loader:
         drop_last: bool = False,
         dtype: Any = np.float32,
     ) -> None:
+        check_dataset("loader", dataset)
         self._owner = None if owner is None else np.asarray(owner)
         _check_ranks(len(dataset), rank, size, self._owner)
         _check_batch(len(dataset), batch_size, microbatches, sharers=size if owner is None else 1)
@@ -181,7 +183,9 @@ def evaluation_batches(
     iterator of Batch
         Equally many on every rank, and each may be empty; ``index`` is the row's number in the data set.
     """
+    check_dataset("evaluation", dataset)
     check_whole("evaluation", "batch_size", batch_size, 1)
+    _check_rank("evaluation", rank, size)
     compute = floating(dtype, "evaluation")
     for start in range(0, len(dataset), batch_size):
         low, high = share(min(batch_size, len(dataset) - start), size, rank)
@@ -220,8 +224,7 @@ def _check_sampling(sampling: str, weights: Array | None) -> None:
 def _check_ranks(rows: int, rank: int, size: int, owner: Array | None) -> None:
     if not rows:
         raise InputError("loader: the data set is empty", got="0 rows", expected="at least one")
-    if not 0 <= rank < size:
-        raise InputError("loader: no such rank", got=f"rank {rank} of {size}", expected=f"0 to {size - 1}")
+    _check_rank("loader", rank, size)
     if owner is not None:
         _check_owner(owner, rows, size)
     elif size > rows:
@@ -229,6 +232,13 @@ def _check_ranks(rows: int, rank: int, size: int, owner: Array | None) -> None:
             "loader: more ranks than samples", got=f"{size} ranks, {rows} samples", expected="a sample for each rank",
             remedy=f"start at most {rows} ranks",
         )  # fmt: skip
+
+
+def _check_rank(operation: str, rank: int, size: int) -> None:
+    check_kind(operation, "rank", rank, Integral, "a whole number")
+    check_whole(operation, "size", size, 1)
+    if not 0 <= rank < size:
+        raise InputError(f"{operation}: no such rank", got=f"rank {rank} of {size}", expected=f"0 to {size - 1}")
 
 
 def _check_batch(rows: int, batch_size: int, microbatches: int, sharers: int) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import InputError
-from mpitrain._options import choose
+from mpitrain._options import check_whole, choose
 from mpitrain._typing import Array
 from mpitrain.arrays import Key
-from mpitrain.data.dataset import Dataset
+from mpitrain.data.dataset import Dataset, check_dataset
 from mpitrain.data.options import call
 from mpitrain.data.shares import apportion, share_sizes
 
@@ -115,8 +115,8 @@ def partition(kind: str, dataset: Dataset, parts: int, *, seed: int, options: Ma
     array of int32, shape (n,)
         Number of a part, from 0; the same on all ranks.
     """
-    if parts < 1:
-        raise InputError("partition: too few parts", got=parts, expected="1 or more")
+    check_dataset("partition", dataset)
+    check_whole("partition", "parts", parts, 1)
     way = choose(PARTITIONS, "partition", kind)
     return call(way, f"partition {kind!r}", dataset, parts, seed, options=options or {})
 
@@ -127,6 +127,8 @@ def missing_classes(dataset: Dataset, owner: Array, parts: int) -> list[list[int
     A missing class changes nothing in training that reduces gradients at every step; it matters where ranks train for
     a while on their own rows.
     """
+    check_dataset("missing_classes", dataset)
+    check_whole("missing_classes", "parts", parts, 1)
     present = np.zeros((parts, dataset.classes), bool)
     present[owner, dataset.column()] = True
     return [np.flatnonzero(~row).tolist() for row in present]

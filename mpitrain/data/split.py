@@ -10,7 +10,7 @@ from mpitrain._errors import DataError, InputError
 from mpitrain._options import Interval
 from mpitrain._typing import Array
 from mpitrain.arrays import Key
-from mpitrain.data.dataset import Dataset
+from mpitrain.data.dataset import Dataset, check_dataset
 from mpitrain.data.shares import apportion
 
 
@@ -71,6 +71,7 @@ def split_end(dataset: Dataset, test: float = 0.2) -> tuple[Dataset, Dataset]:
     InputError
         One side would be empty.
     """
+    check_dataset("split_end", dataset)
     first = len(dataset) - _held_out(len(dataset), test, dataset.overlap)
     return dataset.part(slice(first - dataset.overlap)), dataset.part(slice(first, None, dataset.overlap + 1))
 
@@ -112,6 +113,7 @@ def _held_out(rows: int, test: float, lost: int = 0) -> int:
 
 
 def _check_apart(dataset: Dataset) -> None:
+    check_dataset("split", dataset)
     if dataset.overlap:
         raise InputError(
             f"{dataset.name}: the rows overlap, so that random ones share values with the others",

@@ -9,7 +9,7 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.data.dataset import Dataset
+from mpitrain.data.dataset import Dataset, check_dataset
 from mpitrain.data.rows import Rows
 
 
@@ -90,6 +90,7 @@ class Standardise:
         Not collective: every rank computes it from the same rows, in float64 and in the same order, so that all get
         the same bits.  Two passes, a block at a time.
         """
+        check_dataset("Standardise.fit", train)
         if train.tokens:
             raise InputError(f"{train.name}: tokens cannot be standardised", expected="numbers")
         if targets and train.task != "regression":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 from mpitrain._errors import InputError
-from mpitrain._options import FRACTION, POSITIVE, Interval
+from mpitrain._options import EPSILON, FRACTION, POSITIVE, Interval
 from mpitrain._typing import Array, Shape
 
 
@@ -16,9 +17,13 @@ def positive(what: str, value: Any) -> int:
 
 def at_least(what: str, value: Any, least: int) -> int:
     """Return ``value`` if it is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
+    try:
+        number = least - 1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
         raise InputError(f"{what} is wrong", got=repr(value), expected=f"a whole number of at least {least}")
-    return int(value)
+    return number
 
 
 def number(what: str, value: Any, allowed: Interval) -> float:
@@ -34,6 +39,11 @@ def fraction(what: str, value: Any) -> float:
 
 
 def epsilon(what: str, value: Any) -> float:
+    """Return ``value`` if it is a finite number that float32 does not round to 0."""
+    return number(what, value, EPSILON)
+
+
+def spread(what: str, value: Any) -> float:
     """Return ``value`` if it is a finite number above 0."""
     return number(what, value, POSITIVE)
 

@@ -33,7 +33,7 @@ class Embedding(Layer):
     def __init__(self, count: int, features: int, std: float = 1.0, decay: bool = True) -> None:
         self.count = checks.positive("Embedding: count", count)
         self.features = checks.positive("Embedding: features", features)
-        self.std = checks.epsilon("Embedding: std", std)
+        self.std = checks.spread("Embedding: std", std)
         self.decay = decay
 
     def parameters(self) -> Sequence[Parameter]:

@@ -124,4 +124,5 @@ def block(width: int, heads: int, hidden: int | None = None, dropout: float = 0.
 
 
 def _dropout(p: float) -> dict[str, Layer]:
-    return {"dropout": Dropout(p)} if p else {}
+    layer = Dropout(p)
+    return {"dropout": layer} if layer.p else {}

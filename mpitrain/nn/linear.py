@@ -28,7 +28,7 @@ class Linear(Layer):
         self.inputs = checks.positive("Linear: inputs", inputs)
         self.outputs = checks.positive("Linear: outputs", outputs)
         self.bias = bias
-        self.std = None if std is None else checks.epsilon("Linear: std", std)
+        self.std = None if std is None else checks.spread("Linear: std", std)
 
     def parameters(self) -> Sequence[Parameter]:
         """Return the weight, and the bias if there is one."""

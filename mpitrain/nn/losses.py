@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import DataError, InputError
+from mpitrain._options import check_kind
 from mpitrain._typing import Array, Shape
 from mpitrain.arrays import Batch, namespace
 from mpitrain.nn import checks
@@ -40,6 +41,7 @@ class CrossEntropy(Loss):
 
     def __init__(self, label_smoothing: float = 0.0, unit: str = "") -> None:
         self.label_smoothing = checks.fraction("CrossEntropy: label_smoothing", label_smoothing)
+        check_kind("CrossEntropy", "unit", unit, str, 'what a token is, e.g. "byte", or "" for no unit')
         self.unit = unit
         if unit and label_smoothing:
             raise InputError(

@@ -32,7 +32,7 @@ class PositionEmbedding(Layer):
     def __init__(self, count: int, features: int, std: float = 0.02) -> None:
         self.count = checks.positive("PositionEmbedding: count", count)
         self.features = checks.positive("PositionEmbedding: features", features)
-        self.std = checks.epsilon("PositionEmbedding: std", std)
+        self.std = checks.spread("PositionEmbedding: std", std)
 
     def parameters(self) -> Sequence[Parameter]:
         """Return the table."""

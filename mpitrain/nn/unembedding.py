@@ -29,7 +29,7 @@ class Unembedding(Layer):
     def __init__(self, count: int, features: int, std: float = 0.02) -> None:
         self.count = checks.positive("Unembedding: count", count)
         self.features = checks.positive("Unembedding: features", features)
-        self.std = checks.epsilon("Unembedding: std", std)
+        self.std = checks.spread("Unembedding: std", std)
 
     def parameters(self) -> Sequence[Parameter]:
         """Return the table."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mpitrain._errors import InputError
-from mpitrain._options import COUNT, FRACTION, POSITIVE, Checked, Interval, check, construct, option
+from mpitrain._options import COUNT, FRACTION, POSITIVE, Checked, Interval, check, check_kind, construct, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +128,10 @@ class WarmUp(Schedule):
     schedule: Schedule
     steps: int = option(COUNT)
     start: float = option(FRACTION, 0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kind("WarmUp", "schedule", self.schedule, Schedule, "a Schedule, e.g. Constant(lr=0.1)")
 
     def _after(self, done: int) -> float:
         if done >= self.steps:

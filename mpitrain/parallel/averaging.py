@@ -71,12 +71,13 @@ class ModelAveraging(DataParallel):
             own = replace(own, bad=float(own.bad or not all_finite(self.parts)))
             total = self._sum(own)
             taken = self._is_taken(not total.bad, microbatches)
-        self.step += 1
         if not taken:
             own, total = own.untrained(), total.untrained()
         if own.count:
             with phase("update"):
                 self._update(own.count)
+        else:
+            self.step += 1
         self._seen += own.count
         if self._at_commit():
             with phase("average"):

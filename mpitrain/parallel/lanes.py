@@ -112,10 +112,10 @@ class LaneSteps(Synchronous):
         total.check_count(self.step + 1)
         with phase("reduce"):
             self._reduce_lanes()
-        self.step += 1
         with phase("update"):
             divide(self.parts, self._scale * total.count)
             clip(self.parts, self.plan, tiles=self._tiles)
+            self.step += 1  # after what may yet refuse it
             update(self.optimizer, self.parts, self.plan, self.updates, tiles=self._tiles)
         self._hand_out()
         return total

@@ -261,11 +261,10 @@ class Synchronous(Method):
             return self._step_in_place(self.grads, own, microbatches)
         total = self._reduced(own)
         taken = self._is_taken(not total.bad, microbatches)
-        if taken:
-            total.check_count(self.step + 1)
-        self.step += 1
         if not taken:
+            self.step += 1
             return total.untrained()
+        total.check_count(self.step + 1)
         with phase("update"):
             self._update(total.count)
         self._hand_out()
@@ -283,14 +282,16 @@ class Synchronous(Method):
         """Sum the gradients of all ranks into those of this rank's parts.  Collective."""
 
     def _update(self, count: float) -> None:
-        """Divide, clip and update; in one pass where nothing is clipped."""
+        """Divide, clip, count the step and update; in one pass where nothing is clipped."""
         if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
+            self.step += 1
             for part in self.parts:
                 terms = Terms((part.grads,), self._scale * count, parameters_are_read=self._parameters_are_read)
                 self._update_mean(part, terms)
             return
         divide(self.parts, self._scale * count)
         clip(self.parts, self.plan, self._over_model())
+        self.step += 1  # after what may yet refuse it
         update(self.optimizer, self.parts, self.plan, self.updates, self._over_tensors())
 
     @property

@@ -10,15 +10,18 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mpitrain._errors import InputError
-from mpitrain._typing import Array, Shape
+from mpitrain._typing import Array
 from mpitrain.data import Dataset, Standardise, Task
 from mpitrain.train.storage import write_atomic
 
 _FILE = "data.json"
+_Size = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,15 @@ class Facts:
         SHA-256 of what else was read, by name: each held-out set, and ``weights``.  Empty in runs that kept none.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")  # of what is read back
+
     task: Task
-    sample_shape: Shape
-    outputs: int
+    sample_shape: tuple[_Size, ...]
+    outputs: _Size
     class_names: tuple[str, ...] = ()
     feature_names: tuple[str, ...] = ()
-    mean: list[float] | None = None
-    scale: list[float] | None = None
+    mean: list[Any] | None = None
+    scale: list[Any] | None = None
     fingerprint: str = ""
     also_read: Mapping[str, str] = field(default_factory=dict)
 
@@ -117,13 +122,31 @@ class Facts:
         """
         path = directory / _FILE
         try:
-            found = json.loads(path.read_bytes())
-            tuples = {name: tuple(found[name]) for name in ("sample_shape", "class_names", "feature_names")}
-            return cls(**{**found, **tuples})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            found: Facts = TypeAdapter(cls).validate_json(path.read_bytes())
+            found._check_scaling()
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(
-                f"{path}: cannot be read", got=str(error), remedy="name a run directory that mpitrain wrote"
+                f"{path}: cannot be read", got=_first(error), remedy="name a run directory that mpitrain wrote"
             ) from error
+        return found
+
+    def _check_scaling(self) -> None:
+        """Raise a ValueError unless inputs can be scaled as it says, or are not to be."""
+        if self.mean is None and self.scale is None:
+            return
+        mean, scale = (np.asarray(each, np.float64) for each in (self.mean, self.scale))
+        if not mean.shape == scale.shape == self.sample_shape:
+            raise ValueError(f"mean and scale of shapes {mean.shape} and {scale.shape}, not {self.sample_shape}")
+        if not (np.isfinite(mean) & np.isfinite(scale) & (scale > 0)).all():
+            raise ValueError("a mean or scale that inputs cannot be scaled by")
+
+
+def _first(error: Exception) -> str:
+    """Return what is wrong, on one line: the first of all complaints."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    return ": ".join([*(str(part) for part in first["loc"]), first["msg"]])
 
 
 def rows_sha256(dataset: Dataset) -> str:

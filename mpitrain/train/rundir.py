@@ -103,6 +103,13 @@ class RunDirectory:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def read_fingerprint(self) -> dict[str, str]:
+        """Return the fingerprint of where a reproducible run ran last; empty if none was kept, or it is damaged."""
+        found = self.read_environment().get("fingerprint")
+        if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
+            return found
+        return {}
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a line to the metrics; it is with the operating system when this returns.
 

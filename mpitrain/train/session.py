@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from os import PathLike
 from pathlib import Path
@@ -31,6 +31,7 @@ from mpitrain.train.trainer import Trainer
 _MAY_CHANGE = (
     "name",
     "data.path",  # what is there is compared
+    "data.weights",  # likewise
     "method.kind",  # the same steps, however they are divided
     "method.stage",
     "method.schedule",
@@ -218,14 +219,19 @@ def _check_not_past_the_end(parts: Assembly, saved: Checkpoint, comm: Communicat
 def _check_same_data(parts: Assembly, directory: RunDirectory, comm: Communicator) -> None:
     """Refuse to continue a run on other data, wherever they lie now; compared is what the run has kept of its own."""
     with agree(comm):
-        kept = Facts.read(directory.path).digests if comm.rank == 0 else {}
-        now = parts.samples.facts.digests
-        others = [name for name, digest in kept.items() if digest != now.get(name)]
+        others = _others(directory, parts.samples.facts.digests) if comm.rank == 0 else []
         if others:
             raise JobError(
                 "the data are not those that the run was started with", operation=f"resume {directory.path}",
                 got=f"others for {', '.join(others)}", remedy="restore them, or start anew with train.warm_start",
             )  # fmt: skip
+
+
+def _others(directory: RunDirectory, now: Mapping[str, str]) -> list[str]:
+    """Return the names of what a run has read otherwise; held-out sets that it kept nothing of are passed over."""
+    kept = Facts.read(directory.path).digests
+    names = [*kept, *({"weights"} & now.keys() - kept.keys())]
+    return [name for name in names if kept.get(name) != now.get(name)]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -261,7 +267,7 @@ def _keep_what_runs(
 
 def _tell_of_other_bits(directory: RunDirectory, bits: Fingerprint, observer: Observer) -> None:
     """Say so if a run goes on where other bits are to be expected than where it was before."""
-    changed = changes(directory.read_environment().get("fingerprint", bits), bits)
+    changed = changes(directory.read_fingerprint() or bits, bits)
     if changed:
         observer.on_note(f"not where the run was before, so that the bits may be others from here on: {changed}")
 

@@ -136,6 +136,13 @@ def test_keys_name_step_microbatch_and_share():
     assert len(set(found)) == 4
 
 
+def test_of_no_samples_nothing_is_predicted():
+    """A function that flattens samples in the usual words, which fail where there are none."""
+    model = JaxModel(loss_sum, parameters(), lambda params, inputs: outputs(params, inputs.reshape(len(inputs), -1)))
+    found = model.predict(FlatBuffer(model.layout), np.zeros((0, 3, 2)))
+    assert (found.shape, found.dtype) == ((0, CLASSES), np.float64)
+
+
 def test_misuse_is_an_error():
     inputs, labels = samples()
     mean = JaxModel(lambda params, batch, key: loss_sum(params, batch, key) / len(batch["targets"]), parameters())

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpitrain._errors import InputError
-from mpitrain.arrays import Layout, Segment, Shard
+from mpitrain.arrays import FlatBuffer, Key, Layout, Segment, Shard
 
 GROUPS = ("decay", "no_decay", "statistics")
 
@@ -219,3 +219,27 @@ def test_padding_is_what_no_tensor_takes(dtype):
         taken[start:stop] = True
     assert taken.all()
     assert Layout.build([]).padding() == ()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Segment(0, (2,)), "^Segment: name is of another kind; got int: 0; expected a dotted path"),
+        (lambda: Segment("a", 2), "^Segment: global_shape is of another kind; got int: 2; expected a tuple"),
+        (lambda: Segment("a", (2.5,)), "^Segment: a length in global_shape is not an integer; got 2.5"),
+        (lambda: Segment("a", (-1,)), "^Segment: a length in global_shape is too small; got -1"),
+        (lambda: Layout.build(None), "^Layout: segments is of another kind; got NoneType"),
+        (lambda: Layout.build(["a"]), "^Layout: one of segments is of another kind; got str: 'a'; expected a Segment"),
+        (lambda: small("floaty"), "^Layout: not a dtype; got 'floaty'; expected a dtype"),
+        (lambda: small(None), "^Layout: not a dtype; got None"),
+        (lambda: small([]), r"^Layout: not a dtype; got \[\]"),
+        (lambda: small().astype(7), "^Layout: not a dtype; got 7"),
+        (lambda: FlatBuffer(None), "^FlatBuffer: layout is of another kind; got NoneType: None; expected a Layout"),
+        (lambda: Key(0).at(2.5), "^Key: step is not an integer; got 2.5"),
+        (lambda: Key(0, step=None), "^Key: step is not an integer; got None"),
+        (lambda: Key(0).at(1 << 32), "^key: the step is out of range; got 4294967296"),
+    ],
+)
+def test_other_kinds_are_refused_in_one_line(make, message):
+    with pytest.raises(InputError, match=message):
+        make()

@@ -70,6 +70,27 @@ def test_a_batch_is_as_long_as_its_inputs():
     assert len(Batch(inputs[:0], np.zeros(0, np.int64), np.arange(0))) == 0
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"index": None}, r"^Batch: index has no rows; got None; expected an array of .*; .*index=numpy.arange\(n\)$"),
+        ({"index": np.arange(2)}, "^Batch: index has another number of rows than inputs; got 2; expected 3$"),
+        ({"index": np.arange(3.0)}, r"^Batch: index is not an integer .*; got float64 of shape \(3,\); of a batch"),
+        ({"index": np.zeros((3, 1), int)}, r"^Batch: index is not an integer .*; got int64 of shape \(3, 1\)"),
+        ({"inputs": [[1.0], [2.0], [3.0]]}, "^Batch: inputs has no rows; got .*; convert inputs with numpy.asarray$"),
+        ({"inputs": np.array(1.0)}, r"^Batch: inputs has no rows; got array\(1.0?\); expected an array of shape"),
+        ({"targets": np.zeros(4)}, "^Batch: targets has another number of rows than inputs; got 4; expected 3$"),
+        ({"weights": np.ones(2)}, "^Batch: weights has another number of rows than inputs; got 2; expected 3$"),
+        ({"weights": 1.0}, "^Batch: weights has no rows; got 1.0; "),
+    ],
+    ids=str,
+)
+def test_a_batch_of_other_kinds_is_refused_in_one_line(wrong, message):
+    right = {"inputs": np.zeros((3, 1)), "targets": np.zeros(3), "index": np.arange(3)}
+    with pytest.raises(InputError, match=message):
+        Batch(**right | wrong)
+
+
 def test_kinds_of_float():
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     assert is_bfloat16(bfloat16)

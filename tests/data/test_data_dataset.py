@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from mpitrain import data
 from mpitrain._errors import DataError, InputError
 from mpitrain.data import Dataset, Selection
 from mpitrain.data import dataset as dataset_module
@@ -236,3 +237,59 @@ def test_checking_and_splitting_a_memory_map_never_holds_it_whole(tmp_path, monk
     with pytest.raises(DataError, match=r"row 8191 .*column 16383 "):
         part.check(8100)
     assert 0 < max(seen) <= dataset_module.BLOCK_BYTES
+
+
+@pytest.mark.parametrize("names", ["abc", None, 3, (1, 2, 3)], ids=str)
+def test_names_are_strings(names):
+    for what in ("class_names", "feature_names", "target_names"):
+        with pytest.raises(
+            DataError, match=rf"^sales.npy: {what} are no names; got .*; expected a sequence of strings$"
+        ):
+            table(**{what: names})
+
+
+def test_names_may_be_an_array():
+    """As scikit-learn has them."""
+    assert table(feature_names=np.array(["a", "b", "c"])).feature_names == ("a", "b", "c")
+
+
+TAKERS = {
+    "loader": lambda rows: data.Loader(rows, 2, seed=0),
+    "evaluation": lambda rows: list(data.evaluation_batches(rows, 2)),
+    "split": lambda rows: data.split(rows, seed=0),
+    "split_end": data.split_end,
+    "Standardise.fit": data.Standardise.fit,
+    "partition": lambda rows: data.partition("block", rows, 2, seed=0),
+    "missing_classes": lambda rows: data.missing_classes(rows, np.zeros(7, int), 2),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_who_takes_a_data_set_takes_no_array(taker):
+    with pytest.raises(
+        InputError, match=f"^{taker}: dataset is of another kind; got ndarray: .*; expected a Dataset, "
+    ):
+        TAKERS[taker](np.zeros((7, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda rows: list(data.evaluation_batches(rows, 2, -1, 2)), "^evaluation: no such rank; got rank -1 of 2"),
+        (lambda rows: list(data.evaluation_batches(rows, 2, 0, -1)), "^evaluation: size is too small; got -1"),
+        (
+            lambda rows: list(data.evaluation_batches(rows, 2, 0.5, 2)),
+            "^evaluation: rank is of another kind; got float",
+        ),
+        (lambda rows: data.Loader(rows, 2, seed=0, size=None), "^loader: size is not an integer; got None"),
+        (lambda rows: data.Loader(rows, 2, seed=0, sampling=[]), r"^unknown sampling; got '?\[\]'?; expected"),
+        (lambda rows: data.Loader(rows, 2, seed=0, dtype=None), "^loader: not a dtype; got None; expected float32 or"),
+        (lambda rows: data.partition("block", rows, 2.0, seed=0), "^partition: parts is not an integer; got 2.0"),
+        (lambda rows: data.missing_classes(rows, np.zeros(7, int), 0), "^missing_classes: parts is too small; got 0"),
+        (lambda rows: data.load("digits", 3), "^load: options is of another kind; got int: 3; expected a mapping"),
+        (lambda rows: data.load(["digits"]), "^unknown data set; got "),
+    ],
+)
+def test_other_kinds_are_refused_in_one_line(make, message):
+    with pytest.raises(InputError, match=message):
+        make(table())

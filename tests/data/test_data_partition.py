@@ -126,7 +126,7 @@ def test_bad_partitions():
         partition("weighted", whole, 2, seed=0)
     with pytest.raises(InputError, match=r"partition 'block': unknown option; got 'capacities'; expected none"):
         partition("block", whole, 2, seed=0, options={"capacities": [1, 1]})
-    with pytest.raises(InputError, match=r"partition: too few parts; got 0"):
+    with pytest.raises(InputError, match=r"partition: parts is too small; got 0"):
         partition("block", whole, 0, seed=0)
 
 

@@ -257,7 +257,9 @@ def test_pool_keeps_shapes_and_dtypes_apart():
         (lambda: nn.Conv2d(1, 2, 3, stride=0), "Conv2d: stride is wrong; got 0"),
         (lambda: nn.MaxPool2d(2.5), "MaxPool2d: kernel_size is wrong; got 2.5"),
         (lambda: nn.AvgPool2d(2, stride=True), "AvgPool2d: stride is wrong; got True"),
-        (lambda: nn.LayerNorm(2, eps=-1), r"LayerNorm: eps is wrong; got -1; expected a number in \(0, inf\)"),
+        (lambda: nn.LayerNorm(2, eps=-1), r"LayerNorm: eps is wrong; got -1; expected a number in \[1e-30, inf\)"),
+        (lambda: nn.LayerNorm(2, eps=1e-50), "LayerNorm: eps is wrong; got 1e-50"),
+        (lambda: nn.BatchNorm(2, eps=1e-50), "BatchNorm: eps is wrong; got 1e-50"),
         (lambda: nn.LayerNorm(2, eps=float("inf")), "LayerNorm: eps is wrong; got inf"),
         (lambda: nn.BatchNorm(2, momentum="0.1"), r"momentum is wrong; got '0.1'; expected a number in \[0, 1\]"),
         (lambda: nn.BatchNorm(2, momentum=True), "BatchNorm: momentum is wrong; got True"),
@@ -269,6 +271,20 @@ def test_pool_keeps_shapes_and_dtypes_apart():
         (lambda: nn.CausalAttention(0), "CausalAttention: heads is wrong; got 0"),
         (lambda: nn.GPT(5, 4, width=6, heads=4), "GPT: width is not a multiple of heads; got 6 and 4"),
         (lambda: nn.GPT(5, 4, layers=0), "GPT: layers is wrong; got 0"),
+        (lambda: nn.GPT(5, 4, dropout=None), "Dropout: p is wrong; got None"),
+        (
+            lambda: nn.Linear(int, 3),
+            "Linear: inputs is wrong; got <class 'int'>; expected a whole number of at least 1",
+        ),
+        (lambda: nn.Linear(np.array([1, 2]), 3), r"Linear: inputs is wrong; got array\(\[1, 2\]\)"),
+        (
+            lambda: nn.CrossEntropy(unit=1),
+            "CrossEntropy: unit is of another kind; got int: 1; expected what a token is",
+        ),
+        (
+            lambda: nn.Network(nn.Linear(2, 2), nn.CrossEntropy(), None),
+            "network: not a dtype; got None; expected float",
+        ),
         (lambda: nn.Recompute(None), "Recompute: layer is of another kind; got NoneType"),
     ],
 )

@@ -147,3 +147,13 @@ def test_public_names_are_sorted_and_there():
 def test_registries_use_the_names_of_their_classes():
     for registry in (OPTIMIZERS, SCHEDULES):
         assert all(cls.name == name for name, cls in registry.items())
+
+
+def test_a_warm_up_warms_a_schedule_up():
+    with pytest.raises(InputError, match=r"^WarmUp: schedule is of another kind; got float: 0.1; expected a Schedule"):
+        optim.WarmUp(schedule=0.1, steps=2)
+
+
+def test_a_choice_is_a_word():
+    with pytest.raises(InputError, match=r"^lamb: adapt is not allowed; got array\(\[1, 2\]\); expected '"):
+        optim.LAMB(adapt=np.array([1, 2]))

@@ -176,12 +176,13 @@ CLIPPING: dict[str, Make] = {
     "gradient": GradientParallel,
     "pipeline": PipelineParallel,
     "lanes": lambda comm: ReproducibleDataParallel(comm, lanes=2),
+    "averaging": lambda comm: ModelAveraging(comm, average_every=1),
 }
 
 
 @pytest.mark.parametrize("name", CLIPPING)
 def test_a_norm_that_overflows_ends_all_ranks(name):
-    """Clipping by it would make every gradient 0."""
+    """Clipping by it would make every gradient 0; the step is not taken, and not counted."""
 
     def check(comm: Communicator) -> None:
         network = Network(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), nn.MeanSquaredError(), np.float64)
@@ -190,7 +191,7 @@ def test_a_norm_that_overflows_ends_all_ranks(name):
         before = method.weights_sha256()
         with pytest.raises(NonFiniteError, match=r"too large for its norm.*; got a norm of inf; .*clip_value"):
             method.advance(RowsFeed(STEEP, 8), until=1)
-        assert method.weights_sha256() == before
+        assert (method.step, method.weights_sha256()) == (0, before)
 
     LocalWorld(2, timeout_s=20).run(check)
 

@@ -12,6 +12,7 @@ from mpitrain.comm import LocalWorld
 from mpitrain.method.state import Piece, State
 from mpitrain.train import checkpoint
 from mpitrain.train.environment import describe_environment
+from mpitrain.train.facts import Facts
 from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.storage import write_atomic
 
@@ -165,3 +166,49 @@ def test_the_environment_is_told_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     found = LocalWorld(1).run(describe_environment)[0]
     assert found["git_commit"] is None
+
+
+KEPT = {
+    "task": "classification", "sample_shape": [2], "outputs": 3, "class_names": ["a", "b", "c"],
+    "feature_names": [], "mean": [0.5, 1.0], "scale": [1.0, 2.0], "fingerprint": "00", "also_read": {"test": "11"},
+}  # fmt: skip
+DAMAGED = {
+    "nothing": b"",
+    "cut short": json.dumps(KEPT).encode()[:-20],
+    "no text": b"\xff\xfe\x00",
+    "a list": b"[1, 2]",
+    **{
+        f"{name} = {value}": json.dumps(KEPT | {name: value}).encode()
+        for name, value in (
+            ("also_read", None), ("also_read", ["test"]), ("also_read", {"test": 1}), ("fingerprint", None),
+            ("task", "clustering"), ("sample_shape", [2.5]), ("sample_shape", 2), ("sample_shape", [-2]),
+            ("sample_shape", [3]), ("outputs", "3"), ("outputs", True), ("class_names", None), ("class_names", "abc"),
+            ("feature_names", [1]), ("mean", None), ("mean", 0.5), ("mean", [0.5]), ("mean", [[0.5, 1.0]]),
+            ("mean", [0.5, None]), ("mean", [0.5, [1.0]]), ("scale", [1.0, 0.0]), ("scale", ["x", "y"]),
+            ("colour", "red"),
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_what_is_kept_of_the_data_is_refused_in_one_line_when_it_is_damaged(tmp_path, text):
+    (tmp_path / "data.json").write_bytes(text)
+    with pytest.raises(InputError, match=r"^\S*data\.json: cannot be read; got .*; name a run directory .*$") as caught:
+        Facts.read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_kept_of_the_data_is_read_back(tmp_path):
+    facts = Facts("regression", (2, 1), 1, (), ("a", "b"), [[0.1], [1e-300]], [[1.0], [2.0]], "00", {"test": "11"})
+    facts.write(tmp_path)
+    assert Facts.read(tmp_path) == facts
+
+
+@pytest.mark.parametrize("kept", [None, "x86", ["BLAS"], {"BLAS": 1}], ids=str)
+def test_a_damaged_fingerprint_is_none(tmp_path, kept):
+    run = RunDirectory(tmp_path)
+    run.write_environment({"fingerprint": kept})
+    assert run.read_fingerprint() == {}
+    run.write_environment({"fingerprint": {"BLAS": "x"}})
+    assert run.read_fingerprint() == {"BLAS": "x"}

@@ -75,7 +75,12 @@ def test_a_run_goes_on_with_its_own_weights_only(tmp_path, load):
     other = drawing(load, weights, first=5.0, steps=7)
     with pytest.raises(JobError, match=r"data are not those that .*; got others for weights; restore them"):
         train(other, ranks=1, resume=run)
-    assert train(drawing(load, weights, steps=7), ranks=1, resume=run)["steps"] == 7
+    assert train(drawing(load, tmp_path / "moved.npy", steps=7), resume=run)["steps"] == 7
+    facts = json.loads((run / "data.json").read_text())
+    del facts["also_read"]["weights"]
+    (run / "data.json").write_text(json.dumps(facts))  # as if it had drawn without any
+    with pytest.raises(JobError, match="got others for weights"):
+        train(drawing(load, weights, steps=8), ranks=1, resume=run)
 
 
 def test_a_run_goes_on_with_its_own_held_out_rows_only(tmp_path, load):

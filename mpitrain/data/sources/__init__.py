@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mpitrain._options import choose
+from mpitrain._options import check_kind, choose
 from mpitrain.data.dataset import Dataset
 from mpitrain.data.options import call
 from mpitrain.data.sources.numpy_files import npy, npz
@@ -53,7 +53,9 @@ def load(name: str, options: Mapping[str, Any] | None = None, *, check: bool = T
         The data are missing, unreadable or unusable.
     """
     source = choose(DATASETS, "data set", name)
-    dataset = call(source, f"data set {name!r}", options=options or {})
+    options = {} if options is None else options
+    check_kind("load", "options", options, Mapping, "a mapping of the source's options")
+    dataset = call(source, f"data set {name!r}", options=options)
     if check:
         dataset.cover().check()
     return dataset
