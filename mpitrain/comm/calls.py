@@ -93,11 +93,11 @@ class Handle(Protocol):
     """An operation that a backend has begun."""
 
     def wait(self) -> None:
-        """Block until it is complete."""
+        """Block until it is complete; raise what it failed with, again when called again."""
         ...
 
     def test(self) -> bool:
-        """Tell whether it is complete."""
+        """Tell whether it is complete, or has failed, which `wait` says."""
         ...
 
 

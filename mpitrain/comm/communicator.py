@@ -111,7 +111,7 @@ class Communicator(Collectives, Messages):
         axis : str
             Name under which the ledger counts it.
         """
-        self._check_open("split")
+        self._watch.check_open("split")
         color, key = checks.color(color), checks.key(key)
         with self._together(Prepared(f"split(axis={axis!r})", [], lambda: None)):
             part = self._split(color, key, axis)
@@ -177,7 +177,7 @@ class Communicator(Collectives, Messages):
         -----
         Released when no rank holds the array or a view of it any more, however the processes end.
         """
-        self._check_open("empty")
+        self._watch.check_open("empty")
         return self._moves().empty(checks.shape("empty", shape), dtypes.memory("empty", dtype))
 
     def allreduce_plan(self, buffer: Any, op: str = "sum", in_place: bool = False) -> AllreducePlan:
@@ -204,7 +204,7 @@ class Communicator(Collectives, Messages):
         Of a buffer of n bytes from `empty`, each of p ranks reads n bytes and writes n/p, or n in place; two fences.
         Small ones, of up to 1.5 KB where loops are compiled, are copied to the others, who combine all; one fence.
         """
-        self._check_open("allreduce_plan")
+        self._watch.check_open("allreduce_plan")
         target = plan.check(buffer, op)
         memory = target.host()
         planned = self._moves().plan(memory, op, in_place)
@@ -245,7 +245,7 @@ class Communicator(Collectives, Messages):
         -----
         Released when no rank holds the array or a view of it any more, however the processes end.
         """
-        self._check_open("shared")
+        self._watch.check_open("shared")
         return self._moves().shared(checks.shape("shared", shape), dtypes.memory("shared", dtype))
 
     def reduce_scatter_plan(self, buffer: Array, op: str = "sum", in_rank_order: bool = False) -> ReduceScatterPlan:
@@ -274,7 +274,7 @@ class Communicator(Collectives, Messages):
         Of a buffer of n bytes from `empty`, each of p ranks reads n bytes and writes n/p; two fences, and nothing is
         sent within a node.  Elsewhere it is a `reduce_scatter`.
         """
-        self._check_open("reduce_scatter_plan")
+        self._watch.check_open("reduce_scatter_plan")
         return shard_plans.reduce_scatter(self, buffer, op, in_rank_order)
 
     def allgather_plan(self, buffer: Array, begin: int, end: int) -> AllgatherPlan:
@@ -298,5 +298,5 @@ class Communicator(Collectives, Messages):
         For a buffer from `shared` it is one fence, and across nodes an exchange of shards; else an `allgather`, for
         which the shards must lie in the order of the ranks.
         """
-        self._check_open("allgather_plan")
+        self._watch.check_open("allgather_plan")
         return shard_plans.allgather(self, buffer, begin, end)

@@ -17,7 +17,6 @@ from weakref import WeakSet
 
 import numpy as np
 
-from mpitrain._errors import CommunicationError
 from mpitrain._typing import Array
 from mpitrain.arrays.dtypes import accumulator
 from mpitrain.comm import algorithms, prepare
@@ -58,7 +57,6 @@ class Engine(ABC):
         self.ledger = ledger
         self._watch = watch or Watch(ledger.axis)
         self._checker: Checker | None = None
-        self._freed = False
         self._under_way: list[Handle] = []
         self._node: Communicator | None = None
         self._leaders: tuple[Communicator | None] | None = None
@@ -140,7 +138,7 @@ class Engine(ABC):
     @property
     def plain(self) -> bool:
         """Whether calls may take the short way (`mpitrain.comm.direct`): nothing looks at each of them."""
-        return self._checker is None and self._tuning is None and not self._freed
+        return self._checker is None and self._tuning is None and not self._watch.freed
 
     @property
     def tuning(self) -> Table | None:
@@ -251,7 +249,7 @@ class Engine(ABC):
         What it made for itself (`node`, `leaders`, those of its algorithms and its transport) goes with it, what was
         split from it does not.
         """
-        if self._freed:
+        if self._watch.freed:
             return
         with self._together(Prepared("free()", [], lambda: None)):
             for handle in self._under_way:
@@ -259,7 +257,7 @@ class Engine(ABC):
             self._under_way.clear()
             for made in reversed(self._made):
                 made.free()
-            self._freed = True
+            self._watch.freed = True
             self._devices = None  # and its page-locked memory
             self._shorten()
             for entry in self._entries:
@@ -288,7 +286,7 @@ class Engine(ABC):
 
     def _complete(self, prepared: Prepared, algorithm: str | None = None) -> Any:
         """Perform what was prepared and return its result."""
-        self._check_open(prepared.operation)
+        self._watch.check_open(prepared.operation)
         prepared = self._assign(algorithms.assign(self, prepared, algorithm))
         self.ledger.record(prepared)
         watch = self._watch
@@ -332,7 +330,7 @@ class Engine(ABC):
         What was begun is kept here until it is complete, even if the request is dropped or a later part of it cannot
         be begun: the backend still uses its buffers.
         """
-        self._check_open(prepared.operation)
+        self._watch.check_open(prepared.operation)
         self.ledger.record(prepared)
         meetings = self._checker.announce(prepared) if self._checker else ()
         self._under_way = [each for each in self._under_way if not each.test()]
@@ -341,7 +339,3 @@ class Engine(ABC):
             handles.append(self._begin(call) if call.stream is None else self._device_moves().begin(call))
             self._under_way.append(handles[-1])
         return Request(handles, prepared.finish, prepared, self._watch, meetings)
-
-    def _check_open(self, operation: str) -> None:
-        if self._freed:
-            raise CommunicationError("the communicator was freed", operation=operation)

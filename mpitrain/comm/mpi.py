@@ -265,36 +265,52 @@ class MpiCommunicator(Communicator):
 
 
 class _MpiHandle:
-    """A request of MPI's, and the call whose memory it uses."""
+    """A request of MPI's, and the call whose memory it uses until it is complete.
+
+    How it ended is kept: MPI forgets a request that is complete, failed ones too, and would say that all is well.
+    """
 
     def __init__(self, call: Call, request: MPI.Request) -> None:
-        self._call, self._request = call, request
-        self._status = MPI.Status()
-        self._done = False  # MPI forgets a completed request, and would overwrite its status
+        self._call: Call | None = call
+        self._request = request
+        self._failure: CommunicationError | None = None
 
     def wait(self) -> None:
-        if not self._done:
-            with _translated(self._call):
-                self._request.Wait(self._status)
-            self._done = True
-        self._check_length()
+        self._look(self._request.Wait)
+        if self._failure is not None:
+            raise self._failure
 
     def test(self) -> bool:
-        if not self._done:
-            with _translated(self._call):
-                self._done = bool(self._request.Test(self._status))
-        return self._done
+        return self._look(self._request.Test)
 
-    def _check_length(self) -> None:
-        recv = self._call.recv
-        if self._call.operation != "recv" or recv is None:
-            return
-        got = self._status.Get_elements(MPI.BYTE)  # Get_count ends at 2 GiB where the library has 32-bit counts
-        if got != recv.nbytes:
-            raise MismatchError(
-                f"a message of another size came from rank {self._call.peer}", operation="recv",
-                got=f"{got} bytes", expected=f"{recv.nbytes}",
-            )  # fmt: skip
+    def _look(self, ask: Callable[[MPI.Status], bool]) -> bool:
+        """Tell whether it is complete."""
+        call = self._call
+        if call is None:
+            return True
+        status = MPI.Status()
+        try:
+            with _translated(call):
+                complete = ask(status)
+            if complete:
+                _check_length(call, status)
+        except CommunicationError as error:
+            complete, self._failure = True, error
+        if complete:
+            self._call = None
+        return complete
+
+
+def _check_length(call: Call, status: MPI.Status) -> None:
+    """Refuse a message that is shorter than what was to be received."""
+    if call.operation != "recv" or call.recv is None:
+        return
+    got = status.Get_elements(MPI.BYTE)  # Get_count ends at 2 GiB where the library has 32-bit counts
+    if got != call.recv.nbytes:
+        raise MismatchError(
+            f"a message of another size came from rank {call.peer}", operation="recv", got=f"{got} bytes",
+            expected=f"{call.recv.nbytes}",
+        )  # fmt: skip
 
 
 class _Joint:

@@ -34,17 +34,21 @@ class AllreducePlan:
     Calls are collective.
     """
 
-    __slots__ = ("_called", "_meter", "_run", "_watch", "buffer", "result")
+    __slots__ = ("_called", "_meter", "_run", "_watch", "_wrote", "buffer", "result")
 
     def __init__(self, buffer: Operand, planned: Planned, called: Prepared, meter: Meter, watch: Watch) -> None:
         self.buffer = buffer.given
         in_place = planned.result is buffer.view
         self.result = buffer.given if in_place else buffer.library.show(planned.result)
+        is_numpy = isinstance(buffer.given, np.ndarray)  # to which nobody need tell that it was written to
+        self._wrote = None if is_numpy else partial(buffer.library.wrote, self.result)
         self._run, self._called, self._meter, self._watch = planned.run, called, meter, watch
 
     def __call__(self) -> Any:
         """Reduce what the buffer holds now, and return the result.  Collective."""
         watch = self._watch
+        if watch.freed:
+            watch.check_open(self._called.operation)
         watch.current = self._called
         try:
             self._run()
@@ -52,6 +56,8 @@ class AllreducePlan:
             watch.current = None
             watch.count += 1
         self._meter.uses += 1
+        if self._wrote is not None:
+            self._wrote()
         return self.result
 
 

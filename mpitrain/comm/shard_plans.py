@@ -89,7 +89,7 @@ def reduce_scatter(comm: Communicator, buffer: Array, op: str, in_rank_order: bo
             run = watched(comm, Prepared("reduce_scatter_plan", [call], lambda: None, checked), planned.run)
             return ReduceScatterPlan(run, planned.begin, planned.end, planned.shard)
     if comm.size == 1:
-        return ReduceScatterPlan(lambda: None, begin, end, checked)
+        return ReduceScatterPlan(partial(comm._watch.check_open, "reduce_scatter_plan"), begin, end, checked)
     counts = [after - before for before, after in pairwise(cuts)]
     shard: Array = namespace(checked).empty(end - begin, checked.dtype)
     return ReduceScatterPlan(partial(comm.reduce_scatter, checked, op, counts, shard), begin, end, shard)
@@ -107,7 +107,7 @@ def allgather(comm: Communicator, buffer: Array, begin: int, end: int) -> Allgat
             call = Call("allgather", dtype=whole.dtype, send=whole[begin:end], recv=whole, counts=counts)
             return AllgatherPlan(watched(comm, Prepared("allgather_plan", [call], lambda: None, whole), planned), whole)
     if comm.size == 1:
-        return AllgatherPlan(lambda: None, whole)
+        return AllgatherPlan(partial(comm._watch.check_open, "allgather_plan"), whole)
     if owned != sorted(owned):
         raise InputError("the ranks' shards are not in the order of the ranks", operation="allgather_plan", got=owned)
     return AllgatherPlan(partial(comm.allgather, whole[begin:end], counts, whole), whole)
@@ -145,6 +145,7 @@ def watched(comm: Communicator, called: Prepared, run: Callable[[], object]) -> 
     watch, meter = comm._watch, comm.ledger.meter(called)
 
     def perform() -> None:
+        watch.check_open(called.operation)
         outer, watch.current = watch.current, called
         try:
             if comm._checker is not None:

@@ -32,7 +32,7 @@ def world() -> Communicator:
         The launcher started single ranks instead of one world.
     """
     global _world
-    if _world is None or _world._freed:
+    if _world is None or _world._watch.freed:
         mpi = _load()
         guard.check_launch(mpi.COMM_WORLD.Get_size())
         _world = Communicator.from_mpi(mpi.COMM_WORLD)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from mpitrain import _env
-from mpitrain._errors import InputError
+from mpitrain._errors import CommunicationError, InputError
 from mpitrain.comm import absence
 from mpitrain.comm.callsite import call_site, in_communicator
 from mpitrain.comm.tables import table
@@ -77,6 +77,8 @@ class Watch:
         Debug mode is waiting for the other ranks, with a deadline of its own.
     debug : bool
         Debug mode is on.
+    freed : bool
+        The communicator cannot be used any more.
     heard : absence.Heard, optional
         What other ranks last said about a call that takes long.
     """
@@ -91,7 +93,7 @@ class Watch:
         self.current: object = None
         self.aside: Callable[[], tuple[object, int] | None] | None = None
         self.count = 0
-        self.checking = self.debug = False
+        self.checking = self.debug = self.freed = False
         self.heard: absence.Heard | None = None
         self._seen: tuple[str | int, int] = (0, 0)
         self._since = 0.0
@@ -104,6 +106,11 @@ class Watch:
         if self.chosen_s is not None:
             return self.chosen_s
         return DEBUG_TIMEOUT_S if self.debug else DEFAULT_TIMEOUT_S
+
+    def check_open(self, operation: str) -> None:
+        """Refuse an operation on a communicator that was freed."""
+        if self.freed:
+            raise CommunicationError("the communicator was freed", operation=operation)
 
     @contextmanager
     def during(self, what: object) -> Iterator[None]:

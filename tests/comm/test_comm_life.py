@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from conformance import same
 
 from mpitrain import _env
-from mpitrain._errors import CommunicationError, InputError
+from mpitrain._errors import CommunicationError, InputError, MismatchError
 from mpitrain.comm import Communicator
 from mpitrain.comm.calls import Call, Handle
 from mpitrain.comm.local import alone
@@ -43,6 +44,61 @@ def test_what_was_begun_is_kept_though_the_rest_cannot_be_begun(monkeypatch: pyt
     with pytest.raises(CommunicationError, match="no more"):
         comm.iallreduce([np.zeros(1), np.zeros(1, "f4")])
     assert comm._under_way == begun  # for its memory is still in use
+
+
+class FailsOnce:
+    """A request of MPI's that fails and is forgotten, as they are."""
+
+    failed = False
+
+    def Wait(self, status: object) -> bool:  # noqa: N802
+        from mpi4py import MPI
+
+        if not self.failed:
+            self.failed = True
+            raise MPI.Exception(MPI.ERR_TRUNCATE)
+        return True
+
+    Test = Wait
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("looks", [0, 2])
+def test_what_failed_fails_whenever_it_is_waited_for_and_nothing_else_does(world: Communicator, looks: int) -> None:
+    from mpitrain.comm.mpi import _MpiHandle
+
+    handle = _MpiHandle(Call("broadcast", recv=np.zeros(2), root=0), FailsOnce())  # type: ignore[arg-type]
+    for _ in range(looks):
+        assert handle.test()
+    world._under_way.append(handle)
+    assert world.iallreduce(1).wait() == world.size
+    for _ in range(2):
+        with pytest.raises(MismatchError, match="another rank sent more"):
+            handle.wait()
+
+
+@pytest.mark.mpi
+def test_memory_is_let_go_of_once_its_call_was_waited_for(world: Communicator) -> None:
+    x = np.ones(3)
+    seen, request = weakref.ref(x), world.iallreduce(x, out=x)
+    request.wait()
+    del request, x
+    assert seen() is None
+
+
+@pytest.mark.mpi
+def test_no_plan_outlives_its_communicator(world: Communicator) -> None:
+    with world.split(0) as part:
+        plans: list[Callable[[], object]] = [part.allreduce_plan(np.ones(n), in_place=n > 3) for n in (3, 100_000)]
+        plans.append(part.allreduce_plan(part.empty(100_000)))
+        for buffer in (np.ones(100), part.empty(100), part.shared(100)):
+            scatter = part.reduce_scatter_plan(buffer, in_rank_order=True)
+            plans += [scatter, part.allgather_plan(buffer, scatter.begin, scatter.end)]
+        for plan in plans:
+            plan()
+    for plan in plans:
+        with pytest.raises(CommunicationError, match="the communicator was freed"):
+            plan()
 
 
 def mapped() -> int:

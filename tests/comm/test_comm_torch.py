@@ -81,6 +81,16 @@ def test_autograd_notices_what_was_overwritten(comm: Communicator) -> None:
 
 
 @on_ranks(2)
+def test_autograd_notices_what_a_plan_overwrote(comm: Communicator) -> None:
+    weight, x = torch.ones(3, requires_grad=True), torch.ones(3)
+    for plan in (comm.allreduce_plan(x), comm.allreduce_plan(x, in_place=True)):
+        loss = (weight * plan()).sum()
+        plan()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@on_ranks(2)
 def test_gradients_of_a_module(comm: Communicator) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1, bias=False))
     model(torch.full((4, 3), comm.rank + 1.0)).sum().backward()
