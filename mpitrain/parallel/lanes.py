@@ -114,7 +114,7 @@ class LaneSteps(Synchronous):
             self._reduce_lanes()
         self.step += 1
         with phase("update"):
-            divide(self.parts, self._scale * total.count)
+            divide(self.parts, self._passes.scale * total.count)
             clip(self.parts, self.plan, tiles=self._tiles)
             update(self.optimizer, self.parts, self.plan, self.updates, tiles=self._tiles)
         self._hand_out()
@@ -134,7 +134,7 @@ class LaneSteps(Synchronous):
 
     def _is_lanes_step_taken(self, total: Tally, tallies: list[Tally]) -> bool:
         """Tell what `Synchronous._is_taken` tells; without a scale of the loss, name the lanes at fault."""
-        if self._scaler:
+        if self._passes.scaler:
             return self._is_taken(not total.bad, [])
         self._check_lanes(total, tallies)
         return True

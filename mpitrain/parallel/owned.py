@@ -122,7 +122,7 @@ class OwnedParameters(Synchronous):
 
     def _round(self) -> None:
         """Write this rank's shards to where they are gathered, in 16 bits."""
-        with self._overflowing():
+        with self._passes.overflowing():
             for place, part in zip(self._places, self.parts, strict=True):
                 place[...] = part.params
 

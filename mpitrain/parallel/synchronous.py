@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +17,7 @@ import numpy as np
 from mpitrain._errors import InputError
 from mpitrain._options import check_kind, check_whole
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, is_cupy, plain
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Layout, ParameterSource, is_cupy, plain
 from mpitrain.arrays.box import box_size
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
@@ -43,8 +42,9 @@ from mpitrain.method.steps import (
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite
 from mpitrain.parallel import in_place
-from mpitrain.parallel.checks import check_parts, checked, microbatches_of, two_numbers
+from mpitrain.parallel.checks import check_parts, checked, microbatches_of
 from mpitrain.parallel.in_place import CommonGradients
+from mpitrain.parallel.passes import Passes
 from mpitrain.parallel.tally import Tally
 from mpitrain.parallel.whole import whole_tensor
 
@@ -79,6 +79,8 @@ class Synchronous(Method):
         Steps done since training began.
     skipped : int
         Of these, the ones that changed nothing, see `Precision`.
+    rounded : FlatBuffer, optional
+        The parameters in 16 bits that passes read, where these are a copy of ``params``; None where they are not.
 
     Notes
     -----
@@ -92,6 +94,7 @@ class Synchronous(Method):
 
     grads: Gradients
     parts: tuple[Part, ...]
+    rounded: FlatBuffer | None = None
 
     def __init__(
         self,
@@ -126,11 +129,9 @@ class Synchronous(Method):
         for comm in filter(None, (self.comm, self.across)):  # first, for how memory is laid out follows from these
             verify_settings(comm, optimizer, plan)
         self.step = self.skipped = 0
-        self._scaler, self._scale = (self.precision.scaler() if self.precision else None), 1.0
         self._feed: Feed | None = None
         self._terms = [segment.name for segment in model.layout if segment.axes - {"data"}]
-        if self.precision:
-            self._mixed = self.precision.check(model, self._allocator(0, model.layout.dtype))
+        self._passes = Passes(model, plan.key, self.precision, self._allocator)
         self._allocate(self._held(model.layout))
         self._initialise()
 
@@ -214,7 +215,7 @@ class Synchronous(Method):
     @property
     def loss_scale(self) -> float | None:
         """What the next step's loss is multiplied by; None where it is not scaled."""
-        return self._scaler.scale if self._scaler else None
+        return self._passes.scaler.scale if self._passes.scaler else None
 
     @property
     def updates(self) -> int:
@@ -286,10 +287,10 @@ class Synchronous(Method):
         """Divide, clip and update; in one pass where nothing is clipped."""
         if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
             for part in self.parts:
-                terms = Terms((part.grads,), self._scale * count, parameters_are_read=self._parameters_are_read)
+                terms = Terms((part.grads,), self._passes.scale * count, parameters_are_read=self._parameters_are_read)
                 self._update_mean(part, terms)
             return
-        divide(self.parts, self._scale * count)
+        divide(self.parts, self._passes.scale * count)
         clip(self.parts, self.plan, self._over_model())
         update(self.optimizer, self.parts, self.plan, self.updates, self._over_tensors())
 
@@ -311,39 +312,17 @@ class Synchronous(Method):
 
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
         """Sum the gradients of this rank's samples, times the scale of this step, into ``grads``."""
-        grads.zero()
-        self._scale = self._scaler.scale if self._scaler else 1.0
-        rng = self.plan.key.child("train").at(self.step)
-        loss_sum = count = 0.0
-        for number, batch in enumerate(microbatches):
-            key = rng.child(f"microbatch{number}")
-            loss, weight = two_numbers(self._pass(batch, grads, key, reduce))
-            loss_sum, count = loss_sum + loss, count + weight
-            grads.end_pass()
+        loss_sum, count = self._passes.gradients(self._to_read(), microbatches, grads, reduce, self.step)
         samples = sum(len(batch) for batch in microbatches)
         return Tally(loss_sum, count, samples, float(self._stop), float(not np.isfinite(loss_sum + count)))
 
-    def _pass(self, batch: Batch, grads: Gradients, key: Key, reduce: Reduce | None) -> Any:
-        """Run the model forward and backward."""
-        if self.precision is None:
-            return self.model.loss_and_gradients(self._read, batch, grads, key, reduce)
-        with self._overflowing():
-            return self._mixed.scaled_gradients(self._read, batch, grads, key, reduce, self._scale)
-
-    @property
-    def _read(self) -> ParameterSource:
-        """Where passes read parameters; in 16 bits, they are others than those that are updated."""
-        return self.params
-
-    @property
-    def rounded(self) -> FlatBuffer | None:
-        """The parameters in 16 bits that passes read, where these are a copy of ``params``; None where they are not."""
-        read = self._read
-        return read if isinstance(read, FlatBuffer) and read is not self.params else None
-
-    def _overflowing(self) -> AbstractContextManager[Any]:
-        """Return a context in which float16 may overflow, for that is looked for, without a warning."""
-        return np.errstate(over="ignore", invalid="ignore") if self._scaler else nullcontext()
+    def _to_read(self) -> ParameterSource:
+        """Return what the passes of a step read: the parameters, or their copy in 16 bits, made anew."""
+        if self.rounded is None:
+            return self.params
+        with self._passes.overflowing():
+            self.rounded.flat[...] = self.params.flat
+        return self.rounded
 
     def _step_in_place(self, grads: CommonGradients, own: Tally, microbatches: list[Batch]) -> Tally:
         """Take the rest of a step: all ranks' gradients are summed, divided and used in one pass."""
@@ -407,10 +386,10 @@ class Synchronous(Method):
         NonFiniteError
             They are not, and the loss is not scaled, or too many steps in a row were skipped.
         """
-        if self._scaler is None:
+        if self._passes.scaler is None:
             self._check_finite(good, microbatches)
             return True
-        self._scaler.judge(good, self.step + 1)
+        self._passes.scaler.judge(good, self.step + 1)
         self.skipped += not good
         return good
 
@@ -456,8 +435,8 @@ class Synchronous(Method):
         scalars: dict[str, Any] = {"step": self.step}
         if self.skipped:
             scalars["skipped"] = self.skipped
-        if self._scaler:
-            scalars["loss_scale"] = self._scaler.state()
+        if self._passes.scaler:
+            scalars["loss_scale"] = self._passes.scaler.state()
         return State(tuple(pieces), scalars)
 
     def load(self, scalars: Mapping[str, Any], read: Read) -> None:
@@ -467,8 +446,8 @@ class Synchronous(Method):
                 fill(f"optimizer.{slot}", array, part.shard, read)
         self.load_parameters(read)
         self.step, self.skipped = int(scalars["step"]), int(scalars.get("skipped", 0))
-        if self._scaler and "loss_scale" in scalars:
-            self._scaler.load(scalars["loss_scale"])
+        if self._passes.scaler and "loss_scale" in scalars:
+            self._passes.scaler.load(scalars["loss_scale"])
 
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""

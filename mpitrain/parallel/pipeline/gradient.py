@@ -77,13 +77,6 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
         )  # fmt: skip
 
     @property
-    def _read(self) -> FlatBuffer:
-        return self.params
-
-    def _round_to_read(self) -> None:
-        """Nothing to do: each owner rounds what it has updated, before it is gathered."""
-
-    @property
     def _apart(self) -> Collection[str]:
         return self._ties.shared
 

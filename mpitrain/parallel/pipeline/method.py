@@ -22,7 +22,6 @@ from mpitrain.arrays import (
     FlatBuffer,
     GradientBuffer,
     Gradients,
-    Key,
     Layout,
     Segment,
 )
@@ -173,7 +172,7 @@ class PipelineParallel(Synchronous):
     def _allocate(self, layout: Layout) -> None:
         self.params, self.grads = FlatBuffer(layout, self._allocator), GradientBuffer(layout, self._allocator)
         if self.precision:
-            self._rounded = FlatBuffer(layout.astype(self.precision.dtype), self._allocator)
+            self.rounded = FlatBuffer(layout.astype(self.precision.dtype), self._allocator)
         state = self.optimizer.init(layout.whole(), self._allocator)
         self.parts = (Part(layout.whole(), self.params.flat, self.grads.flat, state),)
 
@@ -206,14 +205,6 @@ class PipelineParallel(Synchronous):
         self._ties.publish(params)
 
     @property
-    def _read(self) -> FlatBuffer:
-        return self._rounded if self.precision else self.params
-
-    def _round_to_read(self) -> None:
-        """Make what passes read of the parameters, in 16 bits."""
-        self._rounded.flat[...] = self.params.flat
-
-    @property
     def shares(self) -> tuple[tuple[int, int], ...]:
         """The share of this rank's pipeline, see `Synchronous.shares`."""
         return ((self.data.rank, self.data.size),)
@@ -230,15 +221,16 @@ class PipelineParallel(Synchronous):
 
     def _flow(self, microbatches: list[Batch], sums: Sequence[Gradients], reduce: Reduce | None) -> list[Tally]:
         """Pass microbatches through the pipeline, an equal number in turn for each of ``sums``."""
-        each, self._scale = len(microbatches) // len(sums), self._scaler.scale if self._scaler else 1.0
-        rng = self.plan.key.child("train").at(self.step)
-        keys = [rng.child(f"microbatch{number % each}") for number in range(len(microbatches))]
+        each = len(microbatches) // len(sums)
+        keys = self._passes.begin(self.step, each) * len(sums)
+        params = self._to_read()
+        assert isinstance(params, FlatBuffer)  # as of all pipelines
         for grads in sums:
             grads.zero()
-        with self._overflowing():
-            if self.precision:
-                self._round_to_read()
-            ready = [self._to_train(batch, key, reduce) for batch, key in zip(microbatches, keys, strict=True)]
+        options: dict[str, Any] = {"training": True, "reduce": reduce}
+        with self._passes.overflowing():
+            pairs = zip(microbatches, keys, strict=True)
+            ready = [self._ready(batch, params, self._passes.scale, key=key, **options) for batch, key in pairs]
             losses = self.executor.train(self.schedule, ready, [sums[number // each] for number in range(len(ready))])
         for grads in sums:
             grads.end_pass()
@@ -253,10 +245,6 @@ class PipelineParallel(Synchronous):
             samples = float(sum(len(each.batch) for each in ready))
             tally = replace(tally, loss=loss_sum, count=count, samples=samples)
         return tally
-
-    def _to_train(self, batch: Batch, key: Key, reduce: Reduce | None) -> Microbatch:
-        """Return a batch with what its passes in training need."""
-        return self._ready(batch, self._read, self._scale, training=True, key=key, reduce=reduce)
 
     def _to_evaluate(self, batch: Batch, params: FlatBuffer) -> list[Microbatch]:
         """Return a batch in as many parts as it is evaluated in, with what their passes need."""
