@@ -69,7 +69,7 @@ class ModelAveraging(DataParallel):
             own = self._gradients(microbatches, self.grads, None)
         with phase("check"):
             own = replace(own, bad=float(own.bad or not all_finite(self.parts)))
-            total = self._sum(own)
+            total = self._agreement.total(own)
             taken = self._is_taken(not total.bad, microbatches)
         self.step += 1
         if not taken:

@@ -107,7 +107,7 @@ class DataParallel(Synchronous):
 
     def _initialise(self) -> None:
         self._draw(self.params)
-        self._verify(self.comm, [self.params])
+        self._agreement.check_parameters(self.comm, [self.params])
 
     @property
     def optimizer_state(self) -> OptimizerState:
@@ -118,7 +118,7 @@ class DataParallel(Synchronous):
         if self._compressed is None:
             return super()._reduced(own)
         with self.comm.phase("reduce"):
-            total = self._sum(own)
+            total = self._agreement.total(own)
             if not total.bad:
                 total.check_count(self.step + 1)
             self._compressed.reduce(self.grads.buffer, self.step, total.count)
@@ -126,7 +126,6 @@ class DataParallel(Synchronous):
             return replace(total, bad=float(total.bad or not all_finite(self.parts)))
 
     def _reduce_gradients(self) -> None:
-        self._sum_terms()
         reduce_gradients(self.comm, self.grads.buffer, self.buckets)
 
     def _hand_out(self) -> None:

@@ -71,7 +71,6 @@ class GradientSteps(OwnedParameters):
         return tally
 
     def _reduce_gradients(self) -> None:
-        self._sum_terms()
         self.grads.reduce()
 
     def _over_model(self) -> Reach:

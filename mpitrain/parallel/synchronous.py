@@ -21,7 +21,6 @@ from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Layout, Par
 from mpitrain.arrays.box import box_size
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
-from mpitrain.data import Batches
 from mpitrain.method.evaluation import filled, something
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.precision import Precision
@@ -32,16 +31,14 @@ from mpitrain.method.steps import (
     add_sums,
     all_finite,
     check_finite,
-    check_same,
     clip,
     divide,
     update,
-    verify_replicas,
-    verify_settings,
 )
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite
 from mpitrain.parallel import in_place
+from mpitrain.parallel.agreement import Agreement
 from mpitrain.parallel.checks import check_parts, checked, microbatches_of
 from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.passes import Passes
@@ -115,7 +112,7 @@ class Synchronous(Method):
         self.microbatches = microbatches
         self.bucket_bytes = bucket_bytes
         self._private, self._allocator = allocator, allocator or plain
-        self._stop = False
+        self._agreement, self._stop = Agreement(comm, across), False
 
     @property
     def _owners(self) -> Communicator:
@@ -126,8 +123,7 @@ class Synchronous(Method):
         """See `Method.setup`."""
         check_parts(model, optimizer, plan)
         self.model, self.optimizer, self.plan = model, optimizer, plan
-        for comm in filter(None, (self.comm, self.across)):  # first, for how memory is laid out follows from these
-            verify_settings(comm, optimizer, plan)
+        self._agreement.check_settings(optimizer, plan)  # first, for how memory is laid out follows from these
         self.step = self.skipped = 0
         self._feed: Feed | None = None
         self._terms = [segment.name for segment in model.layout if segment.axes - {"data"}]
@@ -150,27 +146,6 @@ class Synchronous(Method):
     def _draw(self, params: FlatBuffer) -> None:
         """Fill a buffer of this rank's tensors with the model's initial values."""
         self.model.initialise(params, self.plan.key.child("init"))
-
-    def _verify(self, replicas: Communicator | None, stretches: Iterable[FlatBuffer]) -> None:
-        """Check that ranks hold the same values of the same tensors.  Collective.
-
-        Parameters
-        ----------
-        replicas : Communicator, optional
-            The ranks that hold the same parameters as this one; None: there are no others.
-        stretches : iterable of FlatBuffer
-            The parameters, part by part; ranks along ``across`` may cut theirs elsewhere.
-        """
-        common = []
-        for params in stretches:
-            if replicas:
-                verify_replicas(replicas, params.sha256())
-            if self.across:
-                common += [
-                    f"{each.name} {sha256([params.views[each.name]])}" for each in params.layout if each.is_whole
-                ]
-        if self.across:
-            verify_replicas(self.across, "\n".join(sorted(common)))
 
     def _reach(self, *groups: Communicator, elsewhere: Collection[str] = ()) -> Reach:
         """Return over which ranks a sum over the model goes, of which ``groups`` divide this rank's part.
@@ -238,16 +213,9 @@ class Synchronous(Method):
             raise InputError("comes after setup", operation="advance", remedy="call setup(model, optimizer, plan)")
         if self._feed is None or self._feed is not feed:
             check_kind("advance", "feed", feed, Feed, "a Feed, e.g. Batches(dataset, batch_size=64, seed=0)")
-            self._check_same(feed)
+            self._agreement.check_feed(feed)
             self._feed, self._cut = feed, [feed.share(*share, self.microbatches) for share in self.shares]
         return self._cut
-
-    def _check_same(self, feed: Feed) -> None:
-        """Refuse batches that are others than on rank 0: each rank would take its share, or pass, of another whole."""
-        said = str(feed) if isinstance(feed, Batches) else type(feed).__name__
-        for comm in filter(None, (self.comm, self.across)):
-            with comm.ledger.unchanged():
-                check_same(comm, said, "ranks were given different batches", "advance")
 
     def _at_commit(self) -> bool:
         """Tell whether parameters and optimizer state are now the same on all ranks."""
@@ -275,9 +243,10 @@ class Synchronous(Method):
     def _reduced(self, own: Tally) -> Tally:
         """Sum the gradients over all ranks; return their tally, which tells whether all is finite, on all of them."""
         with self.comm.phase("reduce"):
+            self._sum_terms()
             self._reduce_gradients()
         with self.comm.phase("check"):
-            return self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
+            return self._agreement.total(replace(own, bad=float(own.bad or not all_finite(self.parts))))
 
     @abstractmethod
     def _reduce_gradients(self) -> None:
@@ -332,7 +301,7 @@ class Synchronous(Method):
             own = replace(own, bad=float(own.bad or not squares_finite(grads.flat)))
         with phase("reduce"):
             grads.reduce()
-            total = self._agreed(self._sum(own))
+            total = self._agreement.total(own)
         terms = grads.terms(total.count, self._parameters_are_read)
         if total.bad:
             self._check_sums(replace(part, grads=terms.sum()), own, microbatches)
@@ -350,24 +319,14 @@ class Synchronous(Method):
     def _check_sums(self, summed: Part, own: Tally, microbatches: list[Batch]) -> None:
         """Look at the sums themselves, as a rank found something not to be finite, or its square."""
         bad = not np.isfinite(own.loss + own.count) or not finite(summed.grads)
-        good = not self._agreed(self._sum(Tally(bad=float(bad)))).bad
+        good = not self._agreement.total(Tally(bad=float(bad))).bad
         self._check_finite(good, microbatches, (summed,))
-
-    def _sum(self, own: Tally) -> Tally:
-        return Tally(*self.comm.allreduce(np.array(own.numbers, np.float64)).tolist())
 
     def _sum_terms(self) -> None:
         """Sum the gradients of which the ranks that divide the model have terms.  Collective over them."""
         if self.across and self._terms:
             terms = [self.grads.views[name] for name in self._terms if name in self.grads.views]
             self.across.allreduce(terms, out=terms)
-
-    def _agreed(self, total: Tally) -> Tally:
-        """Return a tally with the stops and troubles of the ranks that divide the model, too."""
-        if self.across is None:
-            return total
-        stops, bad = self.across.allreduce(np.array([total.stops, total.bad]), "max").tolist()
-        return replace(total, stops=stops, bad=bad)
 
     def _reduce(self, array: Array) -> Array:
         self._owners.allreduce(array, out=array)

@@ -198,7 +198,7 @@ class PipelineParallel(Synchronous):
 
     def _initialise(self) -> None:
         self._draw(self.params)
-        self._verify(self.data, [self.params])
+        self._agreement.check_parameters(self.data, [self.params])
 
     def _draw(self, params: FlatBuffer) -> None:
         super()._draw(params)
@@ -260,7 +260,6 @@ class PipelineParallel(Synchronous):
 
         In this order: a sum over pipelines may be rounded by where a tensor lies, one over stages is the same on both.
         """
-        self._sum_terms()
         if self.data.size > 1:
             reduce_gradients(self.data, self.grads.buffer, self.params.layout.buckets(self.bucket_bytes))
         self._ties.sum(self.grads.views)
