@@ -7,9 +7,8 @@ of all ranks are summed (`Synchronous._reduce_gradients`), and how all get what 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -18,13 +17,12 @@ from mpitrain._errors import InputError
 from mpitrain._options import check_kind, check_whole
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Layout, ParameterSource, is_cupy, plain
-from mpitrain.arrays.box import box_size
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
-from mpitrain.method.evaluation import filled, something
+from mpitrain.method.evaluation import Sums, filled, something
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.precision import Precision
-from mpitrain.method.state import Kind, Piece, Read, State, fill, pieces_of
+from mpitrain.method.state import Kind, Read, State
 from mpitrain.method.steps import (
     Part,
     Reach,
@@ -38,15 +36,14 @@ from mpitrain.method.steps import (
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite
 from mpitrain.parallel import in_place
+from mpitrain.parallel.across import given_here, reach, whole_tensor
 from mpitrain.parallel.agreement import Agreement
-from mpitrain.parallel.checks import check_parts, checked, microbatches_of
+from mpitrain.parallel.checks import check_parts, check_ranks, checked, microbatches_of
 from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.passes import Passes
 from mpitrain.parallel.tally import Tally
-from mpitrain.parallel.whole import whole_tensor
 
 DEFAULT_BUCKET_BYTES = 4 << 20
-COMMUNICATOR = "a Communicator, e.g. mpitrain.world(); Communicator.from_mpi(comm) makes one of mpi4py's"
 
 
 class _NotSetUpError(InputError, AttributeError):
@@ -103,8 +100,7 @@ class Synchronous(Method):
         precision: Precision | None = None,
     ) -> None:
         name = type(self).__name__
-        check_kind(name, "comm", comm, Communicator, COMMUNICATOR)
-        check_kind(name, "across", across, (Communicator, type(None)), COMMUNICATOR)
+        check_ranks(name, comm, across)
         check_kind(name, "precision", precision, (Precision, type(None)), 'a Precision, e.g. Precision("bfloat16")')
         check_whole(name, "microbatches", microbatches, 1)
         check_whole(name, "bucket_bytes", bucket_bytes, 1)
@@ -146,19 +142,6 @@ class Synchronous(Method):
     def _draw(self, params: FlatBuffer) -> None:
         """Fill a buffer of this rank's tensors with the model's initial values."""
         self.model.initialise(params, self.plan.key.child("init"))
-
-    def _reach(self, *groups: Communicator, elsewhere: Collection[str] = ()) -> Reach:
-        """Return over which ranks a sum over the model goes, of which ``groups`` divide this rank's part.
-
-        Tensors ``elsewhere`` are counted by another rank, and so are those that all ranks along ``across`` hold.
-        """
-        counted = self.across is not None and self.across.rank > 0  # by the first rank
-        numbers = (
-            number
-            for number, segment in enumerate(self.params.layout)
-            if segment.name in elsewhere or (counted and segment.is_whole)
-        )
-        return Reach((*groups, self.across) if self.across else groups, frozenset(numbers))
 
     if not TYPE_CHECKING:
 
@@ -270,11 +253,11 @@ class Synchronous(Method):
 
     def _over_model(self) -> Reach:
         """Return over which ranks a sum over the whole model goes."""
-        return self._reach()
+        return reach(self.across, self.params.layout)
 
     def _over_tensors(self) -> Reach:
         """Return over which ranks a sum over each whole tensor goes."""
-        return self._reach()
+        return reach(self.across, self.params.layout)
 
     def _hand_out(self) -> None:
         """Let all ranks have what was updated, and what was read of them: nothing to do where each updates all."""
@@ -368,6 +351,10 @@ class Synchronous(Method):
         for batch in checked(batches):
             sums = add_sums(sums, self.model.sums(params, batch))
         total = self.comm.allreduce(something(filled(self.comm, sums)))
+        return self._metrics(total)
+
+    def _metrics(self, total: Sums) -> dict[str, Any]:
+        """Return the metrics of sums over all batches, whose bits may differ between ranks that divide the model."""
         return self.model.metrics(self.across.broadcast(total) if self.across else total)
 
     def predict(self, inputs: Array) -> Array:
@@ -376,33 +363,24 @@ class Synchronous(Method):
 
     def weights_sha256(self) -> str:
         """See `Method.weights_sha256`."""
-        params = self.whole()
-        if self.across is None:
-            return params.sha256()
-        segments = sorted(params.layout, key=lambda segment: segment.name)
-        return sha256(whole_tensor(self.across, each, params.views[each.name]) for each in segments)
+        layout, params = self.params.layout, self.whole()
+        names = sorted(segment.name for segment in layout)
+        return sha256(whole_tensor(self.across, layout[name], params.views[name]) for name in names)
 
     def state(self) -> State:
         """See `Method.state`."""
-        pieces: list[Piece] = []
-        for part in self.parts:
-            pieces += pieces_of("params", part.params, part.shard, self.kind)
-            for slot, array in part.state.items():
-                pieces += pieces_of(f"optimizer.{slot}", array, part.shard, self.kind)
-        if self.across and self.across.rank > 0:  # what all ranks hold, the first one gives
-            pieces = [piece for piece in pieces if box_size(piece.box) < prod(piece.global_shape)]
+        pieces = (piece for part in self.parts for piece in part.pieces(self.kind))
         scalars: dict[str, Any] = {"step": self.step}
         if self.skipped:
             scalars["skipped"] = self.skipped
         if self._passes.scaler:
             scalars["loss_scale"] = self._passes.scaler.state()
-        return State(tuple(pieces), scalars)
+        return State(given_here(self.across, pieces), scalars)
 
     def load(self, scalars: Mapping[str, Any], read: Read) -> None:
         """See `Method.load`."""
         for part in self.parts:
-            for slot, array in part.state.items():
-                fill(f"optimizer.{slot}", array, part.shard, read)
+            part.load_state(read)
         self.load_parameters(read)
         self.step, self.skipped = int(scalars["step"]), int(scalars.get("skipped", 0))
         if self._passes.scaler and "loss_scale" in scalars:
@@ -411,4 +389,4 @@ class Synchronous(Method):
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""
         for part in self.parts:
-            fill("params", part.params, part.shard, read)
+            part.load_parameters(read)

@@ -23,7 +23,6 @@ from mpitrain.arrays import (
     GradientBuffer,
     Gradients,
     Layout,
-    Segment,
 )
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
@@ -37,6 +36,7 @@ from mpitrain.nn import Network, Sequential
 from mpitrain.nn.cutting import part, units
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer
+from mpitrain.parallel.across import reach, whole_tensor
 from mpitrain.parallel.checks import check_parts, checked
 from mpitrain.parallel.pipeline.cuts import edges, partition
 from mpitrain.parallel.pipeline.executor import Executor
@@ -48,7 +48,6 @@ from mpitrain.parallel.pipeline.ties import Ties
 from mpitrain.parallel.pipeline.validator import validate
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous
 from mpitrain.parallel.tally import Tally
-from mpitrain.parallel.whole import whole_tensor
 
 _T = TypeVar("_T")
 
@@ -268,7 +267,8 @@ class PipelineParallel(Synchronous):
         return super()._reduce(array) if self.data.size > 1 else array
 
     def _over_model(self) -> Reach:
-        return self._reach(self.pipe, elsewhere=self._ties.copies)  # in which a tied tensor counts once
+        once = self._ties.copies  # for a tied tensor counts once
+        return reach(self.across, self.params.layout, self.pipe, elsewhere=once)
 
     @property
     def _last_rank(self) -> int:
@@ -283,8 +283,7 @@ class PipelineParallel(Synchronous):
             for found in self._sums(round_, params):
                 own = add_sums(own, found)
         sums: dict[str, Array] | None = self.pipe.broadcast_object(own, self._last_rank)
-        total = self.data.allreduce(something(filled(self.data, sums)))
-        return self.model.metrics(self.across.broadcast(total) if self.across else total)
+        return self._metrics(self.data.allreduce(something(filled(self.data, sums))))
 
     def _rounds(self, items: Iterable[_T]) -> Iterator[list[_T]]:
         """Yield the next batch, or what there is in its place, of every rank of the pipeline, until none has one."""
@@ -334,7 +333,7 @@ class PipelineParallel(Synchronous):
         layout, digest, params = self.model.layout, "", self.whole()
         names = sorted(segment.name for segment in layout)
         if self.pipe.rank == 0:
-            digest = sha256(self._whole(layout[name], self._fetched(name, params)) for name in names)
+            digest = sha256(whole_tensor(self.across, layout[name], self._fetched(name, params)) for name in names)
         else:
             for name in names:
                 if self._owner(name) == self.pipe.rank:
@@ -350,9 +349,6 @@ class PipelineParallel(Synchronous):
         shape = self.model.layout[name].shape
         received: Array = self.pipe.recv(params.xp.empty(shape, params.layout.dtype), owner)
         return received
-
-    def _whole(self, segment: Segment, part: Array) -> Array:
-        return whole_tensor(self.across, segment, part) if self.across else part
 
     def _owner(self, name: str) -> int:
         return self._ties.owners[name]
