@@ -206,19 +206,17 @@ class Synchronous(Method):
 
     def _train_step(self, microbatches: list[Batch]) -> Tally:
         """Take one step; return its sums over all ranks."""
-        phase = self.comm.phase
-        with phase("gradients"):
+        with self.comm.phase("gradients"):
             own = self._gradients(microbatches, self.grads, self._reduce)
-        if isinstance(self.grads, CommonGradients):
-            return self._step_in_place(self.grads, own, microbatches)
-        total = self._reduced(own)
+        grads = self.grads
+        total = self._published(grads, own) if isinstance(grads, CommonGradients) else self._reduced(own)
         taken = self._is_taken(not total.bad, microbatches)
         if taken:
             total.check_count(self.step + 1)
         self.step += 1
         if not taken:
             return total.untrained()
-        with phase("update"):
+        with self.comm.phase("update"):
             self._update(total.count)
         self._hand_out()
         return total
@@ -236,7 +234,10 @@ class Synchronous(Method):
         """Sum the gradients of all ranks into those of this rank's parts.  Collective."""
 
     def _update(self, count: float) -> None:
-        """Divide, clip and update; in one pass where nothing is clipped."""
+        """Sum where that is left to do, divide, clip and update; in one pass where nothing is clipped."""
+        if isinstance(self.grads, CommonGradients):
+            self._update_mean(self.parts[0], self.grads.terms(count, self._parameters_are_read))
+            return
         if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
             for part in self.parts:
                 terms = Terms((part.grads,), self._passes.scale * count, parameters_are_read=self._parameters_are_read)
@@ -276,34 +277,31 @@ class Synchronous(Method):
             self.rounded.flat[...] = self.params.flat
         return self.rounded
 
-    def _step_in_place(self, grads: CommonGradients, own: Tally, microbatches: list[Batch]) -> Tally:
-        """Take the rest of a step: all ranks' gradients are summed, divided and used in one pass."""
-        phase, (part,) = self.comm.phase, self.parts
-        with phase("check"):
+    def _published(self, grads: CommonGradients, own: Tally) -> Tally:
+        """Let all ranks read this one's gradients, which they sum while they update; return what `_reduced` does."""
+        with self.comm.phase("check"):
             self._sum_terms()
             own = replace(own, bad=float(own.bad or not squares_finite(grads.flat)))
-        with phase("reduce"):
+        with self.comm.phase("reduce"):
             grads.reduce()
             total = self._agreement.total(own)
-        terms = grads.terms(total.count, self._parameters_are_read)
-        if total.bad:
-            self._check_sums(replace(part, grads=terms.sum()), own, microbatches)
-        total.check_count(self.step + 1)
-        self.step += 1
-        with phase("update"):
-            self._update_mean(part, terms)
-        self._hand_out()
-        return total
+        return self._rejudged(own, total) if total.bad else total
+
+    def _rejudged(self, own: Tally, total: Tally) -> Tally:
+        """Look at the sums themselves, as a rank found something not to be finite, or its square."""
+        bad = not np.isfinite(own.loss + own.count) or not all_finite(self._with_sums())
+        return replace(total, bad=self._agreement.total(Tally(bad=float(bad))).bad)
+
+    def _with_sums(self) -> Sequence[Part]:
+        """Return this rank's parts with the sums of their gradients, which are not written where all ranks read."""
+        if not isinstance(self.grads, CommonGradients):
+            return self.parts
+        (part,) = self.parts
+        return (replace(part, grads=self.grads.terms(1.0, self._parameters_are_read).sum()),)
 
     def _update_mean(self, part: Part, terms: Terms) -> None:
         lr = self.plan.schedule(self.updates)
         self.optimizer.update_mean(part.params, terms, part.state, lr, self.updates, part.shard)
-
-    def _check_sums(self, summed: Part, own: Tally, microbatches: list[Batch]) -> None:
-        """Look at the sums themselves, as a rank found something not to be finite, or its square."""
-        bad = not np.isfinite(own.loss + own.count) or not finite(summed.grads)
-        good = not self._agreement.total(Tally(bad=float(bad))).bad
-        self._check_finite(good, microbatches, (summed,))
 
     def _sum_terms(self) -> None:
         """Sum the gradients of which the ranks that divide the model have terms.  Collective over them."""
@@ -335,15 +333,17 @@ class Synchronous(Method):
         self.skipped += not good
         return good
 
-    def _check_finite(self, good: bool, microbatches: list[Batch], parts: Sequence[Part] = ()) -> None:
-        """End the run unless all is well; else compute this rank's part again by itself, to see who is at fault."""
+    def _check_finite(self, good: bool, microbatches: list[Batch]) -> None:
+        """End the run unless all is well; compute this rank's part again by itself, to see who is at fault."""
+        if good:
+            return
 
         def own_part_finite() -> bool:
             grads = FlatBuffer(self.params.layout.astype(self.model.layout.dtype), self._allocator)
             alone = self._gradients(microbatches, grads, None)  # BatchNorm spread one rank's trouble to all
             return not alone.bad and finite(grads.flat)
 
-        check_finite(self.comm, good, parts or self.parts, self.step + 1, own_part_finite, self.across)
+        check_finite(self.comm, good, self._with_sums(), self.step + 1, own_part_finite, self.across)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`."""
