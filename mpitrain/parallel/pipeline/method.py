@@ -5,10 +5,10 @@ What is computed, and in which order a rank does so, is the schedule's; the meth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -39,6 +39,7 @@ from mpitrain.optim import Optimizer
 from mpitrain.parallel.across import reach, whole_tensor
 from mpitrain.parallel.checks import check_parts, checked
 from mpitrain.parallel.pipeline.cuts import edges, partition
+from mpitrain.parallel.pipeline.evaluator import Evaluator
 from mpitrain.parallel.pipeline.executor import Executor
 from mpitrain.parallel.pipeline.links import Links
 from mpitrain.parallel.pipeline.schedule import Sizes
@@ -48,8 +49,6 @@ from mpitrain.parallel.pipeline.ties import Ties
 from mpitrain.parallel.pipeline.validator import validate
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous
 from mpitrain.parallel.tally import Tally
-
-_T = TypeVar("_T")
 
 
 class PipelineParallel(Synchronous):
@@ -152,8 +151,9 @@ class PipelineParallel(Synchronous):
             )  # fmt: skip
         self._network, self._layers = model, model.layer
         super().setup(model, optimizer, plan)
-        self._evaluator = self._make_executor(model.layout.dtype)
-        self.executor = self._make_executor(self.precision.dtype) if self.precision else self._evaluator
+        executor = self._make_executor(model.layout.dtype)
+        self.executor = self._make_executor(self.precision.dtype) if self.precision else executor
+        self._evaluator = Evaluator(self.pipe, executor, model, plan.key)
 
     def _held(self, layout: Layout) -> Layout:
         """Cut the model into stages; return the layout of this rank's."""
@@ -226,10 +226,11 @@ class PipelineParallel(Synchronous):
         assert isinstance(params, FlatBuffer)  # as of all pipelines
         for grads in sums:
             grads.zero()
-        options: dict[str, Any] = {"training": True, "reduce": reduce}
         with self._passes.overflowing():
-            pairs = zip(microbatches, keys, strict=True)
-            ready = [self._ready(batch, params, self._passes.scale, key=key, **options) for batch, key in pairs]
+            ready = [
+                Microbatch.of(self._network, batch, params, self._passes.scale, training=True, key=key, reduce=reduce)
+                for batch, key in zip(microbatches, keys, strict=True)
+            ]
             losses = self.executor.train(self.schedule, ready, [sums[number // each] for number in range(len(ready))])
         for grads in sums:
             grads.end_pass()
@@ -244,15 +245,6 @@ class PipelineParallel(Synchronous):
             samples = float(sum(len(each.batch) for each in ready))
             tally = replace(tally, loss=loss_sum, count=count, samples=samples)
         return tally
-
-    def _to_evaluate(self, batch: Batch, params: FlatBuffer) -> list[Microbatch]:
-        """Return a batch in as many parts as it is evaluated in, with what their passes need."""
-        parts = [batch.part(rows) for rows in self._network.slices(batch.inputs)]
-        return [self._ready(each, params, training=False, key=self.plan.key, reduce=None) for each in parts]
-
-    def _ready(self, batch: Batch, params: FlatBuffer, scale: float = 1.0, **options: Any) -> Microbatch:
-        batch = self._network.prepared(batch, params)
-        return Microbatch(batch, params, self._network.surroundings(params, batch, scale, **options), scale)
 
     def _reduce_gradients(self) -> None:
         """Sum all gradients over the pipelines, and then those of tied tensors over the stages.
@@ -279,43 +271,15 @@ class PipelineParallel(Synchronous):
         """See `Method.evaluate`: each rank hands in its own batches, all of which pass through the pipeline."""
         own: dict[str, Array] | None = None
         params = self.whole()
-        for round_ in self._rounds(checked(batches)):
-            for found in self._sums(round_, params):
+        for round_ in self._evaluator.rounds(checked(batches)):
+            for found in self._evaluator.sums(round_, params):
                 own = add_sums(own, found)
         sums: dict[str, Array] | None = self.pipe.broadcast_object(own, self._last_rank)
         return self._metrics(self.data.allreduce(something(filled(self.data, sums))))
 
-    def _rounds(self, items: Iterable[_T]) -> Iterator[list[_T]]:
-        """Yield the next batch, or what there is in its place, of every rank of the pipeline, until none has one."""
-        own = iter(items)
-        while True:
-            found = [item for item in self.pipe.allgather_object(next(own, None)) if item is not None]
-            if not found:
-                return
-            yield found
-
-    def _sums(self, batches: Sequence[Batch], params: FlatBuffer) -> list[dict[str, Array]]:
-        """Pass batches through the pipeline; return each one's sums (`Model.sums`) on its last rank, elsewhere none."""
-        parts = [(number, each) for number, b in enumerate(batches) for each in self._to_evaluate(b, params)]
-        ready = [each for _, each in parts]
-        found = dict[int, dict[str, Array]]()
-        for outputs, (number, each) in zip(self._evaluator.outputs(ready), parts, strict=False):
-            found[number] = add_sums(found.get(number), self._network.loss.sums(outputs, each.batch))
-        return list(found.values())
-
     def predict(self, inputs: Array) -> Array:
         """See `Method.predict`: the first rank's inputs, which all ranks hand in alike."""
-        count, params = len(inputs), self.whole()
-        zeros = np.zeros(count, np.int64)
-        ready = self._to_evaluate(Batch(inputs, zeros, zeros), params)
-        shape = self._evaluator.shapes(ready[0])[-1]
-        outputs: Array = params.xp.empty((count, *shape), params.layout.dtype)
-        start = 0
-        for found in self._evaluator.outputs(ready):
-            outputs[start : start + len(found)] = found
-            start += len(found)
-        self.pipe.broadcast(outputs, self._last_rank, out=outputs)
-        return self._network.united(outputs)
+        return self._network.united(self._evaluator.outputs(inputs, self.whole()))
 
     def state(self) -> State:
         """See `Method.state`: a tied tensor is its first holder's, and of equal pipelines the first one speaks."""
