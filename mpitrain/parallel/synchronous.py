@@ -23,16 +23,7 @@ from mpitrain.method.evaluation import Sums, filled, something
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Kind, Read, State
-from mpitrain.method.steps import (
-    Part,
-    Reach,
-    add_sums,
-    all_finite,
-    check_finite,
-    clip,
-    divide,
-    update,
-)
+from mpitrain.method.steps import Part, Reach, add_sums, all_finite, check_finite, clip, divide, update
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite
 from mpitrain.parallel import in_place

@@ -16,14 +16,7 @@ from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
 from mpitrain._options import NON_NEGATIVE, check, check_kind
 from mpitrain._typing import Array, DType
-from mpitrain.arrays import (
-    Allocator,
-    Batch,
-    FlatBuffer,
-    GradientBuffer,
-    Gradients,
-    Layout,
-)
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Layout
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.local import alone
