@@ -6,7 +6,7 @@ Each works on the parts of the flat range that a rank updates: all of it for dat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays import FlatBuffer, Shard, namespace
 from mpitrain.comm import Communicator
 from mpitrain.method.method import Plan
+from mpitrain.method.state import Kind, Piece, Read, fill, pieces_of
 from mpitrain.optim import Optimizer, State, clip_value, finite, scale, squared_norm
 
 if TYPE_CHECKING:
@@ -53,6 +54,21 @@ class Part:
     def partials(self, optimizer: Optimizer, step: int) -> Array | None:
         """Return what an optimizer needs of whole tensors, as sums over this part; see `Optimizer.partials`."""
         return optimizer.partials(self.params, self.grads, self.state, step, self.shard)
+
+    def pieces(self, kind: Kind) -> Iterator[Piece]:
+        """Yield what a checkpoint holds of it, as views: parameters and optimizer state."""
+        yield from pieces_of("params", self.params, self.shard, kind)
+        for slot, array in self.state.items():
+            yield from pieces_of(f"optimizer.{slot}", array, self.shard, kind)
+
+    def load_parameters(self, read: Read) -> None:
+        """Fill the parameters with those of a checkpoint."""
+        fill("params", self.params, self.shard, read)
+
+    def load_state(self, read: Read) -> None:
+        """Fill the optimizer state with that of a checkpoint."""
+        for slot, array in self.state.items():
+            fill(f"optimizer.{slot}", array, self.shard, read)
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ class ModelAveraging(DataParallel):
         super().setup(model, optimizer, plan)
         self._seen = 0.0  # this rank's samples since the last averaging
 
-    def _at_commit(self) -> bool:
-        return self.step % self.average_every == 0 or self.step == self.plan.steps
+    def _at_commit(self, step: int) -> bool:
+        return step % self.average_every == 0 or step == self.plan.steps
 
     def _train_step(self, microbatches: list[Batch]) -> Tally:
         phase = self.comm.phase
@@ -69,17 +69,15 @@ class ModelAveraging(DataParallel):
             own = self._gradients(microbatches, self.grads, None)
         with phase("check"):
             own = replace(own, bad=float(own.bad or not all_finite(self.parts)))
-            total = self._sum(own)
+            total = self._agreement.total(own)
             taken = self._is_taken(not total.bad, microbatches)
         if not taken:
             own, total = own.untrained(), total.untrained()
         if own.count:
             with phase("update"):
                 self._update(own.count)
-        else:
-            self.step += 1
         self._seen += own.count
-        if self._at_commit():
+        if self._at_commit(self.step + 1):
             with phase("average"):
                 self._average()
         return total

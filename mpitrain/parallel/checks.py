@@ -9,6 +9,7 @@ from typing import Any
 from mpitrain._errors import InputError
 from mpitrain._options import check_kind
 from mpitrain.arrays import Batch
+from mpitrain.comm import Communicator
 from mpitrain.method.method import Plan, Share
 from mpitrain.nn.model import Model
 from mpitrain.optim import Optimizer
@@ -21,6 +22,13 @@ def checked(batches: Iterable[Batch]) -> Iterator[Batch]:
     for batch in batches:
         check_kind("evaluate", "one of batches", batch, Batch, expected)
         yield batch
+
+
+def check_ranks(operation: str, comm: object, across: object) -> None:
+    """Raise an InputError unless these are the ranks that share batches, and perhaps those that divide the model."""
+    expected = "a Communicator, e.g. mpitrain.world(); Communicator.from_mpi(comm) makes one of mpi4py's"
+    check_kind(operation, "comm", comm, Communicator, expected)
+    check_kind(operation, "across", across, (Communicator, type(None)), expected)
 
 
 def check_parts(model: object, optimizer: object, plan: object) -> None:

@@ -12,13 +12,12 @@ from typing import Any, ClassVar
 
 from mpitrain._errors import InputError
 from mpitrain._options import check_kind
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Layout, plain
+from mpitrain.arrays import Allocator, FlatBuffer, GradientBuffer, Layout, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.codecs import Codec, CompressedSum, make_codec
 from mpitrain.method.precision import Precision
 from mpitrain.method.state import Read, State, fill, pieces_of
 from mpitrain.method.steps import Part, all_finite, reduce_gradients
-from mpitrain.nn.model import Reduce
 from mpitrain.optim import State as OptimizerState
 from mpitrain.parallel import in_place
 from mpitrain.parallel.in_place import CommonGradients
@@ -89,7 +88,7 @@ class DataParallel(Synchronous):
     def _allocate(self, layout: Layout) -> None:
         self.params = FlatBuffer(layout, self._allocator)
         if self.precision:
-            self._rounded = FlatBuffer(layout.astype(self.precision.dtype), self._allocator)
+            self.rounded = FlatBuffer(layout.astype(self.precision.dtype), self._allocator)
         self.grads = self._common_gradients(layout) or GradientBuffer(layout, self._allocator)
         whole = layout.whole()
         state = self.optimizer.init(whole, self._allocator)
@@ -108,17 +107,7 @@ class DataParallel(Synchronous):
 
     def _initialise(self) -> None:
         self._draw(self.params)
-        self._verify(self.comm, [self.params])
-
-    @property
-    def _read(self) -> FlatBuffer:
-        return self._rounded if self.precision else self.params
-
-    def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
-        if self.precision:
-            with self._overflowing():
-                self._rounded.flat[...] = self.params.flat
-        return super()._gradients(microbatches, grads, reduce)
+        self._agreement.check_parameters(self.comm, [self.params])
 
     @property
     def optimizer_state(self) -> OptimizerState:
@@ -129,7 +118,7 @@ class DataParallel(Synchronous):
         if self._compressed is None:
             return super()._reduced(own)
         with self.comm.phase("reduce"):
-            total = self._sum(own)
+            total = self._agreement.total(own)
             if not total.bad:
                 total.check_count(self.step + 1)
             self._compressed.reduce(self.grads.buffer, self.step, total.count)
@@ -137,7 +126,6 @@ class DataParallel(Synchronous):
             return replace(total, bad=float(total.bad or not all_finite(self.parts)))
 
     def _reduce_gradients(self) -> None:
-        self._sum_terms()
         reduce_gradients(self.comm, self.grads.buffer, self.buckets)
 
     def _hand_out(self) -> None:

@@ -18,6 +18,7 @@ from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Reach
 from mpitrain.nn.model import Reduce
 from mpitrain.parallel import in_place
+from mpitrain.parallel.across import reach
 from mpitrain.parallel.buckets import StreamedGradients, WholeGradients
 from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.owned import OwnedParameters
@@ -71,14 +72,13 @@ class GradientSteps(OwnedParameters):
         return tally
 
     def _reduce_gradients(self) -> None:
-        self._sum_terms()
         self.grads.reduce()
 
     def _over_model(self) -> Reach:
-        return self._reach(self._owners)
+        return reach(self.across, self.params.layout, self._owners)
 
     def _over_tensors(self) -> Reach:
-        return self._reach(self._owners)
+        return reach(self.across, self.params.layout, self._owners)
 
 
 class GradientParallel(GradientSteps):

@@ -107,16 +107,14 @@ class LaneSteps(Synchronous):
             total = Tally(*self._over_lanes([np.array(each.numbers) for each in tallies]).tolist())
             taken = self._is_lanes_step_taken(total, tallies)
         if not taken:
-            self.step += 1
             return total.untrained()
         total.check_count(self.step + 1)
         with phase("reduce"):
             self._reduce_lanes()
         with phase("update"):
-            divide(self.parts, self._scale * total.count)
+            divide(self.parts, self._passes.scale * total.count)
             clip(self.parts, self.plan, tiles=self._tiles)
-            self.step += 1  # after what may yet refuse it
-            update(self.optimizer, self.parts, self.plan, self.updates, tiles=self._tiles)
+            update(self.optimizer, self.parts, self.plan, self.updates + 1, tiles=self._tiles)
         self._hand_out()
         return total
 
@@ -134,7 +132,7 @@ class LaneSteps(Synchronous):
 
     def _is_lanes_step_taken(self, total: Tally, tallies: list[Tally]) -> bool:
         """Tell what `Synchronous._is_taken` tells; without a scale of the loss, name the lanes at fault."""
-        if self._scaler:
+        if self._passes.scaler:
             return self._is_taken(not total.bad, [])
         self._check_lanes(total, tallies)
         return True

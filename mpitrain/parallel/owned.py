@@ -88,7 +88,7 @@ class OwnedParameters(Synchronous):
                 (layout.select(segment.name for segment in bucket.segments), bucket.start, (part,))
                 for bucket, part in zip(self._buckets, self.parts, strict=True)
             ]
-        self._verify(self._owners, (self._begin(*each) for each in stretches))
+        self._agreement.check_parameters(self._owners, (self._begin(*each) for each in stretches))
         self._publish()
 
     def _begin(self, layout: Layout, start: int, parts: Sequence[Part]) -> FlatBuffer:
@@ -122,7 +122,7 @@ class OwnedParameters(Synchronous):
 
     def _round(self) -> None:
         """Write this rank's shards to where they are gathered, in 16 bits."""
-        with self._overflowing():
+        with self._passes.overflowing():
             for place, part in zip(self._places, self.parts, strict=True):
                 place[...] = part.params
 

@@ -7,10 +7,8 @@ of all ranks are summed (`Synchronous._reduce_gradients`), and how all get what 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -18,38 +16,25 @@ import numpy as np
 from mpitrain._errors import InputError
 from mpitrain._options import check_kind, check_whole
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Key, Layout, ParameterSource, is_cupy, plain
-from mpitrain.arrays.box import box_size
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, Gradients, Layout, ParameterSource, is_cupy, plain
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator
-from mpitrain.data import Batches
-from mpitrain.method.evaluation import filled, something
+from mpitrain.method.evaluation import Sums, filled, something
 from mpitrain.method.method import Feed, Method, Plan, Progress, Share
 from mpitrain.method.precision import Precision
-from mpitrain.method.state import Kind, Piece, Read, State, fill, pieces_of
-from mpitrain.method.steps import (
-    Part,
-    Reach,
-    add_sums,
-    all_finite,
-    check_finite,
-    check_same,
-    clip,
-    divide,
-    update,
-    verify_replicas,
-    verify_settings,
-)
+from mpitrain.method.state import Kind, Read, State
+from mpitrain.method.steps import Part, Reach, add_sums, all_finite, check_finite, clip, divide, update
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer, Terms, finite, squares_finite
 from mpitrain.parallel import in_place
-from mpitrain.parallel.checks import check_parts, checked, microbatches_of, two_numbers
+from mpitrain.parallel.across import given_here, reach, whole_tensor
+from mpitrain.parallel.agreement import Agreement
+from mpitrain.parallel.checks import check_parts, check_ranks, checked, microbatches_of
 from mpitrain.parallel.in_place import CommonGradients
+from mpitrain.parallel.passes import Passes
 from mpitrain.parallel.tally import Tally
-from mpitrain.parallel.whole import whole_tensor
 
 DEFAULT_BUCKET_BYTES = 4 << 20
-COMMUNICATOR = "a Communicator, e.g. mpitrain.world(); Communicator.from_mpi(comm) makes one of mpi4py's"
 
 
 class _NotSetUpError(InputError, AttributeError):
@@ -79,6 +64,8 @@ class Synchronous(Method):
         Steps done since training began.
     skipped : int
         Of these, the ones that changed nothing, see `Precision`.
+    rounded : FlatBuffer, optional
+        The parameters in 16 bits that passes read, where these are a copy of ``params``; None where they are not.
 
     Notes
     -----
@@ -92,6 +79,7 @@ class Synchronous(Method):
 
     grads: Gradients
     parts: tuple[Part, ...]
+    rounded: FlatBuffer | None = None
 
     def __init__(
         self,
@@ -103,8 +91,7 @@ class Synchronous(Method):
         precision: Precision | None = None,
     ) -> None:
         name = type(self).__name__
-        check_kind(name, "comm", comm, Communicator, COMMUNICATOR)
-        check_kind(name, "across", across, (Communicator, type(None)), COMMUNICATOR)
+        check_ranks(name, comm, across)
         check_kind(name, "precision", precision, (Precision, type(None)), 'a Precision, e.g. Precision("bfloat16")')
         check_whole(name, "microbatches", microbatches, 1)
         check_whole(name, "bucket_bytes", bucket_bytes, 1)
@@ -112,7 +99,7 @@ class Synchronous(Method):
         self.microbatches = microbatches
         self.bucket_bytes = bucket_bytes
         self._private, self._allocator = allocator, allocator or plain
-        self._stop = False
+        self._agreement, self._stop = Agreement(comm, across), False
 
     @property
     def _owners(self) -> Communicator:
@@ -123,14 +110,11 @@ class Synchronous(Method):
         """See `Method.setup`."""
         check_parts(model, optimizer, plan)
         self.model, self.optimizer, self.plan = model, optimizer, plan
-        for comm in filter(None, (self.comm, self.across)):  # first, for how memory is laid out follows from these
-            verify_settings(comm, optimizer, plan)
+        self._agreement.check_settings(optimizer, plan)  # first, for how memory is laid out follows from these
         self.step = self.skipped = 0
-        self._scaler, self._scale = (self.precision.scaler() if self.precision else None), 1.0
         self._feed: Feed | None = None
         self._terms = [segment.name for segment in model.layout if segment.axes - {"data"}]
-        if self.precision:
-            self._mixed = self.precision.check(model, self._allocator(0, model.layout.dtype))
+        self._passes = Passes(model, plan.key, self.precision, self._allocator)
         self._allocate(self._held(model.layout))
         self._initialise()
 
@@ -150,40 +134,6 @@ class Synchronous(Method):
         """Fill a buffer of this rank's tensors with the model's initial values."""
         self.model.initialise(params, self.plan.key.child("init"))
 
-    def _verify(self, replicas: Communicator | None, stretches: Iterable[FlatBuffer]) -> None:
-        """Check that ranks hold the same values of the same tensors.  Collective.
-
-        Parameters
-        ----------
-        replicas : Communicator, optional
-            The ranks that hold the same parameters as this one; None: there are no others.
-        stretches : iterable of FlatBuffer
-            The parameters, part by part; ranks along ``across`` may cut theirs elsewhere.
-        """
-        common = []
-        for params in stretches:
-            if replicas:
-                verify_replicas(replicas, params.sha256())
-            if self.across:
-                common += [
-                    f"{each.name} {sha256([params.views[each.name]])}" for each in params.layout if each.is_whole
-                ]
-        if self.across:
-            verify_replicas(self.across, "\n".join(sorted(common)))
-
-    def _reach(self, *groups: Communicator, elsewhere: Collection[str] = ()) -> Reach:
-        """Return over which ranks a sum over the model goes, of which ``groups`` divide this rank's part.
-
-        Tensors ``elsewhere`` are counted by another rank, and so are those that all ranks along ``across`` hold.
-        """
-        counted = self.across is not None and self.across.rank > 0  # by the first rank
-        numbers = (
-            number
-            for number, segment in enumerate(self.params.layout)
-            if segment.name in elsewhere or (counted and segment.is_whole)
-        )
-        return Reach((*groups, self.across) if self.across else groups, frozenset(numbers))
-
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
@@ -202,11 +152,12 @@ class Synchronous(Method):
         check_whole("advance", "until", until, 0)
         mine = self._own_shares(feed)
         total = Tally()
-        while self.step < self.plan.steps and not (self._at_commit() and (self.step >= until or total.stops)):
+        while self.step < self.plan.steps and not (self._at_commit(self.step) and (self.step >= until or total.stops)):
             with self.comm.phase("data"):
                 microbatches = [each for share in mine for each in microbatches_of(share, self.step, self.microbatches)]
             with self.comm.phase("step"):
                 total += self._train_step(microbatches)
+            self.step += 1  # once nothing can refuse it any more
         lr = self.plan.schedule(max(self.updates, 1))
         loss = total.loss / total.count if total.count else float("nan")
         return Progress(self.step, loss, int(total.samples), lr, bool(total.stops), self.skipped, self.loss_scale)
@@ -214,7 +165,7 @@ class Synchronous(Method):
     @property
     def loss_scale(self) -> float | None:
         """What the next step's loss is multiplied by; None where it is not scaled."""
-        return self._scaler.scale if self._scaler else None
+        return self._passes.scaler.scale if self._passes.scaler else None
 
     @property
     def updates(self) -> int:
@@ -237,35 +188,24 @@ class Synchronous(Method):
             raise InputError("comes after setup", operation="advance", remedy="call setup(model, optimizer, plan)")
         if self._feed is None or self._feed is not feed:
             check_kind("advance", "feed", feed, Feed, "a Feed, e.g. Batches(dataset, batch_size=64, seed=0)")
-            self._check_same(feed)
+            self._agreement.check_feed(feed)
             self._feed, self._cut = feed, [feed.share(*share, self.microbatches) for share in self.shares]
         return self._cut
 
-    def _check_same(self, feed: Feed) -> None:
-        """Refuse batches that are others than on rank 0: each rank would take its share, or pass, of another whole."""
-        said = str(feed) if isinstance(feed, Batches) else type(feed).__name__
-        for comm in filter(None, (self.comm, self.across)):
-            with comm.ledger.unchanged():
-                check_same(comm, said, "ranks were given different batches", "advance")
-
-    def _at_commit(self) -> bool:
-        """Tell whether parameters and optimizer state are now the same on all ranks."""
+    def _at_commit(self, step: int) -> bool:
+        """Tell whether parameters and optimizer state are the same on all ranks after so many steps."""
         return True
 
     def _train_step(self, microbatches: list[Batch]) -> Tally:
         """Take one step; return its sums over all ranks."""
-        phase = self.comm.phase
-        with phase("gradients"):
+        with self.comm.phase("gradients"):
             own = self._gradients(microbatches, self.grads, self._reduce)
-        if isinstance(self.grads, CommonGradients):
-            return self._step_in_place(self.grads, own, microbatches)
-        total = self._reduced(own)
-        taken = self._is_taken(not total.bad, microbatches)
-        if not taken:
-            self.step += 1
+        grads = self.grads
+        total = self._published(grads, own) if isinstance(grads, CommonGradients) else self._reduced(own)
+        if not self._is_taken(not total.bad, microbatches):
             return total.untrained()
         total.check_count(self.step + 1)
-        with phase("update"):
+        with self.comm.phase("update"):
             self._update(total.count)
         self._hand_out()
         return total
@@ -273,26 +213,28 @@ class Synchronous(Method):
     def _reduced(self, own: Tally) -> Tally:
         """Sum the gradients over all ranks; return their tally, which tells whether all is finite, on all of them."""
         with self.comm.phase("reduce"):
+            self._sum_terms()
             self._reduce_gradients()
         with self.comm.phase("check"):
-            return self._agreed(self._sum(replace(own, bad=float(own.bad or not all_finite(self.parts)))))
+            return self._agreement.total(replace(own, bad=float(own.bad or not all_finite(self.parts))))
 
     @abstractmethod
     def _reduce_gradients(self) -> None:
         """Sum the gradients of all ranks into those of this rank's parts.  Collective."""
 
     def _update(self, count: float) -> None:
-        """Divide, clip, count the step and update; in one pass where nothing is clipped."""
+        """Sum where that is left to do, divide, clip and update; in one pass where nothing is clipped."""
+        if isinstance(self.grads, CommonGradients):
+            self._update_mean(self.parts[0], self.grads.terms(count, self._parameters_are_read))
+            return
         if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
-            self.step += 1
             for part in self.parts:
-                terms = Terms((part.grads,), self._scale * count, parameters_are_read=self._parameters_are_read)
+                terms = Terms((part.grads,), self._passes.scale * count, parameters_are_read=self._parameters_are_read)
                 self._update_mean(part, terms)
             return
-        divide(self.parts, self._scale * count)
+        divide(self.parts, self._passes.scale * count)
         clip(self.parts, self.plan, self._over_model())
-        self.step += 1  # after what may yet refuse it
-        update(self.optimizer, self.parts, self.plan, self.updates, self._over_tensors())
+        update(self.optimizer, self.parts, self.plan, self.updates + 1, self._over_tensors())
 
     @property
     def _parameters_are_read(self) -> bool:
@@ -301,95 +243,60 @@ class Synchronous(Method):
 
     def _over_model(self) -> Reach:
         """Return over which ranks a sum over the whole model goes."""
-        return self._reach()
+        return reach(self.across, self.params.layout)
 
     def _over_tensors(self) -> Reach:
         """Return over which ranks a sum over each whole tensor goes."""
-        return self._reach()
+        return reach(self.across, self.params.layout)
 
     def _hand_out(self) -> None:
         """Let all ranks have what was updated, and what was read of them: nothing to do where each updates all."""
 
     def _gradients(self, microbatches: list[Batch], grads: Gradients, reduce: Reduce | None) -> Tally:
         """Sum the gradients of this rank's samples, times the scale of this step, into ``grads``."""
-        grads.zero()
-        self._scale = self._scaler.scale if self._scaler else 1.0
-        rng = self.plan.key.child("train").at(self.step)
-        loss_sum = count = 0.0
-        for number, batch in enumerate(microbatches):
-            key = rng.child(f"microbatch{number}")
-            loss, weight = two_numbers(self._pass(batch, grads, key, reduce))
-            loss_sum, count = loss_sum + loss, count + weight
-            grads.end_pass()
+        loss_sum, count = self._passes.gradients(self._to_read(), microbatches, grads, reduce, self.step)
         samples = sum(len(batch) for batch in microbatches)
         return Tally(loss_sum, count, samples, float(self._stop), float(not np.isfinite(loss_sum + count)))
 
-    def _pass(self, batch: Batch, grads: Gradients, key: Key, reduce: Reduce | None) -> Any:
-        """Run the model forward and backward."""
-        if self.precision is None:
-            return self.model.loss_and_gradients(self._read, batch, grads, key, reduce)
-        with self._overflowing():
-            return self._mixed.scaled_gradients(self._read, batch, grads, key, reduce, self._scale)
+    def _to_read(self) -> ParameterSource:
+        """Return what the passes of a step read: the parameters, or their copy in 16 bits, made anew."""
+        if self.rounded is None:
+            return self.params
+        with self._passes.overflowing():
+            self.rounded.flat[...] = self.params.flat
+        return self.rounded
 
-    @property
-    def _read(self) -> ParameterSource:
-        """Where passes read parameters; in 16 bits, they are others than those that are updated."""
-        return self.params
-
-    @property
-    def rounded(self) -> FlatBuffer | None:
-        """The parameters in 16 bits that passes read, where these are a copy of ``params``; None where they are not."""
-        read = self._read
-        return read if isinstance(read, FlatBuffer) and read is not self.params else None
-
-    def _overflowing(self) -> AbstractContextManager[Any]:
-        """Return a context in which float16 may overflow, for that is looked for, without a warning."""
-        return np.errstate(over="ignore", invalid="ignore") if self._scaler else nullcontext()
-
-    def _step_in_place(self, grads: CommonGradients, own: Tally, microbatches: list[Batch]) -> Tally:
-        """Take the rest of a step: all ranks' gradients are summed, divided and used in one pass."""
-        phase, (part,) = self.comm.phase, self.parts
-        with phase("check"):
+    def _published(self, grads: CommonGradients, own: Tally) -> Tally:
+        """Let all ranks read this one's gradients, which they sum while they update; return what `_reduced` does."""
+        with self.comm.phase("check"):
             self._sum_terms()
             own = replace(own, bad=float(own.bad or not squares_finite(grads.flat)))
-        with phase("reduce"):
+        with self.comm.phase("reduce"):
             grads.reduce()
-            total = self._agreed(self._sum(own))
-        terms = grads.terms(total.count, self._parameters_are_read)
-        if total.bad:
-            self._check_sums(replace(part, grads=terms.sum()), own, microbatches)
-        total.check_count(self.step + 1)
-        self.step += 1
-        with phase("update"):
-            self._update_mean(part, terms)
-        self._hand_out()
-        return total
+            total = self._agreement.total(own)
+        return self._rejudged(own, total) if total.bad else total
+
+    def _rejudged(self, own: Tally, total: Tally) -> Tally:
+        """Look at the sums themselves, as a rank found something not to be finite, or its square."""
+        bad = not np.isfinite(own.loss + own.count) or not all_finite(self._with_sums())
+        return replace(total, bad=self._agreement.total(Tally(bad=float(bad))).bad)
+
+    def _with_sums(self) -> Sequence[Part]:
+        """Return this rank's parts with the sums of their gradients, which are not written where all ranks read."""
+        if not isinstance(self.grads, CommonGradients):
+            return self.parts
+        (part,) = self.parts
+        return (replace(part, grads=self.grads.terms(1.0, self._parameters_are_read).sum()),)
 
     def _update_mean(self, part: Part, terms: Terms) -> None:
-        lr = self.plan.schedule(self.updates)
-        self.optimizer.update_mean(part.params, terms, part.state, lr, self.updates, part.shard)
-
-    def _check_sums(self, summed: Part, own: Tally, microbatches: list[Batch]) -> None:
-        """Look at the sums themselves, as a rank found something not to be finite, or its square."""
-        bad = not np.isfinite(own.loss + own.count) or not finite(summed.grads)
-        good = not self._agreed(self._sum(Tally(bad=float(bad)))).bad
-        self._check_finite(good, microbatches, (summed,))
-
-    def _sum(self, own: Tally) -> Tally:
-        return Tally(*self.comm.allreduce(np.array(own.numbers, np.float64)).tolist())
+        number = self.updates + 1
+        self.optimizer.update_mean(part.params, terms, part.state, self.plan.schedule(number), number, part.shard)
 
     def _sum_terms(self) -> None:
         """Sum the gradients of which the ranks that divide the model have terms.  Collective over them."""
         if self.across and self._terms:
             terms = [self.grads.views[name] for name in self._terms if name in self.grads.views]
             self.across.allreduce(terms, out=terms)
-
-    def _agreed(self, total: Tally) -> Tally:
-        """Return a tally with the stops and troubles of the ranks that divide the model, too."""
-        if self.across is None:
-            return total
-        stops, bad = self.across.allreduce(np.array([total.stops, total.bad]), "max").tolist()
-        return replace(total, stops=stops, bad=bad)
 
     def _reduce(self, array: Array) -> Array:
         self._owners.allreduce(array, out=array)
@@ -408,22 +315,24 @@ class Synchronous(Method):
         NonFiniteError
             They are not, and the loss is not scaled, or too many steps in a row were skipped.
         """
-        if self._scaler is None:
+        if self._passes.scaler is None:
             self._check_finite(good, microbatches)
             return True
-        self._scaler.judge(good, self.step + 1)
+        self._passes.scaler.judge(good, self.step + 1)
         self.skipped += not good
         return good
 
-    def _check_finite(self, good: bool, microbatches: list[Batch], parts: Sequence[Part] = ()) -> None:
-        """End the run unless all is well; else compute this rank's part again by itself, to see who is at fault."""
+    def _check_finite(self, good: bool, microbatches: list[Batch]) -> None:
+        """End the run unless all is well; compute this rank's part again by itself, to see who is at fault."""
+        if good:
+            return
 
         def own_part_finite() -> bool:
             grads = FlatBuffer(self.params.layout.astype(self.model.layout.dtype), self._allocator)
             alone = self._gradients(microbatches, grads, None)  # BatchNorm spread one rank's trouble to all
             return not alone.bad and finite(grads.flat)
 
-        check_finite(self.comm, good, parts or self.parts, self.step + 1, own_part_finite, self.across)
+        check_finite(self.comm, good, self._with_sums(), self.step + 1, own_part_finite, self.across)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """See `Method.evaluate`."""
@@ -431,6 +340,10 @@ class Synchronous(Method):
         for batch in checked(batches):
             sums = add_sums(sums, self.model.sums(params, batch))
         total = self.comm.allreduce(something(filled(self.comm, sums)))
+        return self._metrics(total)
+
+    def _metrics(self, total: Sums) -> dict[str, Any]:
+        """Return the metrics of sums over all batches, whose bits may differ between ranks that divide the model."""
         return self.model.metrics(self.across.broadcast(total) if self.across else total)
 
     def predict(self, inputs: Array) -> Array:
@@ -439,39 +352,30 @@ class Synchronous(Method):
 
     def weights_sha256(self) -> str:
         """See `Method.weights_sha256`."""
-        params = self.whole()
-        if self.across is None:
-            return params.sha256()
-        segments = sorted(params.layout, key=lambda segment: segment.name)
-        return sha256(whole_tensor(self.across, each, params.views[each.name]) for each in segments)
+        layout, params = self.params.layout, self.whole()
+        names = sorted(segment.name for segment in layout)
+        return sha256(whole_tensor(self.across, layout[name], params.views[name]) for name in names)
 
     def state(self) -> State:
         """See `Method.state`."""
-        pieces: list[Piece] = []
-        for part in self.parts:
-            pieces += pieces_of("params", part.params, part.shard, self.kind)
-            for slot, array in part.state.items():
-                pieces += pieces_of(f"optimizer.{slot}", array, part.shard, self.kind)
-        if self.across and self.across.rank > 0:  # what all ranks hold, the first one gives
-            pieces = [piece for piece in pieces if box_size(piece.box) < prod(piece.global_shape)]
+        pieces = (piece for part in self.parts for piece in part.pieces(self.kind))
         scalars: dict[str, Any] = {"step": self.step}
         if self.skipped:
             scalars["skipped"] = self.skipped
-        if self._scaler:
-            scalars["loss_scale"] = self._scaler.state()
-        return State(tuple(pieces), scalars)
+        if self._passes.scaler:
+            scalars["loss_scale"] = self._passes.scaler.state()
+        return State(given_here(self.across, pieces), scalars)
 
     def load(self, scalars: Mapping[str, Any], read: Read) -> None:
         """See `Method.load`."""
         for part in self.parts:
-            for slot, array in part.state.items():
-                fill(f"optimizer.{slot}", array, part.shard, read)
+            part.load_state(read)
         self.load_parameters(read)
         self.step, self.skipped = int(scalars["step"]), int(scalars.get("skipped", 0))
-        if self._scaler and "loss_scale" in scalars:
-            self._scaler.load(scalars["loss_scale"])
+        if self._passes.scaler and "loss_scale" in scalars:
+            self._passes.scaler.load(scalars["loss_scale"])
 
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""
         for part in self.parts:
-            fill("params", part.params, part.shard, read)
+            part.load_parameters(read)

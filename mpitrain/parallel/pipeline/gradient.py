@@ -13,6 +13,7 @@ from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Reach
 from mpitrain.method.tiles import Tiles
+from mpitrain.parallel.across import reach
 from mpitrain.parallel.buckets import WholeGradients
 from mpitrain.parallel.gradient import GradientSteps
 from mpitrain.parallel.pipeline.method import PipelineParallel
@@ -77,13 +78,6 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
         )  # fmt: skip
 
     @property
-    def _read(self) -> FlatBuffer:
-        return self.params
-
-    def _round_to_read(self) -> None:
-        """Nothing to do: each owner rounds what it has updated, before it is gathered."""
-
-    @property
     def _apart(self) -> Collection[str]:
         return self._ties.shared
 
@@ -93,7 +87,7 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
         self._ties.sum({bucket.segments[0].name: part.grads for bucket, part in parts if bucket.segments})
 
     def _over_model(self) -> Reach:
-        return self._reach(self.data, self.pipe, elsewhere=self._ties.copies)
+        return reach(self.across, self.params.layout, self.data, self.pipe, elsewhere=self._ties.copies)
 
     @property
     def _saved_elsewhere(self) -> Collection[str]:

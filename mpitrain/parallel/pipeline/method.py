@@ -5,10 +5,10 @@ What is computed, and in which order a rank does so, is the schedule's; the meth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,16 +16,7 @@ from mpitrain._errors import InputError
 from mpitrain._names import did_you_mean
 from mpitrain._options import NON_NEGATIVE, check, check_kind
 from mpitrain._typing import Array, DType
-from mpitrain.arrays import (
-    Allocator,
-    Batch,
-    FlatBuffer,
-    GradientBuffer,
-    Gradients,
-    Key,
-    Layout,
-    Segment,
-)
+from mpitrain.arrays import Allocator, Batch, FlatBuffer, GradientBuffer, Gradients, Layout
 from mpitrain.arrays.flatbuffer import sha256
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.local import alone
@@ -38,8 +29,10 @@ from mpitrain.nn import Network, Sequential
 from mpitrain.nn.cutting import part, units
 from mpitrain.nn.model import Model, Reduce
 from mpitrain.optim import Optimizer
+from mpitrain.parallel.across import reach, whole_tensor
 from mpitrain.parallel.checks import check_parts, checked
 from mpitrain.parallel.pipeline.cuts import edges, partition
+from mpitrain.parallel.pipeline.evaluator import Evaluator
 from mpitrain.parallel.pipeline.executor import Executor
 from mpitrain.parallel.pipeline.links import Links
 from mpitrain.parallel.pipeline.schedule import Sizes
@@ -49,9 +42,6 @@ from mpitrain.parallel.pipeline.ties import Ties
 from mpitrain.parallel.pipeline.validator import validate
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous
 from mpitrain.parallel.tally import Tally
-from mpitrain.parallel.whole import whole_tensor
-
-_T = TypeVar("_T")
 
 
 class PipelineParallel(Synchronous):
@@ -154,8 +144,9 @@ class PipelineParallel(Synchronous):
             )  # fmt: skip
         self._network, self._layers = model, model.layer
         super().setup(model, optimizer, plan)
-        self._evaluator = self._make_executor(model.layout.dtype)
-        self.executor = self._make_executor(self.precision.dtype) if self.precision else self._evaluator
+        executor = self._make_executor(model.layout.dtype)
+        self.executor = self._make_executor(self.precision.dtype) if self.precision else executor
+        self._evaluator = Evaluator(self.pipe, executor, model, plan.key)
 
     def _held(self, layout: Layout) -> Layout:
         """Cut the model into stages; return the layout of this rank's."""
@@ -173,7 +164,7 @@ class PipelineParallel(Synchronous):
     def _allocate(self, layout: Layout) -> None:
         self.params, self.grads = FlatBuffer(layout, self._allocator), GradientBuffer(layout, self._allocator)
         if self.precision:
-            self._rounded = FlatBuffer(layout.astype(self.precision.dtype), self._allocator)
+            self.rounded = FlatBuffer(layout.astype(self.precision.dtype), self._allocator)
         state = self.optimizer.init(layout.whole(), self._allocator)
         self.parts = (Part(layout.whole(), self.params.flat, self.grads.flat, state),)
 
@@ -199,19 +190,11 @@ class PipelineParallel(Synchronous):
 
     def _initialise(self) -> None:
         self._draw(self.params)
-        self._verify(self.data, [self.params])
+        self._agreement.check_parameters(self.data, [self.params])
 
     def _draw(self, params: FlatBuffer) -> None:
         super()._draw(params)
         self._ties.publish(params)
-
-    @property
-    def _read(self) -> FlatBuffer:
-        return self._rounded if self.precision else self.params
-
-    def _round_to_read(self) -> None:
-        """Make what passes read of the parameters, in 16 bits."""
-        self._rounded.flat[...] = self.params.flat
 
     @property
     def shares(self) -> tuple[tuple[int, int], ...]:
@@ -230,15 +213,17 @@ class PipelineParallel(Synchronous):
 
     def _flow(self, microbatches: list[Batch], sums: Sequence[Gradients], reduce: Reduce | None) -> list[Tally]:
         """Pass microbatches through the pipeline, an equal number in turn for each of ``sums``."""
-        each, self._scale = len(microbatches) // len(sums), self._scaler.scale if self._scaler else 1.0
-        rng = self.plan.key.child("train").at(self.step)
-        keys = [rng.child(f"microbatch{number % each}") for number in range(len(microbatches))]
+        each = len(microbatches) // len(sums)
+        keys = self._passes.begin(self.step, each) * len(sums)
+        params = self._to_read()
+        assert isinstance(params, FlatBuffer)  # as of all pipelines
         for grads in sums:
             grads.zero()
-        with self._overflowing():
-            if self.precision:
-                self._round_to_read()
-            ready = [self._to_train(batch, key, reduce) for batch, key in zip(microbatches, keys, strict=True)]
+        with self._passes.overflowing():
+            ready = [
+                Microbatch.of(self._network, batch, params, self._passes.scale, training=True, key=key, reduce=reduce)
+                for batch, key in zip(microbatches, keys, strict=True)
+            ]
             losses = self.executor.train(self.schedule, ready, [sums[number // each] for number in range(len(ready))])
         for grads in sums:
             grads.end_pass()
@@ -254,25 +239,11 @@ class PipelineParallel(Synchronous):
             tally = replace(tally, loss=loss_sum, count=count, samples=samples)
         return tally
 
-    def _to_train(self, batch: Batch, key: Key, reduce: Reduce | None) -> Microbatch:
-        """Return a batch with what its passes in training need."""
-        return self._ready(batch, self._read, self._scale, training=True, key=key, reduce=reduce)
-
-    def _to_evaluate(self, batch: Batch, params: FlatBuffer) -> list[Microbatch]:
-        """Return a batch in as many parts as it is evaluated in, with what their passes need."""
-        parts = [batch.part(rows) for rows in self._network.slices(batch.inputs)]
-        return [self._ready(each, params, training=False, key=self.plan.key, reduce=None) for each in parts]
-
-    def _ready(self, batch: Batch, params: FlatBuffer, scale: float = 1.0, **options: Any) -> Microbatch:
-        batch = self._network.prepared(batch, params)
-        return Microbatch(batch, params, self._network.surroundings(params, batch, scale, **options), scale)
-
     def _reduce_gradients(self) -> None:
         """Sum all gradients over the pipelines, and then those of tied tensors over the stages.
 
         In this order: a sum over pipelines may be rounded by where a tensor lies, one over stages is the same on both.
         """
-        self._sum_terms()
         if self.data.size > 1:
             reduce_gradients(self.data, self.grads.buffer, self.params.layout.buckets(self.bucket_bytes))
         self._ties.sum(self.grads.views)
@@ -281,7 +252,8 @@ class PipelineParallel(Synchronous):
         return super()._reduce(array) if self.data.size > 1 else array
 
     def _over_model(self) -> Reach:
-        return self._reach(self.pipe, elsewhere=self._ties.copies)  # in which a tied tensor counts once
+        once = self._ties.copies  # for a tied tensor counts once
+        return reach(self.across, self.params.layout, self.pipe, elsewhere=once)
 
     @property
     def _last_rank(self) -> int:
@@ -292,44 +264,15 @@ class PipelineParallel(Synchronous):
         """See `Method.evaluate`: each rank hands in its own batches, all of which pass through the pipeline."""
         own: dict[str, Array] | None = None
         params = self.whole()
-        for round_ in self._rounds(checked(batches)):
-            for found in self._sums(round_, params):
+        for round_ in self._evaluator.rounds(checked(batches)):
+            for found in self._evaluator.sums(round_, params):
                 own = add_sums(own, found)
         sums: dict[str, Array] | None = self.pipe.broadcast_object(own, self._last_rank)
-        total = self.data.allreduce(something(filled(self.data, sums)))
-        return self.model.metrics(self.across.broadcast(total) if self.across else total)
-
-    def _rounds(self, items: Iterable[_T]) -> Iterator[list[_T]]:
-        """Yield the next batch, or what there is in its place, of every rank of the pipeline, until none has one."""
-        own = iter(items)
-        while True:
-            found = [item for item in self.pipe.allgather_object(next(own, None)) if item is not None]
-            if not found:
-                return
-            yield found
-
-    def _sums(self, batches: Sequence[Batch], params: FlatBuffer) -> list[dict[str, Array]]:
-        """Pass batches through the pipeline; return each one's sums (`Model.sums`) on its last rank, elsewhere none."""
-        parts = [(number, each) for number, b in enumerate(batches) for each in self._to_evaluate(b, params)]
-        ready = [each for _, each in parts]
-        found = dict[int, dict[str, Array]]()
-        for outputs, (number, each) in zip(self._evaluator.outputs(ready), parts, strict=False):
-            found[number] = add_sums(found.get(number), self._network.loss.sums(outputs, each.batch))
-        return list(found.values())
+        return self._metrics(self.data.allreduce(something(filled(self.data, sums))))
 
     def predict(self, inputs: Array) -> Array:
         """See `Method.predict`: the first rank's inputs, which all ranks hand in alike."""
-        count, params = len(inputs), self.whole()
-        zeros = np.zeros(count, np.int64)
-        ready = self._to_evaluate(Batch(inputs, zeros, zeros), params)
-        shape = self._evaluator.shapes(ready[0])[-1]
-        outputs: Array = params.xp.empty((count, *shape), params.layout.dtype)
-        start = 0
-        for found in self._evaluator.outputs(ready):
-            outputs[start : start + len(found)] = found
-            start += len(found)
-        self.pipe.broadcast(outputs, self._last_rank, out=outputs)
-        return self._network.united(outputs)
+        return self._network.united(self._evaluator.outputs(inputs, self.whole()))
 
     def state(self) -> State:
         """See `Method.state`: a tied tensor is its first holder's, and of equal pipelines the first one speaks."""
@@ -347,7 +290,7 @@ class PipelineParallel(Synchronous):
         layout, digest, params = self.model.layout, "", self.whole()
         names = sorted(segment.name for segment in layout)
         if self.pipe.rank == 0:
-            digest = sha256(self._whole(layout[name], self._fetched(name, params)) for name in names)
+            digest = sha256(whole_tensor(self.across, layout[name], self._fetched(name, params)) for name in names)
         else:
             for name in names:
                 if self._owner(name) == self.pipe.rank:
@@ -363,9 +306,6 @@ class PipelineParallel(Synchronous):
         shape = self.model.layout[name].shape
         received: Array = self.pipe.recv(params.xp.empty(shape, params.layout.dtype), owner)
         return received
-
-    def _whole(self, segment: Segment, part: Array) -> Array:
-        return whole_tensor(self.across, segment, part) if self.across else part
 
     def _owner(self, name: str) -> int:
         return self._ties.owners[name]

@@ -102,8 +102,9 @@ class ReproduciblePipelineParallel(LaneSteps, PipelineParallel):
         own = self._handed_in or self._dealt[:1]
         sums: list[dict[str, Array] | None] = [None] * len(self._dealt)
         params = self.whole()
-        for round_ in self._rounds((own[number % len(own)], batch) for number, batch in enumerate(checked(batches))):
-            found = self._sums([batch for _, batch in round_], params)
+        pairs = ((own[number % len(own)], batch) for number, batch in enumerate(checked(batches)))
+        for round_ in self._evaluator.rounds(pairs):
+            found = self._evaluator.sums([batch for _, batch in round_], params)
             for (lane, _), each in zip(round_, found, strict=False):  # none on other ranks than the last
                 number = self._dealt.index(lane)
                 sums[number] = add_sums(sums[number], each)

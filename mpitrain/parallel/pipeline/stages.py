@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mpitrain._typing import Array, Shape
 from mpitrain.arrays import Batch, FlatBuffer, Gradients
@@ -30,6 +31,14 @@ class Microbatch:
     params: FlatBuffer
     call: Call
     scale: float = 1.0
+
+    @classmethod
+    def of(
+        cls, network: Network, batch: Batch, params: FlatBuffer, scale: float = 1.0, **surroundings: Any
+    ) -> Microbatch:
+        """Return a batch with all that passes through the stages of a network need, see `Network.surroundings`."""
+        batch = network.prepared(batch, params)
+        return cls(batch, params, network.surroundings(params, batch, scale, **surroundings), scale)
 
     @property
     def sample_shape(self) -> Shape:
