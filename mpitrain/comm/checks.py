@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mpitrain._errors import InputError
+from mpitrain._errors import InputError, MismatchError
+
+if TYPE_CHECKING:
+    from mpitrain.comm.calls import Call
 
 TAG_MAX = 32766
 """Largest tag of callers."""
@@ -102,3 +105,14 @@ def bucket_bytes(operation: str, value: Any) -> int | None:
     if found < 1:
         raise InputError("unusable bucket_bytes", operation=operation, got=found, expected=expected)
     return found
+
+
+def own_message(operation: str, sent: Sequence[Call], awaited: Sequence[Call]) -> None:
+    """Refuse a message of a rank to itself that is of another size than what it awaits."""
+    sizes = [[call.send.nbytes for call in sent if call.send is not None]]
+    sizes.append([call.recv.nbytes for call in awaited if call.recv is not None])
+    if sizes[0] != sizes[1]:
+        raise MismatchError(
+            "a rank sends itself another size than it awaits", operation=operation, got=f"{sizes[0]} bytes",
+            expected=f"{sizes[1]}",
+        )  # fmt: skip

@@ -362,6 +362,14 @@ def nonblocking_twins(comm: Communicator) -> None:
 
 
 @check
+def a_message_to_oneself_of_another_size(comm: Communicator) -> None:
+    for length in (2, 4):
+        with pytest.raises(_errors.MismatchError):
+            comm.sendrecv(np.ones(3), comm.rank, comm.rank, like=np.ones(length))
+    same(comm.sendrecv(np.ones(3), comm.rank, comm.rank), np.ones(3))
+
+
+@check
 def dropped_requests_keep_their_buffers(comm: Communicator) -> None:
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     for step in range(20):
