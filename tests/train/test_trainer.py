@@ -138,7 +138,11 @@ def test_the_result_is_kept(load, tmp_path):
         ({"train__batch_size": 97}, "batch does not fit the data set"),
         ({"train__checkpoint__best": "acuracy"}, "train.checkpoint.best: the model gives no such metric; got acuracy"),
         ({"train__stop__patience": 1, "train__stop__metric": "r2"}, "train.stop.metric: .* accuracy or loss"),
-        ({"optimizer__schedule__warmup_steps": 5, "train__epochs": 1, "train__batch_size": 96}, "warmup_steps"),
+        (
+            {"optimizer__schedule__warmup_steps": 5, "train__epochs": 1, "train__batch_size": 96},
+            r"^optimizer.schedule.warmup_steps: leaves no step after the warm-up; got 5; expected less than the run's "
+            "1 steps; set optimizer.schedule.warmup_steps=0, or train longer",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_on_all_ranks(load, tmp_path, changes, message):

@@ -11,6 +11,9 @@ from mpitrain.train.job.section import Problem
 if TYPE_CHECKING:
     from mpitrain.train.job.job import Job
 
+SHORTER_WARMUP = "set optimizer.schedule.warmup_steps=0, or train longer"
+"""What to do where the warm-up is no shorter than the run."""
+
 _OF_SEQUENCES = ("bigram", "gpt")
 
 _TASKS_OF_LOSS = {
@@ -64,7 +67,8 @@ def _optimizer_and_batches(job: Job) -> Iterator[Problem]:
         yield Problem("train.batch_size", 'does not fit optimizer.kind = "gd"', batch_size, '"full"', remedy)
     if steps is not None and warmup >= steps:
         expected = f"less than train.steps = {steps}"
-        yield Problem("optimizer.schedule.warmup_steps", "leaves no step after the warm-up", warmup, expected)
+        what = "leaves no step after the warm-up"
+        yield Problem("optimizer.schedule.warmup_steps", what, warmup, expected, SHORTER_WARMUP)
     microbatches = job.method.microbatches
     if batch_size != "full" and microbatches > batch_size:
         expected = f"at most train.batch_size = {batch_size}"
