@@ -13,6 +13,8 @@ from mpitrain._errors import InputError, JobError, PeerError, StorageError
 from mpitrain.comm import LocalWorld
 from mpitrain.train import Job, Observer, checkpoint, session, train_job
 from mpitrain.train.assembly import assemble
+from mpitrain.train.facts import Facts
+from mpitrain.train.models import build_model
 from mpitrain.train.predictor import Predictor
 from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.storage import alone
@@ -149,6 +151,13 @@ def test_what_does_not_fit_is_refused_on_all_ranks(load, tmp_path, changes, mess
     with pytest.raises(InputError, match=message):
         train(load(**changes), ranks=3, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_convolutional_model_of_rows_of_a_table_is_refused(job_file):
+    job = Job.from_toml(job_file.read_text().replace('kind = "mlp"\nhidden = [12]', 'kind = "cnn"'), job_file)
+    said = r'^model.kind = "cnn": needs images; got samples of shape \(2,\); .*; or set model.kind = "mlp"$'
+    with pytest.raises(JobError, match=said):
+        build_model(job, Facts("classification", (2,), 3))
 
 
 def test_a_full_disk_is_agreed_on(load, tmp_path, monkeypatch):

@@ -81,8 +81,8 @@ def _mesh_and_model(job: Job) -> Iterator[Problem]:
         return
     if not isinstance(model, Gpt | Mlp):
         remedy = 'method.kind = "gradient" divides gradients and optimizer state of any model'
-        what = f'does not divide model.kind = "{model.kind}"'
-        yield Problem("mesh.tensor", what, mesh.tensor, '1, or model.kind = "gpt" or "mlp"', remedy)
+        what = f'cannot divide a model of kind "{model.kind}" (gpt and mlp can)'
+        yield Problem("mesh.tensor", what, mesh.tensor, "1", remedy)
     elif isinstance(model, Gpt) and mesh.tensor > model.heads:
         yield Problem("mesh.tensor", "is more than the attention heads", mesh.tensor, f"at most {model.heads}")
     elif isinstance(model, Gpt) and (model.loss or "cross_entropy") != "cross_entropy":
