@@ -153,6 +153,15 @@ def test_what_does_not_fit_is_refused_on_all_ranks(load, tmp_path, changes, mess
     assert not (tmp_path / "run").exists()
 
 
+def test_flat_samples_get_the_shape_that_the_model_was_trained_on(tmp_path, load):
+    with np.load(tmp_path / "data.npz") as data:
+        images, targets = data["inputs"][:, :4].reshape(-1, 2, 2, 1), data["targets"]
+    np.savez(tmp_path / "data.npz", inputs=images, targets=targets)
+    train(load(train__steps=1), ranks=1, run_dir=tmp_path / "run")
+    np.save(tmp_path / "flat.npy", images.reshape(-1, 4))
+    np.testing.assert_array_equal(Predictor(tmp_path / "run").read(tmp_path / "flat.npy"), images)
+
+
 def test_a_convolutional_model_of_rows_of_a_table_is_refused(job_file):
     job = Job.from_toml(job_file.read_text().replace('kind = "mlp"\nhidden = [12]', 'kind = "cnn"'), job_file)
     said = r'^model.kind = "cnn": needs images; got samples of shape \(2,\); .*; or set model.kind = "mlp"$'
