@@ -4,7 +4,7 @@ It shows research code that uses nothing of mpitrain but its collectives.  The r
 ranks, up to the rounding of sums:
 
     python jobs/research_allreduce.py
-    mpirun -n 4 python jobs/research_allreduce.py
+    mpirun -n 2 python jobs/research_allreduce.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PyTorch's own training loop on many ranks: the lines that are added to it are marked.
 
 python jobs/research_torch.py
-mpirun -n 4 python jobs/research_torch.py
+mpirun -n 2 python jobs/research_torch.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Your own training loop: a model of layers, data-parallel Adam, and an evaluation over all ranks.
 
 python jobs/research_training.py
-mpirun -n 4 python jobs/research_training.py
+mpirun -n 2 python jobs/research_training.py
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpitrain._errors import DtypeError, InputError
 from mpitrain._typing import Array
+from mpitrain.adapters import checks
 from mpitrain.adapters.empty import two_of_zeros
 from mpitrain.adapters.jax_sharded import ShardedLoss
 from mpitrain.adapters.tree import add
@@ -170,9 +171,16 @@ class JaxModel(Model):
         return self._with_key(self._tree.unflatten(parameters), *arguments)
 
     def predict(self, params: FlatBuffer, inputs: Array) -> Array:
-        """Return the outputs for ``inputs``, shape (n, …); a new array."""
+        """Return the outputs for ``inputs``, shape (n, …); a new array.
+
+        Raises
+        ------
+        InputError
+            The model was made without ``predict``, or the inputs are no array.
+        """
         if self._predict is None:
             raise InputError("the model has no predict", operation="JaxModel", remedy="pass predict=")
+        checks.array("JaxModel", inputs)
         if not len(inputs):  # for which x.reshape(len(x), -1) fails, as functions are often written
             return self.predict(params, two_of_zeros(inputs))[:0]
         return np.array(self._predict(self._values(params.views), self._inputs(inputs)))

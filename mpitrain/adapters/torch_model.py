@@ -14,6 +14,7 @@ import torch
 from mpitrain._errors import InputError
 from mpitrain._options import check_kind
 from mpitrain._typing import Array, Tree
+from mpitrain.adapters import checks
 from mpitrain.adapters.empty import two_of_zeros
 from mpitrain.adapters.torch_gathering import can_gather, gathering, layer_of, send_away
 from mpitrain.adapters.torch_layout import layout_of, statistics_of
@@ -164,7 +165,14 @@ class TorchModel(Model):
         return layer_of(self.module, name)
 
     def predict(self, params: FlatBuffer, inputs: Array) -> Array:
-        """Return the outputs for ``inputs``, shape (n, …), in evaluation mode; a new array."""
+        """Return the outputs for ``inputs``, shape (n, …), in evaluation mode; a new array.
+
+        Raises
+        ------
+        DataError
+            The inputs are no array.
+        """
+        checks.array("TorchModel", inputs)
         if not len(inputs):  # for which x.view(x.size(0), -1) fails, as modules are often written
             return self.predict(params, two_of_zeros(inputs))[:0]
         self._bind(params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import click
@@ -42,7 +41,7 @@ def _beside(job: Path) -> list[Path]:
 def command(name: str | None, gpu: bool, force: bool) -> None:
     """Copy the job file NAME and its sbatch file into this folder.  Without NAME: list what there is."""
     from mpitrain._names import did_you_mean
-    from mpitrain.train.storage import disk
+    from mpitrain.train.storage import disk, write_atomic
 
     jobs = job_names()
     if name is None:
@@ -60,8 +59,11 @@ def command(name: str | None, gpu: bool, force: bool) -> None:
     if there and not force:
         raise InputError(f"{', '.join(there)} already in this folder", remedy="pass --force to overwrite")
     for path in sources:
-        with disk("copy", Path(path.name)):
-            shutil.copy(path, path.name)
+        with disk("read", path):
+            text = path.read_bytes()
+        write_atomic(Path(path.name), text)
     click.echo(f"wrote {' and '.join(path.name for path in sources)}")
     if sbatch in sources:
         click.echo(f"run it:  mpitrain run -n 2 {sources[0].name}    or    sbatch {sbatch.name} {sources[0].name}")
+    else:
+        click.echo(f"run it:  mpirun -n 2 python {sources[0].name}")

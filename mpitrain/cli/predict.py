@@ -21,7 +21,8 @@ from mpitrain._errors import InputError
 def command(run: Path, inputs: Path, output: Path | None, latest: bool, as_json: bool) -> None:
     """Apply the model of the run directory RUN to INPUTS (.npy, .npz or .csv, one sample a row).
 
-    Prints the class, or the predicted numbers, of each sample.
+    Prints the class, or the predicted numbers, of each sample.  Samples have the shape that the model was trained on;
+    flat ones of as many numbers, as all rows of a .csv file are, are taken too, and given that shape.
     """
     from mpitrain.train.predictor import Predictor
     from mpitrain.train.storage import disk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from operator import index
 from typing import Any
 
@@ -59,7 +60,11 @@ def pair(what: str, value: Any, least: int = 1) -> tuple[int, int]:
 def last_axis(layer: str, x: Array, size: int) -> None:
     """Require that the last axis of a layer's input holds ``size`` features."""
     if x.ndim < 2 or x.shape[-1] != size:
-        raise InputError(f"{layer}: the input does not fit", got=f"shape {x.shape}", expected=f"shape (n, …, {size})")
+        flat = x.ndim > 2 and prod(x.shape[1:]) == size
+        remedy = "put Flatten() before it, or, of digits, set data.options.flat = true" if flat else None
+        raise InputError(
+            f"{layer}: the input does not fit", got=f"shape {x.shape}", expected=f"shape (n, …, {size})", remedy=remedy
+        )
 
 
 def images(layer: str, x: Array, window: tuple[int, int], padding: tuple[int, int] = (0, 0)) -> None:

@@ -157,7 +157,7 @@ class Network(MixedModel):
 
     def slices(self, inputs: Array) -> Iterator[slice]:
         """Yield the samples that are predicted at a time: one part of them at least, be it empty."""
-        tokens = prod(inputs.shape[1:]) if self.layer.takes_indices else 1
+        tokens = prod(getattr(inputs, "shape", ())[1:]) if self.layer.takes_indices else 1
         rows = max(1, min(_PREDICT_ROWS, _PREDICT_TOKENS // max(1, tokens)))
         return (slice(start, start + rows) for start in range(0, max(len(inputs), 1), rows))
 

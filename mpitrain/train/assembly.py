@@ -39,6 +39,7 @@ from mpitrain.train.cadence import Cadence
 from mpitrain.train.cutting import cut_words, cutting
 from mpitrain.train.facts import Facts
 from mpitrain.train.job import Job
+from mpitrain.train.job.fit import SHORTER_WARMUP
 from mpitrain.train.mesh import Axes, axes_of
 from mpitrain.train.models import build_model
 from mpitrain.train.samples import Samples, evaluation_batches, global_batches, load_samples
@@ -186,8 +187,8 @@ def _plan(job: Job, batch_size: int, steps: int) -> Plan:
         options["steps"] = max(1, steps - schedule.warmup_steps)
     if schedule.warmup_steps >= steps:
         raise JobError(
-            "optimizer.schedule.warmup_steps leaves no step after the warm-up", got=schedule.warmup_steps,
-            expected=f"less than the run's {steps} steps",
+            "leaves no step after the warm-up", operation="optimizer.schedule.warmup_steps", got=schedule.warmup_steps,
+            expected=f"less than the run's {steps} steps", remedy=SHORTER_WARMUP,
         )  # fmt: skip
     course = optim.make_schedule(schedule.kind, lr=lr, **options)
     return Plan(Key(job.seed), course, steps, section.clip_norm, section.clip_value)

@@ -75,9 +75,9 @@ def _left(ranks: int, lengths: dict[str, int]) -> int:
     """Return the length that is left for an axis when the others have theirs."""
     others = prod(lengths.values())
     if ranks % others:
+        named = [f"mesh.{name} = {length}" for name, length in lengths.items() if length > 1]
         raise JobError(
-            f"mesh {'×'.join(map(str, lengths.values()))} does not divide {ranks} ranks",
-            operation=", ".join(f"mesh.{name} = {length}" for name, length in lengths.items()),
+            f"{'1 rank is' if ranks == 1 else f'{ranks} ranks are'} no multiple of {' × '.join(named)}",
             remedy=f"start a multiple of {others} ranks",
         )  # fmt: skip
     return ranks // others

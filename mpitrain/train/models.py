@@ -62,8 +62,18 @@ def _preset(job: Job, facts: Facts) -> Layer | None:
         case "gpt":
             return nn.MODELS[kind](outputs, _context(facts), **options)
         case "cnn":
-            return nn.MODELS[kind](facts.sample_shape, outputs, **options)
+            return nn.MODELS[kind](_images(facts), outputs, **options)
     return nn.MODELS[kind](prod(facts.sample_shape), outputs, **options)
+
+
+def _images(facts: Facts) -> tuple[int, ...]:
+    """Return the shape of the samples, if they are images."""
+    if len(facts.sample_shape) != 3:
+        raise JobError(
+            "needs images", operation='model.kind = "cnn"', got=f"samples of shape {facts.sample_shape}",
+            expected="shape (height, width, channels)", remedy='or set model.kind = "mlp"',
+        )  # fmt: skip
+    return facts.sample_shape
 
 
 def _context(facts: Facts) -> int:

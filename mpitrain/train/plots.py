@@ -26,6 +26,7 @@ _COLOURS = {"train": "#1f5f99", "valid": "#c2571a", "test": "#1b7f5c"}
 _INK = "#333333"
 _DECADES_FOR_LOG = 2.0
 _MANY_POINTS = 40
+_THOUSAND = 1000.0
 _DPI = 144
 
 
@@ -61,11 +62,8 @@ def curve(
     axes.set_xlabel("step")
     axes.margins(x=0.02)
     axes.locator_params(axis="x", integer=True)
-    found = [value for _, values in series.values() for value in values]
-    if log and found and min(found) > 0 and max(found) / min(found) > 10**_DECADES_FOR_LOG:
-        axes.set_yscale("log")
-    elif from_zero:
-        axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    _scale(axes, [value for _, values in series.values() for value in values], log, from_zero)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if set(series) != {"train"} or len(axes.lines) > 1:
@@ -124,6 +122,17 @@ def _blank(width: float, height: float) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.tick_params(labelsize=9, colors=_INK)
     return figure, axes
+
+
+def _scale(axes: Axes, values: Sequence[float], log: bool, from_zero: bool) -> None:
+    """Choose the axis of the values, and how its ticks are written."""
+    if log and values and min(values) > 0 and max(values) / min(values) > 10**_DECADES_FOR_LOG:
+        axes.set_yscale("log")
+        return
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    if axes.get_ylim()[1] - axes.get_ylim()[0] >= _THOUSAND:  # between such limits ticks are whole numbers
+        axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def _line(axes: Axes, kind: str, steps: Sequence[int], values: Sequence[float]) -> None:

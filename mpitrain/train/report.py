@@ -100,7 +100,8 @@ def _pictures(records: list[dict[str, Any]], result: Mapping[str, Any]) -> Itera
     if losses := _by_kind(records, "loss"):
         yield "loss", plots.curve("Loss", losses, smooth=True, log=True)
     for metric in _metric_names(records):
-        yield _file_name(metric), plots.curve(_title(metric), _by_kind(records, metric))
+        if values := _by_kind(records, metric):
+            yield _file_name(metric), plots.curve(_title(metric), values)
     unit = "tokens" if _by_kind(records, "tokens_per_s") else "samples"
     if rates := _by_kind(records, f"{unit}_per_s"):
         yield "throughput", plots.curve(f"Throughput ({unit}/s)", rates, smooth=True, from_zero=True)
@@ -135,14 +136,14 @@ def _confused(result: Mapping[str, Any]) -> str:
 
 
 def _by_kind(records: Iterable[Mapping[str, Any]], key: str) -> dict[str, plots.Series]:
-    """Return the values of ``key`` over the steps, for each kind of record that has any."""
+    """Return the values of ``key`` over the steps, for each kind of record that has any; none if no two make a line."""
     found: dict[str, plots.Series] = {}
     for kind in _KINDS:
         points = [(r["step"], r[key]) for r in records if r.get("kind") == kind and _is_number(r.get(key))]
         if points:
             steps, values = zip(*points, strict=True)
             found[kind] = (steps, values)
-    return found
+    return found if any(len(steps) > 1 for steps, _ in found.values()) else {}
 
 
 def _metric_names(records: Iterable[Mapping[str, Any]]) -> list[str]:

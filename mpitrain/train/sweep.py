@@ -15,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mpitrain._errors import InputError
 from mpitrain.comm import Communicator, Outcome, agree, map_tasks
 from mpitrain.comm.local import alone
 from mpitrain.comm.threads import blas_threads
@@ -69,6 +70,8 @@ def sweep_job(
     JobError
         A point is no valid job, points go by other metrics, or the directory holds runs of another job; nothing has run
         then.
+    InputError
+        The result of a point that is done is damaged; nothing has run then.
     StorageError
         A file cannot be written.
 
@@ -84,6 +87,9 @@ def sweep_job(
         if comm.rank == 0:
             points = plan(path, overrides, grid, kept)
             due = [point for point in points if not point.done]
+            for point in points:
+                if point not in due:
+                    _result(RunDirectory(point.directory).result)  # damage is said before hours of work, not after
     stop = Stop(name_signal)
     outcomes = _run(due, comm, on_point, stop)
     stopped = next(filter(None, comm.allgather_object(stop.by)), None)
@@ -151,7 +157,7 @@ class Stop:
 def _record(point: Point, outcome: Outcome | None) -> dict[str, Any]:
     """Return what is to be told of a point, from its run directory."""
     run, error = RunDirectory(point.directory), outcome.error if outcome else None
-    result = json.loads(run.result.read_text()) if error is None and run.result.is_file() else {}
+    result = _result(run.result) if error is None else {}
     status = "failed" if error is not None else "done" if point.done else "stopped"
     metrics = result.get("metrics", {})
     return {
@@ -165,6 +171,23 @@ def _record(point: Point, outcome: Outcome | None) -> dict[str, Any]:
         "run_dir": str(point.directory),
         "error": error,
     }
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """Return the result of a run; empty if there is none yet."""
+    if not path.is_file():
+        return {}
+    with disk("read result", path):
+        text = path.read_bytes()
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not (isinstance(found, dict) and isinstance(found.get("metrics", {}), dict)):
+        raise InputError(
+            f"{path}: damaged", operation="sweep", remedy=f"remove {path.parent}, and the same command runs it again"
+        )
+    return found
 
 
 def _summary(

@@ -12,7 +12,7 @@ from feeds import UnevenFeed  # noqa: E402
 from jax import numpy as jnp  # noqa: E402
 
 from mpitrain import Batch, DataParallel, GradientParallel, Key, Plan, optim  # noqa: E402
-from mpitrain._errors import DtypeError, InputError  # noqa: E402
+from mpitrain._errors import DataError, DtypeError, InputError  # noqa: E402
 from mpitrain.adapters import JaxModel  # noqa: E402
 from mpitrain.arrays import FlatBuffer  # noqa: E402
 from mpitrain.comm import LocalWorld  # noqa: E402
@@ -141,6 +141,13 @@ def test_of_no_samples_nothing_is_predicted():
     model = JaxModel(loss_sum, parameters(), lambda params, inputs: outputs(params, inputs.reshape(len(inputs), -1)))
     found = model.predict(FlatBuffer(model.layout), np.zeros((0, 3, 2)))
     assert (found.shape, found.dtype) == ((0, CLASSES), np.float64)
+
+
+@pytest.mark.parametrize("inputs", [[], [[1.0, 2.0]]])
+def test_a_list_is_no_array_to_predict_from(inputs):
+    model = JaxModel(loss_sum, parameters(), outputs)
+    with pytest.raises(DataError, match=r"^JaxModel: the inputs are no array; got list; .*numpy\.asarray"):
+        model.predict(FlatBuffer(model.layout), inputs)
 
 
 def test_misuse_is_an_error():

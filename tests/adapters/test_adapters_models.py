@@ -13,7 +13,7 @@ from adapter_cases import MODULES, ROWS, Lstm, mean_gradients, mlp, samples, see
 from feeds import UnevenFeed  # noqa: E402
 
 from mpitrain import Batch, DataParallel, GradientParallel, Key, Plan, nn, optim  # noqa: E402
-from mpitrain._errors import DtypeError, InputError, MismatchError  # noqa: E402
+from mpitrain._errors import DataError, DtypeError, InputError, MismatchError  # noqa: E402
 from mpitrain.adapters import TorchLoss, TorchModel  # noqa: E402
 from mpitrain.arrays import FlatBuffer, GradientBuffer  # noqa: E402
 from mpitrain.comm import LocalWorld  # noqa: E402
@@ -184,6 +184,13 @@ def test_a_loss_of_pytorch_is_that_of_ours():
         model = TorchModel(seeded(mlp), torch.nn.CrossEntropyLoss(reduction=reduction))
         with pytest.raises(InputError, match=r'got shape \(\); expected shape \(10,\); .*"none"'):
             run_serially(model, Whole(batch), microbatches=1)
+
+
+@pytest.mark.parametrize("inputs", [[], [[1.0, 2.0]]])
+def test_a_list_is_no_array_to_predict_from(inputs):
+    model = TorchModel(seeded(mlp), nn.CrossEntropy())
+    with pytest.raises(DataError, match=r"^TorchModel: the inputs are no array; got list; .*numpy\.asarray"):
+        model.predict(FlatBuffer(model.layout), inputs)
 
 
 class Viewing(torch.nn.Sequential):

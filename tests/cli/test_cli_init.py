@@ -1,10 +1,13 @@
 """``mpitrain init``: lists and copies what the package ships, and overwrites nothing unasked."""
 
+import resource
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 from commands import mpitrain
 
+from mpitrain._errors import StorageError
 from mpitrain.cli.init import command, job_names
 from mpitrain.train import Job
 
@@ -43,6 +46,25 @@ def test_copies_a_script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert init("research_allreduce").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["research_allreduce.py"]
+
+
+@pytest.mark.parametrize("name", sorted(name for name, path in job_names().items() if path.suffix == ".py"))
+def test_says_how_a_script_is_run(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert init(name).output == f"wrote {name}.py\nrun it:  mpirun -n 2 python {name}.py\n"
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        done = init("digits_mlp")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(done.exception, StorageError)
+    assert "digits_mlp.toml" in str(done.exception)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_overwrites_only_if_told(tmp_path, monkeypatch):

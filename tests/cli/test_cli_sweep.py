@@ -10,7 +10,7 @@ import pytest
 from commands import JOB, mpitrain, started, write_job
 from threadpoolctl import threadpool_limits
 
-from mpitrain._errors import JobError
+from mpitrain._errors import InputError, JobError
 from mpitrain.comm.local import alone
 from mpitrain.train import Job, sweep_job
 from mpitrain.train.grid import parse_grid, plan
@@ -96,6 +96,18 @@ def test_points_have_the_threads_of_their_rank(tmp_path, monkeypatch):
         sweep_job(write_job(tmp_path, SMALL), [], {"seed": [3]}, alone(), tmp_path / "sweep")
     environment = json.loads((crashed / "environment.json").read_text())
     assert {library["threads"] for node in environment["nodes"] for library in node["blas"]} == {1}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"metrics": 3}'])
+def test_the_damaged_result_of_a_point_is_said_before_others_run(tmp_path, text):
+    path, into = write_job(tmp_path, SMALL), tmp_path / "sweep"
+    sweep_job(path, [], {"seed": [0]}, alone(), into)
+    (into / "seed=0" / "result.json").write_text(text)
+    with pytest.raises(
+        InputError, match=r"^sweep: .*seed=0/result.json: damaged; remove .*seed=0, and the same command"
+    ):
+        sweep_job(path, [], {"seed": [1, 0]}, alone(), into)
+    assert not (into / "seed=1").exists()
 
 
 def test_another_job_is_refused_in_the_same_directory(sweeps):

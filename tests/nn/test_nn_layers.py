@@ -328,6 +328,12 @@ def _params(layer):
         (nn.CausalAttention(2), np.zeros((5, 4, 10)), InputError, r"got shape \(5, 4, 10\); expected .* multiple of 6"),
         (nn.CausalAttention(2), np.zeros((5, 12)), InputError, r"CausalAttention: .* got shape \(5, 12\)"),
         (nn.PositionEmbedding(3, 2), np.zeros((5, 4, 2)), InputError, r"got shape \(5, 4, 2\); .* at most 3, 2\)"),
+        (
+            nn.Linear(64, 2),
+            np.zeros((5, 8, 8, 1)),
+            InputError,
+            r"64\); put Flatten\(\) before it, or, of digits",
+        ),
         (nn.Unembedding(3, 2), np.zeros((5, 3)), InputError, "Unembedding: the input does not fit"),
         (nn.Residual(nn.Linear(3, 2)), np.zeros((4, 3)), InputError, r"Residual: .* got \(4, 2\); expected \(4, 3\)"),
     ],

@@ -184,6 +184,14 @@ def test_inputs_that_are_not_numbers_are_refused():
         net.predict(params, np.array([["a", "b"]]))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(2, 2), nn.Embedding(4, 2)])
+def test_a_list_is_no_array_to_predict_from(layer):
+    net = nn.Network(layer, nn.MeanSquaredError())
+    params, _ = _ready(net)
+    with pytest.raises(DataError, match="inputs are no array; got list"):
+        net.predict(params, [[1, 2]])
+
+
 def test_presets_and_losses_by_name():
     assert set(nn.MODELS) == {"bigram", "cnn", "gpt", "linear", "mlp"}
     assert {"bce": nn.BinaryCrossEntropy, "cross_entropy": nn.CrossEntropy, "mse": nn.MeanSquaredError} == nn.LOSSES

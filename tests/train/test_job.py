@@ -209,7 +209,11 @@ def test_one_problem_is_named_with_its_key_and_what_is_allowed(override: str, ex
             'model.kind: does not fit data.source = "pydoc"; got "cnn"; expected "bigram", "gpt"',
         ),
         (["data={source='pydoc'}", "model={kind='gpt'}"], "data.options.context: is too small for model.kind"),
-        (["train.steps=5", "optimizer.schedule.warmup_steps=5"], "warmup_steps: leaves no step after the warm-up"),
+        (
+            ["train.steps=5", "optimizer.schedule.warmup_steps=5"],
+            "--set: optimizer.schedule.warmup_steps: leaves no step after the warm-up; got 5; expected less than "
+            "train.steps = 5; set optimizer.schedule.warmup_steps=0, or train longer",
+        ),
         (["method.microbatches=33"], "method.microbatches: is more than the samples of a batch; got 33"),
     ],
 )

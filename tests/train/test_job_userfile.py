@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.abc
 import sys
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -68,6 +69,26 @@ def test_an_exception_is_named_with_the_line_of_the_file(tmp_path: Path):
     assert failure(tmp_path, "def f():\n    raise ValueError('a\\nb')\nf()\n") == ", line 2: ended by ValueError: a b"
     assert failure(tmp_path, "raise SystemExit\n") == ", line 1: ended by SystemExit"
     assert failure(tmp_path, "import no_such_thing\n").startswith(", line 1: ended by ModuleNotFoundError: No module")
+
+
+@pytest.mark.parametrize(
+    ("line", "extra"),
+    [("import torch.nn as nn", "torch"), ("from jax import numpy", "jax"), ("import sklearn", "datasets")],
+)
+def test_a_library_that_an_extra_brings_is_told_where_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, extra: str
+):
+    class Missing(importlib.abc.MetaPathFinder):
+        def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+            if "." not in fullname and fullname in ("torch", "jax", "sklearn"):
+                raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("torch", "jax", "sklearn")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    found = failure(tmp_path, f"{line}\n")
+    assert found.startswith(", line 1: ended by ModuleNotFoundError: No module named ")
+    assert found.endswith(f"; pip install 'mpitrain[{extra}]'")
 
 
 def test_a_file_that_is_not_python(tmp_path: Path):

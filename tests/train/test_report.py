@@ -139,6 +139,23 @@ def test_ticks_of_steps_are_whole_numbers(monkeypatch):
     assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
+def test_large_numbers_have_separators(monkeypatch):
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    series = {"train": ((10_000, 20_000), (24_000.0, 25_000.0))}
+    (axes,) = plots.curve("Throughput", series, from_zero=True).axes
+    assert {axes.xaxis.get_major_formatter()(20_000), axes.yaxis.get_major_formatter()(25_000)} == {"20,000", "25,000"}
+    (axes,) = plots.curve("Accuracy", {"train": ((10, 20), (0.25, 0.5))}).axes
+    axes.figure.canvas.draw()
+    assert "0.50" in [tick.get_text() for tick in axes.get_yticklabels()]
+
+
+def test_a_single_point_is_no_curve(tmp_path):
+    path = make(tmp_path / "run", steps=10)
+    write_report(path)
+    assert (path / "loss.png").exists()
+    assert not (path / "accuracy.png").exists()
+
+
 def finish(path, matrix):
     RunDirectory(path).finish({"job": "many", "confusion": matrix, "classes": []})
 

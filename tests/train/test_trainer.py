@@ -13,6 +13,8 @@ from mpitrain._errors import InputError, JobError, PeerError, StorageError
 from mpitrain.comm import LocalWorld
 from mpitrain.train import Job, Observer, checkpoint, session, train_job
 from mpitrain.train.assembly import assemble
+from mpitrain.train.facts import Facts
+from mpitrain.train.models import build_model
 from mpitrain.train.predictor import Predictor
 from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.storage import alone
@@ -138,13 +140,33 @@ def test_the_result_is_kept(load, tmp_path):
         ({"train__batch_size": 97}, "batch does not fit the data set"),
         ({"train__checkpoint__best": "acuracy"}, "train.checkpoint.best: the model gives no such metric; got acuracy"),
         ({"train__stop__patience": 1, "train__stop__metric": "r2"}, "train.stop.metric: .* accuracy or loss"),
-        ({"optimizer__schedule__warmup_steps": 5, "train__epochs": 1, "train__batch_size": 96}, "warmup_steps"),
+        (
+            {"optimizer__schedule__warmup_steps": 5, "train__epochs": 1, "train__batch_size": 96},
+            r"^optimizer.schedule.warmup_steps: leaves no step after the warm-up; got 5; expected less than the run's "
+            "1 steps; set optimizer.schedule.warmup_steps=0, or train longer",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_on_all_ranks(load, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         train(load(**changes), ranks=3, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_flat_samples_get_the_shape_that_the_model_was_trained_on(tmp_path, load):
+    with np.load(tmp_path / "data.npz") as data:
+        images, targets = data["inputs"][:, :4].reshape(-1, 2, 2, 1), data["targets"]
+    np.savez(tmp_path / "data.npz", inputs=images, targets=targets)
+    train(load(train__steps=1), ranks=1, run_dir=tmp_path / "run")
+    np.save(tmp_path / "flat.npy", images.reshape(-1, 4))
+    np.testing.assert_array_equal(Predictor(tmp_path / "run").read(tmp_path / "flat.npy"), images)
+
+
+def test_a_convolutional_model_of_rows_of_a_table_is_refused(job_file):
+    job = Job.from_toml(job_file.read_text().replace('kind = "mlp"\nhidden = [12]', 'kind = "cnn"'), job_file)
+    said = r'^model.kind = "cnn": needs images; got samples of shape \(2,\); .*; or set model.kind = "mlp"$'
+    with pytest.raises(JobError, match=said):
+        build_model(job, Facts("classification", (2,), 3))
 
 
 def test_a_full_disk_is_agreed_on(load, tmp_path, monkeypatch):

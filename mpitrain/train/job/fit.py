@@ -11,6 +11,9 @@ from mpitrain.train.job.section import Problem
 if TYPE_CHECKING:
     from mpitrain.train.job.job import Job
 
+SHORTER_WARMUP = "set optimizer.schedule.warmup_steps=0, or train longer"
+"""What to do where the warm-up is no shorter than the run."""
+
 _OF_SEQUENCES = ("bigram", "gpt")
 
 _TASKS_OF_LOSS = {
@@ -64,7 +67,8 @@ def _optimizer_and_batches(job: Job) -> Iterator[Problem]:
         yield Problem("train.batch_size", 'does not fit optimizer.kind = "gd"', batch_size, '"full"', remedy)
     if steps is not None and warmup >= steps:
         expected = f"less than train.steps = {steps}"
-        yield Problem("optimizer.schedule.warmup_steps", "leaves no step after the warm-up", warmup, expected)
+        what = "leaves no step after the warm-up"
+        yield Problem("optimizer.schedule.warmup_steps", what, warmup, expected, SHORTER_WARMUP)
     microbatches = job.method.microbatches
     if batch_size != "full" and microbatches > batch_size:
         expected = f"at most train.batch_size = {batch_size}"
@@ -77,8 +81,8 @@ def _mesh_and_model(job: Job) -> Iterator[Problem]:
         return
     if not isinstance(model, Gpt | Mlp):
         remedy = 'method.kind = "gradient" divides gradients and optimizer state of any model'
-        what = f'does not divide model.kind = "{model.kind}"'
-        yield Problem("mesh.tensor", what, mesh.tensor, '1, or model.kind = "gpt" or "mlp"', remedy)
+        what = f'cannot divide a model of kind "{model.kind}" (gpt and mlp can)'
+        yield Problem("mesh.tensor", what, mesh.tensor, "1", remedy)
     elif isinstance(model, Gpt) and mesh.tensor > model.heads:
         yield Problem("mesh.tensor", "is more than the attention heads", mesh.tensor, f"at most {model.heads}")
     elif isinstance(model, Gpt) and (model.loss or "cross_entropy") != "cross_entropy":

@@ -18,6 +18,9 @@ from typing import Any
 from mpitrain._errors import JobError
 from mpitrain._names import did_you_mean
 
+_EXTRAS = {"jax": "jax", "matplotlib": "plot", "sklearn": "datasets", "torch": "torch"}
+"""Which extra brings which library that a user's file may import."""
+
 
 def load_object(spec: str) -> Any:
     """Run a Python file and return one of its objects.
@@ -94,7 +97,8 @@ def _run(path: Path, source: bytes) -> ModuleType:
         exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise JobError(_ended_by(error), operation=f"{path}{_line_in(path, error)}") from error
+        at = f"{path}{_line_in(path, error)}"
+        raise JobError(_ended_by(error), operation=at, remedy=_remedy(error)) from error
     return module
 
 
@@ -111,6 +115,12 @@ def _compile(path: Path, source: bytes) -> CodeType:
 def _ended_by(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"ended by {type(error).__name__}: {text}" if text else f"ended by {type(error).__name__}"
+
+
+def _remedy(error: BaseException) -> str | None:
+    """Return what brings the library that is missing, if an extra of this package does."""
+    missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+    return f"pip install 'mpitrain[{_EXTRAS[missing]}]'" if missing in _EXTRAS else None
 
 
 def _line_in(path: Path, error: BaseException) -> str:
