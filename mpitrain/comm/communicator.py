@@ -178,7 +178,8 @@ class Communicator(Collectives, Messages):
         Released when no rank holds the array or a view of it any more, however the processes end.
         """
         self._check_open("empty")
-        return self._moves().empty(checks.shape("empty", shape), dtypes.memory("empty", dtype))
+        element = dtypes.memory("empty", dtype)
+        return self._moves().empty(checks.shape("empty", shape, element.itemsize), element)
 
     def allreduce_plan(self, buffer: Any, op: str = "sum", in_place: bool = False) -> AllreducePlan:
         """Check and lay out a reduction that is performed often.  Collective, as is every call of the plan.
@@ -246,7 +247,8 @@ class Communicator(Collectives, Messages):
         Released when no rank holds the array or a view of it any more, however the processes end.
         """
         self._check_open("shared")
-        return self._moves().shared(checks.shape("shared", shape), dtypes.memory("shared", dtype))
+        element = dtypes.memory("shared", dtype)
+        return self._moves().shared(checks.shape("shared", shape, element.itemsize), element)
 
     def reduce_scatter_plan(self, buffer: Array, op: str = "sum", in_rank_order: bool = False) -> ReduceScatterPlan:
         """Check and lay out a reduction by shards that is performed often.  Collective, as is every call of the plan.

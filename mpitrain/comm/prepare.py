@@ -123,7 +123,7 @@ class Spec:
 
 def scatter_header(operation: str, size: int, x: Any, counts: Counts) -> tuple[Any, tuple[int, ...] | None]:
     """Return what the other ranks must know of the root's arrays: a tree of `Spec`, and rows per rank."""
-    arrays = [accept(operation, array) for array in trees.leaves(x)]
+    arrays = [accept(operation, array) for array in trees.leaves(x, operation)]
     shares = None if counts is None else checks.counts(operation, counts, size)
     return trees.rebuild(x, [Spec(array.dtype, array.shape) for array in arrays]), shares
 
@@ -191,7 +191,7 @@ def alltoall(
 
 def send(operation: str, x: Any, dest: int, tag: int) -> Prepared:
     """Prepare one message per array of a tree."""
-    arrays = [accept(operation, leaf) for leaf in trees.leaves(x)]
+    arrays = [accept(operation, leaf) for leaf in trees.leaves(x, operation)]
     calls = [
         Call("send", dtype=array.dtype, send=outgoing(array), peer=dest, tag=tag, stream=array.stream)
         for array in arrays
@@ -229,7 +229,7 @@ def _leafwise(
 ) -> Prepared:
     """Prepare a collective that treats each array of a tree by itself."""
     outs = trees.leaves_like(operation, x, out)
-    arrays = apart(operation, [accept(operation, array) for array in trees.leaves(x)], outs)
+    arrays = apart(operation, [accept(operation, array) for array in trees.leaves(x, operation)], outs)
     pairs = [leaf(*each) for each in zip(arrays, outs, strict=True)]
     parcels = [parcel for _, parcel in pairs if parcel is not None]
 

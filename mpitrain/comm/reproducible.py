@@ -164,7 +164,7 @@ class Reduction:
 
     def of_rows(self, x: Any, shares: tuple[int, ...] | None, out: Any) -> Any:
         """Sum each array of a tree, and give every rank its rows; integers are summed as they are."""
-        arrays = [accept(self.operation, array) for array in trees.leaves(x)]
+        arrays = [accept(self.operation, array) for array in trees.leaves(x, self.operation)]
         parcels = []
         for array, into in zip(arrays, trees.leaves_like(self.operation, x, out), strict=True):
             dtypes.check_op_dtype(self.operation, self.op, array.dtype)

@@ -15,9 +15,20 @@ def test_returns_in_rank_order_and_hands_on_arguments() -> None:
     assert LocalWorld(3).run(lambda comm, a, b: (comm.rank, comm.size, a + b), 1, 2) == [(r, 3, 3) for r in range(3)]
 
 
-def test_refuses_no_ranks() -> None:
-    with pytest.raises(InputError, match="got 0; expected 1 or more"):
-        LocalWorld(0)
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((0,), "size is too small; got 0; expected at least 1"),
+        ((2.0,), "size is not an integer; got 2.0"),
+        (("2",), "size is not an integer; got '2'"),
+        ((2, 0), "ranks_per_node is too small; got 0; expected at least 1"),
+        ((2, -1), "ranks_per_node is too small; got -1"),
+        ((2, 1.0), "ranks_per_node is not an integer"),
+    ],
+)
+def test_refuses_what_is_no_number_of_ranks(sizes: tuple, words: str) -> None:
+    with pytest.raises(InputError, match=f"LocalWorld: {words}"):
+        LocalWorld(sizes[0], ranks_per_node=sizes[1] if len(sizes) > 1 else None)
 
 
 def test_nodes() -> None:

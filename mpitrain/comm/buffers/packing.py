@@ -59,7 +59,7 @@ class Fused:
         on_host: bool = False,
     ) -> None:
         self._tree = tree
-        arrays = [accept(operation, leaf) for leaf in trees.leaves(tree)]
+        arrays = [accept(operation, leaf) for leaf in trees.leaves(tree, operation)]
         pairs = zip(trees.leaves_like(operation, tree, out), arrays, strict=True)
         outs = [target(operation, into, array.shape, array) for into, array in pairs]
         devices = [None if on_host else _device(array) for array in arrays]
