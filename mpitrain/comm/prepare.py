@@ -92,7 +92,7 @@ def gathering(
             recv=recv, root=root, counts=_elements(shares, array.shape[1:]), stream=array.stream,
         ), parcel  # fmt: skip
 
-    return _leafwise(operation, x, out if receives else None, leaf)
+    return _leafwise(operation, x, out if receives else None, leaf, receives=receives)
 
 
 def reduce_scatter(operation: str, rank: int, size: int, x: Any, op: str, counts: Counts, out: Any) -> Prepared:
@@ -226,6 +226,7 @@ def _leafwise(
     out: Any,
     leaf: Callable[[Operand, Any], _Leaf],
     complete: Callable[[Parcel], None] = lambda parcel: None,
+    receives: bool = True,
 ) -> Prepared:
     """Prepare a collective that treats each array of a tree by itself."""
     outs = trees.leaves_like(operation, x, out)
@@ -234,7 +235,7 @@ def _leafwise(
     parcels = [parcel for _, parcel in pairs if parcel is not None]
 
     def finish() -> Any:
-        if len(parcels) < len(pairs):
+        if not receives:
             return None
         for parcel in parcels:
             complete(parcel)

@@ -294,6 +294,15 @@ def trees_leaf_by_leaf(comm: Communicator) -> None:
 
 
 @check
+def only_the_root_gets_a_tree_without_arrays(comm: Communicator) -> None:
+    root = comm.size - 1
+    for empty in ([], {"a": None}):
+        expected = empty if comm.rank == root else None
+        assert comm.gather(empty, root) == expected
+        assert comm.reduce(empty, root=root) == expected
+
+
+@check
 def sixteen_bits_accumulate_in_float32(comm: Communicator) -> None:
     # 2048 + 1 is 2048 in float16, and 256 + 1 is 256 in bfloat16: adding one rank after the other loses every 1.
     for dtype, big in ((np.float16, 2048.0), (ml_dtypes.bfloat16, 256.0)):
