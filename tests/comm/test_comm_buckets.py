@@ -12,6 +12,7 @@ from conformance import same
 
 from mpitrain._errors import InputError
 from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.comm.local import alone
 
 CALLS: dict[str, Callable[..., Any]] = {
     "allreduce": lambda comm, x, **options: comm.allreduce(x, **options),
@@ -104,6 +105,14 @@ def test_arrays_that_share_memory_are_each_reduced_once(reproducible: bool) -> N
                 same(got, np.full(got.shape, value))
 
     LocalWorld(2).run(run)
+
+
+@pytest.mark.parametrize("dtype", ["f8", "i8"])
+def test_rows_of_a_tree_may_be_reduced_to_each_others_place(dtype: str) -> None:
+    a, b = np.arange(4).astype(dtype), np.full(4, 9, dtype)
+    alone().reduce_scatter([a, b], counts=[4], out=[b, a], reproducible=True)
+    same(b, np.arange(4).astype(dtype))
+    same(a, np.full(4, 9, dtype))
 
 
 def test_arrays_of_a_tree_may_go_to_each_others_place() -> None:
