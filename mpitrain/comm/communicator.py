@@ -50,8 +50,9 @@ class Communicator(Collectives, Messages):
     *Results* are new arrays in the library, dtype and device of the input, unless ``out`` (an array or tree of the
     result's library, shape and dtype) says where they go; where shapes agree it may be the input itself.  They never
     require grad; ``out`` may require it under ``torch.no_grad()``.  Memory that is read-only, or whose elements
-    overlap, is refused.  Results for DLPack objects are made by their ``__array_namespace__()``, or else are NumPy
-    arrays, as they are for buffers.
+    overlap, is refused, and so are places of a tree that overlap, unless they hold the same (tied parameters, or
+    results in place of their inputs).  Results for DLPack objects are made by their ``__array_namespace__()``, or else
+    are NumPy arrays, as they are for buffers.
 
     *Collective* methods must be called by all ranks, in the same order, with arrays of the same dtype and of shapes
     that fit.  16-bit floats are reduced in float32 and rounded once.  Methods that begin with ``i`` do not block;
