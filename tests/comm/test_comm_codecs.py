@@ -282,6 +282,18 @@ def test_int8_is_right_on_average_and_within_a_step():
     assert (np.abs(found.mean(axis=0, dtype=np.float64) - values) <= 5 * deviation + 1e-6).all()
 
 
+@pytest.mark.parametrize("loops", ["on", "off"])
+def test_int8_saturates_beyond_127_times_what_float32_holds(monkeypatch: pytest.MonkeyPatch, loops: str):
+    monkeypatch.setenv("MPITRAIN_KERNEL", loops)
+    most = 127 * float(np.finfo(np.float32).max)
+    values = np.array([1e200, -1e308, most, 1e30, *[0.0] * 4, 2.0, *[0.0] * 7])
+    got = through(Int8(block=8), values)
+    assert got[:3].tolist() == [most, -most, most]
+    assert got[3] in (0.0, most / 127)
+    assert abs(got[8] - 2.0) < 0.02
+    assert not np.isfinite(through(Int8(block=8), np.array([1e200, np.inf])))[1]
+
+
 def test_int8_rounds_an_element_alike_however_the_vector_is_cut():
     values = np.random.default_rng(1).standard_normal(200_000).astype(np.float32)
     whole = through(Int8(block=50), values)

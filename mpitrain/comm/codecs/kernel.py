@@ -18,7 +18,7 @@ from mpitrain.arrays.compiled import ENDINGS, Loop, address, load, loop
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 
-_ABI = 1
+_ABI = 2
 
 
 @cache
