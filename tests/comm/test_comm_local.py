@@ -94,6 +94,27 @@ def test_mismatched_collectives_name_what_each_rank_called(calls: tuple, words: 
     assert all(word in str(caught.value) for word in [*words, "test_comm_local.py:"]), str(caught.value)
 
 
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize(
+    ("recv_counts", "words"),
+    [
+        (([1, 3], [1, 3]), "rank 0 gives 6 elements to rank 0, which takes 3"),
+        (([2, 2], [3, 1]), "rank 0 gives 6 elements to rank 1, which takes 9"),
+        (([2, 9], [2, 2]), "rank 1 gives 6 elements to rank 0, which takes 27"),
+    ],
+)
+def test_both_sides_of_an_alltoall(recv_counts: tuple, words: str, begins: bool) -> None:
+    def program(comm: Communicator) -> None:
+        for takes in ([2, 2], recv_counts[comm.rank]):
+            if begins:
+                comm.ialltoall(np.ones((4, 3)), [2, 2], takes).wait()
+            else:
+                comm.alltoall(np.ones((4, 3)), [2, 2], takes)
+
+    with pytest.raises(MismatchError, match=f"alltoall: {words}\n  rank 0: i?alltoall.* at .*test_comm_local.py"):
+        LocalWorld(2).run(program)
+
+
 def test_a_message_of_another_shape_or_dtype() -> None:
     for like in (np.zeros(4), np.zeros(3, "f4")):
         with pytest.raises(MismatchError, match=r"sent: send\(float64\[3\]\); expected: recv"):
