@@ -28,6 +28,7 @@ from mpitrain.comm.codecs import (
     TopK,
     make_codec,
 )
+from mpitrain.comm.local import alone
 
 RANKS = [
     *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4)),  # processes run every size
@@ -326,6 +327,16 @@ def test_options_are_checked(make: Callable[[], Codec], words: list[str]):
     with pytest.raises(InputError) as caught:
         make()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_count_of_zero_is_refused_and_leaves_the_residual():
+    summed = suite.start(alone(), Fp16())
+    suite.reduced(alone(), summed, 0, 3.0)
+    kept = summed.residual.flat.copy()
+    with pytest.raises(InputError, match=r"CompressedSum.reduce: .*got count=0; expected a number above 0"):
+        suite.reduced(alone(), summed, 1, 0)
+    assert kept.any()
+    assert np.array_equal(summed.residual.flat, kept)
 
 
 def test_gradients_must_be_in_full_precision():
