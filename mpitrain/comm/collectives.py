@@ -48,6 +48,7 @@ class Collectives(Engine):
         bucket_bytes : int, optional
             The arrays of a tree travel in messages of at most so many bytes, each of as many successive arrays of one
             dtype as fit in; a larger array makes one by itself.  The same on all ranks.  None: one message per dtype.
+            Reproducible sums are cut within arrays too, so that a tiny one makes many messages.
 
         Returns
         -------
