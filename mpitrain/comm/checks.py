@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from mpitrain._errors import InputError, MismatchError
+from mpitrain._options import brief
 
 if TYPE_CHECKING:
     from mpitrain.comm.calls import Call
@@ -20,6 +22,7 @@ supports."""
 
 
 _INT_MAX = 2**31 - 1  # MPI takes colours and keys as ints
+_LARGEST_BYTES = 2**63 - 1  # what NumPy can count
 
 
 def _index(operation: str, what: str, value: Any, expected: str) -> int:
@@ -52,7 +55,13 @@ def tag(operation: str, value: Any) -> int:
 def counts(operation: str, values: Sequence[int], size: int) -> tuple[int, ...]:
     """Return ``values`` as one non-negative number of rows per rank."""
     expected = f"{size} numbers of rows, one per rank"
-    found = tuple(_index(operation, "a count", value, expected) for value in values)
+    try:
+        each = iter(values)
+    except TypeError as error:
+        raise InputError(
+            "counts are not a sequence", operation=operation, got=brief(values), expected=expected
+        ) from error
+    found = tuple(_index(operation, "a count", value, expected) for value in each)
     if len(found) != size or min(found) < 0:
         raise InputError("unusable counts", operation=operation, got=list(found), expected=expected)
     return found
@@ -86,13 +95,18 @@ def key(value: Any) -> int:
     return found
 
 
-def shape(operation: str, value: int | Sequence[int]) -> tuple[int, ...]:
+def shape(operation: str, value: int | Sequence[int], item_bytes: int) -> tuple[int, ...]:
     """Return ``value`` as the shape of an array; a number stands for one dimension."""
     expected = "numbers of 0 or more"
     extents = value if isinstance(value, Sequence) else (value,)
     found = tuple(_index(operation, "an extent", extent, expected) for extent in extents)
     if any(extent < 0 for extent in found):
         raise InputError("negative extent", operation=operation, got=found, expected=expected)
+    if prod(extent or 1 for extent in found) * item_bytes > _LARGEST_BYTES:  # NumPy too passes over the zeros
+        raise InputError(
+            "shape too large", operation=operation, got=f"{found} of {item_bytes} bytes each",
+            expected="less than 2^63 bytes",
+        )  # fmt: skip
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpitrain._errors import InputError
+from mpitrain._options import brief
 from mpitrain.comm import checks, direct, objects, prepare
 from mpitrain.comm import reproducible as fixed
 from mpitrain.comm.calls import Call, Prepared
@@ -47,6 +48,7 @@ class Collectives(Engine):
         bucket_bytes : int, optional
             The arrays of a tree travel in messages of at most so many bytes, each of as many successive arrays of one
             dtype as fit in; a larger array makes one by itself.  The same on all ranks.  None: one message per dtype.
+            Reproducible sums are cut within arrays too, so that a tiny one makes many messages.
 
         Returns
         -------
@@ -273,7 +275,8 @@ class Collectives(Engine):
         counts : sequence of int, optional
             Rows for each rank; zeros are allowed.  With or without them on all ranks alike.
         recv_counts : sequence of int, optional
-            Rows that come from each rank, where all ranks know them; else they are exchanged first.
+            Rows that come from each rank, where all ranks know them; else they are exchanged first.  With ``counts``
+            only.
         out : array, optional
             Where the result goes.
 
@@ -282,6 +285,11 @@ class Collectives(Engine):
         array, shape (size, …), or (sum(recv_counts), …) with ``counts``
             In the order of the ranks that they come from.
         """
+        if counts is None and recv_counts is not None:
+            raise InputError(
+                "recv_counts without counts", operation="alltoall", got=f"recv_counts={brief(recv_counts)}",
+                remedy="give counts too, or neither",
+            )  # fmt: skip
         shares = None if counts is None else checks.counts("alltoall", counts, self.size)
         if shares is not None and recv_counts is None:
             exchange = prepare.alltoall("alltoall", self.size, np.array(shares, np.int64), None, None, None)

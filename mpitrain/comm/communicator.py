@@ -50,8 +50,9 @@ class Communicator(Collectives, Messages):
     *Results* are new arrays in the library, dtype and device of the input, unless ``out`` (an array or tree of the
     result's library, shape and dtype) says where they go; where shapes agree it may be the input itself.  They never
     require grad; ``out`` may require it under ``torch.no_grad()``.  Memory that is read-only, or whose elements
-    overlap, is refused.  Results for DLPack objects are made by their ``__array_namespace__()``, or else are NumPy
-    arrays, as they are for buffers.
+    overlap, is refused, and so are places of a tree that overlap, unless they hold the same (tied parameters, or
+    results in place of their inputs).  Results for DLPack objects are made by their ``__array_namespace__()``, or else
+    are NumPy arrays, as they are for buffers.
 
     *Collective* methods must be called by all ranks, in the same order, with arrays of the same dtype and of shapes
     that fit.  16-bit floats are reduced in float32 and rounded once.  Methods that begin with ``i`` do not block;
@@ -178,7 +179,8 @@ class Communicator(Collectives, Messages):
         Released when no rank holds the array or a view of it any more, however the processes end.
         """
         self._watch.check_open("empty")
-        return self._moves().empty(checks.shape("empty", shape), dtypes.memory("empty", dtype))
+        element = dtypes.memory("empty", dtype)
+        return self._moves().empty(checks.shape("empty", shape, element.itemsize), element)
 
     def allreduce_plan(self, buffer: Any, op: str = "sum", in_place: bool = False) -> AllreducePlan:
         """Check and lay out a reduction that is performed often.  Collective, as is every call of the plan.
@@ -246,7 +248,8 @@ class Communicator(Collectives, Messages):
         Released when no rank holds the array or a view of it any more, however the processes end.
         """
         self._watch.check_open("shared")
-        return self._moves().shared(checks.shape("shared", shape), dtypes.memory("shared", dtype))
+        element = dtypes.memory("shared", dtype)
+        return self._moves().shared(checks.shape("shared", shape, element.itemsize), element)
 
     def reduce_scatter_plan(self, buffer: Array, op: str = "sum", in_rank_order: bool = False) -> ReduceScatterPlan:
         """Check and lay out a reduction by shards that is performed often.  Collective, as is every call of the plan.

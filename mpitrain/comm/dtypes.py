@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from mpitrain._errors import DtypeError, InputError
+from mpitrain._options import brief
 from mpitrain._typing import DType
 
 Op: TypeAlias = Literal["and", "max", "mean", "min", "or", "prod", "sum"]
@@ -80,10 +81,10 @@ def memory(operation: str, dtype: Any) -> DType:
     return found
 
 
-def check_op(operation: str, op: str) -> None:
+def check_op(operation: str, op: object) -> None:
     """Refuse an unknown reduction."""
-    if op not in OPS:
-        raise InputError("unknown reduction", operation=operation, got=repr(op), expected=", ".join(map(repr, OPS)))
+    if not (isinstance(op, str) and op in OPS):
+        raise InputError("unknown reduction", operation=operation, got=brief(op), expected=", ".join(map(repr, OPS)))
 
 
 @cache

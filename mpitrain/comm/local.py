@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from mpitrain._errors import AbortError, InputError
+from mpitrain._errors import AbortError
+from mpitrain._options import check_whole
 from mpitrain.comm.calls import Call, Handle
 from mpitrain.comm.communicator import Communicator
 from mpitrain.comm.ledger import Ledger
@@ -36,10 +37,11 @@ class LocalWorld:
     def __init__(
         self, size: int, *, ranks_per_node: int | None = None, rendezvous: bool = False, timeout_s: float = 60.0
     ) -> None:
-        if size < 1:
-            raise InputError("too few ranks", operation="LocalWorld", got=size, expected="1 or more")
-        self.size = size
-        self._ranks_per_node = ranks_per_node or size
+        check_whole("LocalWorld", "size", size, 1)
+        if ranks_per_node is not None:
+            check_whole("LocalWorld", "ranks_per_node", ranks_per_node, 1)
+        self.size = int(size)
+        self._ranks_per_node = self.size if ranks_per_node is None else int(ranks_per_node)
         self._rendezvous = rendezvous
         self._timeout_s = timeout_s
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,26 @@ def _alltoall(calls: list[Call], payloads: list[Any]) -> None:
     parts = [_cut(payload, call.counts, len(calls)) for call, payload in zip(calls, payloads, strict=True)]
     for rank, call in enumerate(calls):
         _hand_out([call], np.concatenate([part[rank] for part in parts]))
+
+
+def unequal(calls: list[Call], names: Sequence[int]) -> str:
+    """Tell where a rank of an alltoall takes other than what another gives it; empty if nowhere.
+
+    Parameters
+    ----------
+    calls : list of Call
+        Of all ranks; the same but for what they give and take.
+    names : sequence of int
+        How the ranks are called.
+    """
+    for (giver, gives), (taker, takes) in product(enumerate(calls), repeat=2):
+        given, taken = gives.counts, takes.recv_counts
+        if given is not None and taken is not None and given[taker] != taken[giver]:
+            return (
+                f"{gives.operation}: rank {names[giver]} gives {given[taker]} elements to rank {names[taker]}, "
+                f"which takes {taken[giver]}"
+            )
+    return ""
 
 
 def _barrier(calls: list[Call], payloads: list[Any]) -> None:

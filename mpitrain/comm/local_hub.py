@@ -17,7 +17,7 @@ from mpitrain._errors import AbortError, CommunicationError, MismatchError, Peer
 from mpitrain._typing import Array
 from mpitrain.comm.calls import Call
 from mpitrain.comm.callsite import call_site
-from mpitrain.comm.local_collectives import COLLECTIVES
+from mpitrain.comm.local_collectives import COLLECTIVES, unequal
 from mpitrain.comm.tables import table
 
 Group: TypeAlias = tuple[Any, ...]
@@ -146,11 +146,12 @@ class Hub:
         return CommunicationError(f"{name} on rank {rank} has waited for {self._timeout_s:g} s\n{doing}")
 
     def _complete(self, slot: Slot, members: tuple[int, ...]) -> None:
-        if len(set(slot.names.values())) > 1:
-            called = {rank: (name, f"at {slot.sites[rank]}") for rank, name in slot.names.items()}
-            self._mismatch = f"ranks called different collectives\n{table(called)}"
-            return
         calls = [slot.calls[rank] for rank in members]
+        differ = "ranks called different collectives" if len(set(slot.names.values())) > 1 else unequal(calls, members)
+        if differ:
+            called = {rank: (name, f"at {slot.sites[rank]}") for rank, name in slot.names.items()}
+            self._mismatch = f"{differ}\n{table(called)}"
+            return
         payloads = [slot.payloads[rank] for rank in members]
         COLLECTIVES[calls[0].operation](calls, payloads)
         slot.done = True

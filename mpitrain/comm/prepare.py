@@ -92,7 +92,7 @@ def gathering(
             recv=recv, root=root, counts=_elements(shares, array.shape[1:]), stream=array.stream,
         ), parcel  # fmt: skip
 
-    return _leafwise(operation, x, out if receives else None, leaf)
+    return _leafwise(operation, x, out if receives else None, leaf, receives=receives)
 
 
 def reduce_scatter(operation: str, rank: int, size: int, x: Any, op: str, counts: Counts, out: Any) -> Prepared:
@@ -123,7 +123,7 @@ class Spec:
 
 def scatter_header(operation: str, size: int, x: Any, counts: Counts) -> tuple[Any, tuple[int, ...] | None]:
     """Return what the other ranks must know of the root's arrays: a tree of `Spec`, and rows per rank."""
-    arrays = [accept(operation, array) for array in trees.leaves(x)]
+    arrays = [accept(operation, array) for array in trees.leaves(x, operation)]
     shares = None if counts is None else checks.counts(operation, counts, size)
     return trees.rebuild(x, [Spec(array.dtype, array.shape) for array in arrays]), shares
 
@@ -191,7 +191,7 @@ def alltoall(
 
 def send(operation: str, x: Any, dest: int, tag: int) -> Prepared:
     """Prepare one message per array of a tree."""
-    arrays = [accept(operation, leaf) for leaf in trees.leaves(x)]
+    arrays = [accept(operation, leaf) for leaf in trees.leaves(x, operation)]
     calls = [
         Call("send", dtype=array.dtype, send=outgoing(array), peer=dest, tag=tag, stream=array.stream)
         for array in arrays
@@ -226,15 +226,16 @@ def _leafwise(
     out: Any,
     leaf: Callable[[Operand, Any], _Leaf],
     complete: Callable[[Parcel], None] = lambda parcel: None,
+    receives: bool = True,
 ) -> Prepared:
     """Prepare a collective that treats each array of a tree by itself."""
     outs = trees.leaves_like(operation, x, out)
-    arrays = apart(operation, [accept(operation, array) for array in trees.leaves(x)], outs)
+    arrays = apart(operation, [accept(operation, array) for array in trees.leaves(x, operation)], outs)
     pairs = [leaf(*each) for each in zip(arrays, outs, strict=True)]
     parcels = [parcel for _, parcel in pairs if parcel is not None]
 
     def finish() -> Any:
-        if len(parcels) < len(pairs):
+        if not receives:
             return None
         for parcel in parcels:
             complete(parcel)

@@ -24,7 +24,7 @@ from mpitrain.arrays.dtypes import accumulator, is_float, is_half
 from mpitrain.arrays.fixed_point import NON_FINITE, FixedPoint, Pieces, as_reals, cut, exponents
 from mpitrain.arrays.namespace import namespace
 from mpitrain.comm import checks, dtypes, objects, trees
-from mpitrain.comm.buffers import Fused, Parcel, accept, outgoing
+from mpitrain.comm.buffers import Fused, Parcel, accept, apart, outgoing
 from mpitrain.comm.prepare import Counts, share_shape
 
 if TYPE_CHECKING:
@@ -164,9 +164,10 @@ class Reduction:
 
     def of_rows(self, x: Any, shares: tuple[int, ...] | None, out: Any) -> Any:
         """Sum each array of a tree, and give every rank its rows; integers are summed as they are."""
-        arrays = [accept(self.operation, array) for array in trees.leaves(x)]
+        outs = trees.leaves_like(self.operation, x, out)
+        arrays = apart(self.operation, [accept(self.operation, leaf) for leaf in trees.leaves(x, self.operation)], outs)
         parcels = []
-        for array, into in zip(arrays, trees.leaves_like(self.operation, x, out), strict=True):
+        for array, into in zip(arrays, outs, strict=True):
             dtypes.check_op_dtype(self.operation, self.op, array.dtype)
             shape = share_shape(self.operation, array.shape, self.comm.rank, self.comm.size, shares)
             parcels.append(Parcel(self.operation, [shape], [array], [into], reduces=True))

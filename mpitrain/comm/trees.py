@@ -10,18 +10,25 @@ from copy import copy
 from typing import Any
 
 from mpitrain._errors import InputError
+from mpitrain._options import brief
 
 
-def leaves(tree: Any) -> Iterator[Any]:
-    """Yield what a tree holds; dictionaries in the order of their sorted keys."""
+def leaves(tree: Any, operation: str | None = None) -> Iterator[Any]:
+    """Yield what a tree holds; dictionaries in the order of their sorted keys.
+
+    Raises
+    ------
+    InputError
+        The keys of a dictionary have no order; the message names ``operation``.
+    """
     if isinstance(tree, Mapping):
-        for key in _order(tree):
+        for key in _order(tree, operation):
             if tree[key] is not None:
-                yield from leaves(tree[key])
+                yield from leaves(tree[key], operation)
     elif isinstance(tree, (list, tuple)):
         for child in tree:
             if child is not None:
-                yield from leaves(child)
+                yield from leaves(child, operation)
     else:
         yield tree
 
@@ -34,7 +41,7 @@ def rebuild(tree: Any, values: Iterable[Any]) -> Any:
 def leaves_like(operation: str, tree: Any, other: Any) -> list[Any]:
     """Return the leaves of ``other``, which must have the structure of ``tree``; as many None if it is None."""
     if other is None:
-        return [None for _ in leaves(tree)]
+        return [None for _ in leaves(tree, operation)]
     if not alike(tree, other):
         raise InputError(
             "out has another structure than the input", operation=operation, got=_structure(other),
@@ -83,6 +90,12 @@ def _mapping_like(tree: Mapping[Any, Any], built: dict[Any, Any]) -> Any:
     return made
 
 
-def _order(tree: Mapping[Any, Any]) -> list[Any]:
+def _order(tree: Mapping[Any, Any], operation: str | None = None) -> list[Any]:
     # Two ranks may have filled the same dictionary in different order.
-    return sorted(tree, key=lambda key: (type(key).__name__, key))
+    try:
+        return sorted(tree, key=lambda key: (type(key).__name__, key))
+    except TypeError as error:
+        raise InputError(
+            "the keys of a dictionary have no order", operation=operation, got=brief(list(tree)),
+            expected="keys that can be sorted, such as strings", remedy="rename them, or hand in a list",
+        ) from error  # fmt: skip

@@ -119,11 +119,12 @@ class DataParallel(Synchronous):
             return super()._reduced(own)
         with self.comm.phase("reduce"):
             total = self._agreement.total(own)
-            if not total.bad:
-                total.check_count(self.step + 1)
+            if total.bad:
+                return total
+            total.check_count(self.step + 1)
             self._compressed.reduce(self.grads.buffer, self.step, total.count)
         with self.comm.phase("check"):
-            return replace(total, bad=float(total.bad or not all_finite(self.parts)))
+            return replace(total, bad=float(not all_finite(self.parts)))
 
     def _reduce_gradients(self) -> None:
         reduce_gradients(self.comm, self.grads.buffer, self.buckets)

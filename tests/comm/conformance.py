@@ -294,6 +294,15 @@ def trees_leaf_by_leaf(comm: Communicator) -> None:
 
 
 @check
+def only_the_root_gets_a_tree_without_arrays(comm: Communicator) -> None:
+    root = comm.size - 1
+    for empty in ([], {"a": None}):
+        expected = empty if comm.rank == root else None
+        assert comm.gather(empty, root) == expected
+        assert comm.reduce(empty, root=root) == expected
+
+
+@check
 def sixteen_bits_accumulate_in_float32(comm: Communicator) -> None:
     # 2048 + 1 is 2048 in float16, and 256 + 1 is 256 in bfloat16: adding one rank after the other loses every 1.
     for dtype, big in ((np.float16, 2048.0), (ml_dtypes.bfloat16, 256.0)):
@@ -460,6 +469,7 @@ REFUSED: list[tuple[str, Callable[[Communicator], Any], list[str]]] = [
     ("max of complex", lambda c: c.allreduce(np.zeros(1, complex), "max"), ["complex128", "no order"]),
     ("or of float", lambda c: c.allreduce(0.5, "or"), ["float64", "compare"]),
     ("unknown op", lambda c: c.allreduce(0.5, "avg"), ["'avg'", "'mean'"]),
+    ("op array", lambda c: c.allreduce(0.5, np.array(["sum", "max"])), ["allreduce: unknown", "'max'", "'mean'"]),
     ("root", lambda c: c.broadcast(0.5, root=c.size), ["broadcast: no such root", "expected 0 to"]),
     ("negative root", lambda c: c.gather(0.5, root=-1), ["gather: no such root", "got -1"]),
     ("float root", lambda c: c.reduce(0.5, root=0.0), ["reduce: root is not an integer", "got 0.0"]),
@@ -474,11 +484,16 @@ REFUSED: list[tuple[str, Callable[[Communicator], Any], list[str]]] = [
     ("rows counts", lambda c: c.reduce_scatter(np.zeros(9), counts=[1] * c.size), ["sum of counts"]),
     ("alltoall rows", lambda c: c.alltoall(np.zeros(c.size + 1)), ["alltoall", "one row per rank"]),
     ("scatter rows", lambda c: c.scatter(np.zeros(c.size + 1) if c.rank == 0 else None), ["one row per rank"]),
+    ("alltoall", lambda c: c.alltoall(np.zeros(c.size), recv_counts=[1] * c.size), ["alltoall", "got recv_counts=[1"]),
+    ("counts number", lambda c: c.allgather(np.zeros(3), counts=3), ["allgather: counts are not", "got 3", "per rank"]),
     ("ialltoall", lambda c: c.ialltoall(np.zeros(c.size), [1] * c.size), ["recv_counts"]),
     ("out shape", lambda c: c.allreduce(np.zeros(3), out=np.zeros(4)), ["out has the wrong shape", "(4,)", "(3,)"]),
     ("out dtype", lambda c: c.allreduce(np.zeros(3), out=np.zeros(3, "f4")), ["out", "float32", "float64"]),
     ("out type", lambda c: c.allreduce(np.zeros(3), out=memoryview(bytearray(24))), ["out", "memoryview"]),
     ("out tree", lambda c: c.allreduce([np.zeros(3)], out=np.zeros(3)), ["out has another structure"]),
+    ("keys", lambda c: c.allreduce({(1, "a"): 1.0, ("a", 1): 1.0}), ["allreduce: the keys", "('a', 1)", "sorted"]),
+    ("many bytes", lambda c: c.empty((2**40, 2**40)), ["empty", "(1099511627776, 1099511627776)", "2^63 bytes"]),
+    ("2^63 bytes", lambda c: c.shared(2**60, "f8"), ["shared", "1152921504606846976", "8 bytes", "2^63 bytes"]),
     ("out read-only", lambda c: c.allreduce(np.zeros(3), out=np.broadcast_to(0.0, 3)), ["out is read-only"]),
     ("color", lambda c: c.split(-1), ["split", "-1", "None to stay out"]),
     ("large color", lambda c: c.split(2**31), ["split", "got 2147483648", "0 to 2147483647"]),

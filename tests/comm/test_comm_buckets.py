@@ -12,6 +12,7 @@ from conformance import same
 
 from mpitrain._errors import InputError
 from mpitrain.comm import Communicator, LocalWorld
+from mpitrain.comm.local import alone
 
 CALLS: dict[str, Callable[..., Any]] = {
     "allreduce": lambda comm, x, **options: comm.allreduce(x, **options),
@@ -104,6 +105,38 @@ def test_arrays_that_share_memory_are_each_reduced_once(reproducible: bool) -> N
                 same(got, np.full(got.shape, value))
 
     LocalWorld(2).run(run)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda comm, x, out: comm.allreduce(x, out=out),
+        lambda comm, x, out: comm.allreduce(x, out=out, bucket_bytes=1),
+        lambda comm, x, out: comm.iallreduce(x, out=out).wait(),
+        lambda comm, x, out: comm.allreduce(x, out=out, reproducible=True),
+        lambda comm, x, out: comm.reduce_scatter(x, counts=[4], out=out),
+        lambda comm, x, out: comm.reduce_scatter(x, counts=[4], out=out, reproducible=True),
+        lambda comm, x, out: comm.allgather(x, counts=[4], out=out),
+    ],
+)
+def test_results_that_would_overwrite_each_other_are_refused(call: Callable[..., Any]) -> None:
+    comm, a, b, place, table = alone(), np.arange(4.0), np.full(4, 9.0), np.zeros(4), np.zeros((4, 2))
+    for out in ([place, place], [place, place[::-1]], [a, a], [a, a[:]]):
+        with pytest.raises(InputError, match="same memory; got out whose arrays 0 and 1 overlap; give each its own"):
+            call(comm, [a, b], out)
+    call(comm, [a, b], [table[:, 0], table[:, 1]])
+    same(table, np.stack([a, b], axis=1))
+    call(comm, [a, a[:]], [place, place[:]])
+    same(place, a)
+    call(comm, [a, b, b], [a, b, b[:]])
+
+
+@pytest.mark.parametrize("dtype", ["f8", "i8"])
+def test_rows_of_a_tree_may_be_reduced_to_each_others_place(dtype: str) -> None:
+    a, b = np.arange(4).astype(dtype), np.full(4, 9, dtype)
+    alone().reduce_scatter([a, b], counts=[4], out=[b, a], reproducible=True)
+    same(b, np.arange(4).astype(dtype))
+    same(a, np.full(4, 9, dtype))
 
 
 def test_arrays_of_a_tree_may_go_to_each_others_place() -> None:

@@ -28,6 +28,7 @@ from mpitrain.comm.codecs import (
     TopK,
     make_codec,
 )
+from mpitrain.comm.local import alone
 
 RANKS = [
     *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4)),  # processes run every size
@@ -282,6 +283,18 @@ def test_int8_is_right_on_average_and_within_a_step():
     assert (np.abs(found.mean(axis=0, dtype=np.float64) - values) <= 5 * deviation + 1e-6).all()
 
 
+@pytest.mark.parametrize("loops", ["on", "off"])
+def test_int8_saturates_beyond_127_times_what_float32_holds(monkeypatch: pytest.MonkeyPatch, loops: str):
+    monkeypatch.setenv("MPITRAIN_KERNEL", loops)
+    most = 127 * float(np.finfo(np.float32).max)
+    values = np.array([1e200, -1e308, most, 1e30, *[0.0] * 4, 2.0, *[0.0] * 7])
+    got = through(Int8(block=8), values)
+    assert got[:3].tolist() == [most, -most, most]
+    assert got[3] in (0.0, most / 127)
+    assert abs(got[8] - 2.0) < 0.02
+    assert not np.isfinite(through(Int8(block=8), np.array([1e200, np.inf])))[1]
+
+
 def test_int8_rounds_an_element_alike_however_the_vector_is_cut():
     values = np.random.default_rng(1).standard_normal(200_000).astype(np.float32)
     whole = through(Int8(block=50), values)
@@ -314,6 +327,16 @@ def test_options_are_checked(make: Callable[[], Codec], words: list[str]):
     with pytest.raises(InputError) as caught:
         make()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_count_of_zero_is_refused_and_leaves_the_residual():
+    summed = suite.start(alone(), Fp16())
+    suite.reduced(alone(), summed, 0, 3.0)
+    kept = summed.residual.flat.copy()
+    with pytest.raises(InputError, match=r"CompressedSum.reduce: .*got count=0; expected a number above 0"):
+        suite.reduced(alone(), summed, 1, 0)
+    assert kept.any()
+    assert np.array_equal(summed.residual.flat, kept)
 
 
 def test_gradients_must_be_in_full_precision():

@@ -15,9 +15,20 @@ def test_returns_in_rank_order_and_hands_on_arguments() -> None:
     assert LocalWorld(3).run(lambda comm, a, b: (comm.rank, comm.size, a + b), 1, 2) == [(r, 3, 3) for r in range(3)]
 
 
-def test_refuses_no_ranks() -> None:
-    with pytest.raises(InputError, match="got 0; expected 1 or more"):
-        LocalWorld(0)
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((0,), "size is too small; got 0; expected at least 1"),
+        ((2.0,), "size is not an integer; got 2.0"),
+        (("2",), "size is not an integer; got '2'"),
+        ((2, 0), "ranks_per_node is too small; got 0; expected at least 1"),
+        ((2, -1), "ranks_per_node is too small; got -1"),
+        ((2, 1.0), "ranks_per_node is not an integer"),
+    ],
+)
+def test_refuses_what_is_no_number_of_ranks(sizes: tuple, words: str) -> None:
+    with pytest.raises(InputError, match=f"LocalWorld: {words}"):
+        LocalWorld(sizes[0], ranks_per_node=sizes[1] if len(sizes) > 1 else None)
 
 
 def test_nodes() -> None:
@@ -81,6 +92,27 @@ def test_mismatched_collectives_name_what_each_rank_called(calls: tuple, words: 
     with pytest.raises(MismatchError) as caught:
         LocalWorld(2).run(lambda comm: calls[comm.rank](comm))
     assert all(word in str(caught.value) for word in [*words, "test_comm_local.py:"]), str(caught.value)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize(
+    ("recv_counts", "words"),
+    [
+        (([1, 3], [1, 3]), "rank 0 gives 6 elements to rank 0, which takes 3"),
+        (([2, 2], [3, 1]), "rank 0 gives 6 elements to rank 1, which takes 9"),
+        (([2, 9], [2, 2]), "rank 1 gives 6 elements to rank 0, which takes 27"),
+    ],
+)
+def test_both_sides_of_an_alltoall(recv_counts: tuple, words: str, begins: bool) -> None:
+    def program(comm: Communicator) -> None:
+        for takes in ([2, 2], recv_counts[comm.rank]):
+            if begins:
+                comm.ialltoall(np.ones((4, 3)), [2, 2], takes).wait()
+            else:
+                comm.alltoall(np.ones((4, 3)), [2, 2], takes)
+
+    with pytest.raises(MismatchError, match=f"alltoall: {words}\n  rank 0: i?alltoall.* at .*test_comm_local.py"):
+        LocalWorld(2).run(program)
 
 
 def test_a_message_of_another_shape_or_dtype() -> None:

@@ -151,6 +151,15 @@ def test_ranks_that_disagree_are_told() -> None:
     LocalWorld(2).run(body)
 
 
+@pytest.mark.usefixtures("over_shared_memory")
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_debug_mode_is_not_advised_while_it_is_on(monkeypatch: pytest.MonkeyPatch, debug: str) -> None:
+    monkeypatch.setenv("MPITRAIN_DEBUG", debug)
+    with pytest.raises(MismatchError, match="ranks reduce different arrays") as caught:
+        LocalWorld(2).run(lambda comm: comm.allreduce_plan(comm.empty(1000 + comm.rank))())
+    assert ("MPITRAIN_DEBUG=1 names" in str(caught.value)) == (debug == "0")
+
+
 def test_memory_that_cannot_be_backed_is_an_error_on_all_ranks(
     over_shared_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from mpitrain._typing import Array, DType, Shape
 from mpitrain.arrays.dtypes import storage
 from mpitrain.arrays.libraries import Operand, owner
 from mpitrain.comm import dtypes
-from mpitrain.comm.buffers.overlap import entangled, overlap
+from mpitrain.comm.buffers.overlap import collision, entangled, overlap
 
 
 def accept(operation: str, x: Any) -> Operand:
@@ -109,8 +109,20 @@ def apart(operation: str, arrays: Sequence[Operand], outs: Sequence[Any]) -> lis
     """Return arrays that travel one after the other, copied where the ``out`` of one uses the memory of another."""
     if len(arrays) < 2 or all(out is None for out in outs):
         return list(arrays)
-    tangled = entangled(arrays, [None if out is None else accept(operation, out) for out in outs])
+    places = [None if out is None else accept(operation, out) for out in outs]
+    distinct(operation, arrays, places)
+    tangled = entangled(arrays, places)
     return [_copied(array) if i in tangled else array for i, array in enumerate(arrays)]
+
+
+def distinct(operation: str, arrays: Sequence[Operand], outs: Sequence[Operand | None]) -> None:
+    """Refuse places of results that overlap, where one result would be lost to the other."""
+    found = collision(arrays, outs) if len(arrays) > 1 else None
+    if found is not None:
+        raise InputError(
+            "results of different arrays would go to the same memory", operation=operation,
+            got="out whose arrays {} and {} overlap".format(*found), remedy="give each its own, or leave out= away",
+        )  # fmt: skip
 
 
 def _copied(x: Operand) -> Operand:

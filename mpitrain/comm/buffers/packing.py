@@ -12,7 +12,7 @@ from mpitrain.arrays.dtypes import accumulator
 from mpitrain.arrays.libraries import Operand
 from mpitrain.comm import trees
 from mpitrain.comm.buffers.device_parcels import DeviceParcel
-from mpitrain.comm.buffers.operands import accept, target
+from mpitrain.comm.buffers.operands import accept, distinct, target
 from mpitrain.comm.buffers.overlap import entangled
 from mpitrain.comm.buffers.parcels import Parcel
 
@@ -59,9 +59,10 @@ class Fused:
         on_host: bool = False,
     ) -> None:
         self._tree = tree
-        arrays = [accept(operation, leaf) for leaf in trees.leaves(tree)]
+        arrays = [accept(operation, leaf) for leaf in trees.leaves(tree, operation)]
         pairs = zip(trees.leaves_like(operation, tree, out), arrays, strict=True)
         outs = [target(operation, into, array.shape, array) for into, array in pairs]
+        distinct(operation, arrays, outs)
         devices = [None if on_host else _device(array) for array in arrays]
         buckets = _buckets(arrays, devices, reduces, math.inf if bucket_bytes is None else bucket_bytes)
         self._positions = [position for bucket in buckets for position in bucket]

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from mpitrain._errors import InputError
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, is_cupy, plain
 from mpitrain.arrays.dtypes import floating
@@ -84,7 +85,17 @@ class CompressedSum:
         count : float
             What the sum will be divided by, the same on all ranks.  The residual is kept as part of a mean, lest what a
             large batch left over weigh more in a small one.
+
+        Raises
+        ------
+        InputError
+            The count is 0; nothing was communicated.
         """
+        if count == 0:
+            raise InputError(
+                "no mean over nothing", operation="CompressedSum.reduce", got=f"count={count}",
+                expected="a number above 0", remedy="leave out a step in which no rank had samples",
+            )  # fmt: skip
         others = [grads.views[name] for name in self._others]
         if self.residual.layout.size:
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is the caller's to find in the sum

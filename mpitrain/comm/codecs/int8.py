@@ -13,9 +13,10 @@ from mpitrain._typing import Array, DType
 from mpitrain.arrays import Key, namespace
 from mpitrain.arrays.random import unit_interval
 from mpitrain.comm.codecs import kernel
-from mpitrain.comm.codecs.format import Format, Wire
+from mpitrain.comm.codecs.format import Format, Wire, saturate
 
 _LARGEST = 127
+_LARGEST_STEP = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class Int8(Format):
         xp = namespace(values)
         blocks = xp.zeros((-(-values.size // self.block), self.block), values.dtype)
         blocks.reshape(-1)[: values.size] = values
-        steps = (xp.abs(blocks).max(axis=1) / _LARGEST).astype(np.float32)
+        steps = saturate(xp.abs(blocks).max(axis=1) / _LARGEST, _LARGEST_STEP).astype(np.float32)
         blocks /= xp.where(steps == 0, 1, steps)[:, None]
         scaled = blocks.reshape(-1)[: values.size]
         scaled += noise

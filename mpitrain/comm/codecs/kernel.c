@@ -5,6 +5,7 @@
  * that the bits are the same.
  */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -15,7 +16,7 @@
 #define FOR_THIS_CPU
 #endif
 
-enum { ABI = 1, LARGEST_CODE = 127, TILE = 512 };
+enum { ABI = 2, LARGEST_CODE = 127, TILE = 512 };
 
 /* Bits and values. */
 #define CAST(NAME, TO, FROM)       \
@@ -30,7 +31,7 @@ CAST(bits_f64, uint64_t, double)
 CAST(value_f64, double, uint64_t)
 
 /* ---- int8: blocks of values as whole numbers of steps, rounded up with the probability that makes the mean right.
- * The sizes of floats are in the order of their bits, NaN above all. */
+ * The sizes of floats are in the order of their bits, NaN above all.  Steps beyond float32 become its largest. */
 #define QUANTISE(NAME, T, U, BITS, VALUE, FLOOR)                                                                      \
   FOR_THIS_CPU void NAME(const T *restrict values, const uint32_t *restrict words, const int64_t n,                   \
                          const int64_t block, int8_t *restrict codes, float *restrict steps) {                        \
@@ -41,7 +42,8 @@ CAST(value_f64, double, uint64_t)
         const U size = BITS(values[i]) & (U)-1 >> 1;                                                                  \
         largest = size > largest ? size : largest;                                                                    \
       }                                                                                                               \
-      *steps = (float)(VALUE(largest) / LARGEST_CODE);                                                                \
+      const T exact = VALUE(largest) / LARGEST_CODE;                                                                  \
+      *steps = exact > (T)FLT_MAX && exact < (T)INFINITY ? FLT_MAX : (float)exact;                                    \
       const T step = *steps == 0 ? 1 : *steps;                                                                        \
       for (int64_t i = begin; i < end; i++) {                                                                         \
         const T x = FLOOR(values[i] / step + (T)((float)(words[i] >> 8) * 0x1p-24f));                                 \

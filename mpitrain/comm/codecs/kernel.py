@@ -14,7 +14,7 @@ from mpitrain import _env
 from mpitrain._typing import Array
 from mpitrain.arrays.compiled import CompiledLibrary, address
 
-LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_codecs_abi", 1)
+LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_codecs_abi", 2)
 
 
 def quantise(values: Array, words: Array, block: int, codes: Array, steps: Array) -> bool:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import cache
 from zlib import crc32
 
+from mpitrain import _env
 from mpitrain._errors import MismatchError
 from mpitrain._typing import Array, DType
 
@@ -137,5 +138,5 @@ def _mismatch(posts: list[list[int]]) -> MismatchError:
     kinds = ", but another dtype or op" if len({post[0] for post in posts}) > 1 else ""
     return MismatchError(
         "ranks reduce different arrays", operation="allreduce", got=seen + kinds,
-        remedy="MPITRAIN_DEBUG=1 names their calls and lines",
+        remedy=None if _env.debug() else "MPITRAIN_DEBUG=1 names their calls and lines",
     )  # fmt: skip
