@@ -45,12 +45,16 @@ class Lines(Observer):
 
     def on_start(self, title: str, steps: int, done: int) -> None:
         """Say what starts."""
-        self.steps = steps
+        self.steps, self.done = steps, done
         self._say(title)
 
     def on_kept(self, path: Path) -> None:
         """Name the run's directory, as ``--resume`` takes it."""
         self._say(f"kept in   {path}")
+
+    def on_resumed(self, path: Path) -> None:
+        """Say how far the run had come."""
+        self._say(f"goes on   from step {self.done} of {self.steps} ({path.parent.name}/{path.name})")
 
     def on_metrics(self, record: dict[str, Any]) -> None:
         """Print one record of the metrics file."""

@@ -118,6 +118,8 @@ def train_job(
         if saved is not None:
             check_not_past_the_end(parts, saved, comm)
             trainer.restore(saved)
+        elif begun is not None:
+            trainer.observer.on_note("the run has no checkpoint yet, and begins anew")
         with _recording(comm, trainer, directory) if traced else nullcontext():
             _keep_what_runs(job, comm, trainer, directory, bits)
             with stop_on_signals(trainer.stop_by_signal):  # to the end: launchers send more than one
