@@ -88,6 +88,7 @@ def take_part(exit_code: Path | None, work: Callable[[Communicator], int]) -> No
 
     from mpitrain.comm import abort_on_uncaught, leave_together, world
 
+    sys.argv = _typed(exit_code)  # which the record of a run has
     signal.signal(signal.SIGUSR1, signal.default_int_handler)  # until training begins, there is nothing to save
     np.seterr(all="ignore")  # what is not finite ends the run, and that error names step, ranks and tensors
     comm = world()
@@ -134,6 +135,19 @@ def sender(exit_code: Path | None) -> Callable[[signal.Signals], str]:
         return signal.SIGINT.name if passed_on else number.name
 
     return name
+
+
+def _typed(exit_code: Path | None) -> list[str]:
+    """Return the command as the user typed it: the parent's; this process's own without one, or one on another node."""
+    if exit_code is not None:
+        with suppress(OSError):
+            return _command(exit_code).read_text().split("\0")
+    return ["mpitrain", *sys.argv[1:]]
+
+
+def _command(exit_code: Path) -> Path:
+    """Return the file in which the parent says what the user typed."""
+    return exit_code.with_name("command")
 
 
 def _interrupted(exit_code: Path) -> Path:
@@ -209,6 +223,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
 
     with TemporaryDirectory(prefix="mpitrain-") as folder:
         told = Path(folder) / "exit-code"
+        _command(told).write_text("\0".join(_typed(None)))
         argv = [sys.executable, "-m", "mpitrain", *arguments, f"--exit-code={told}"]
         command_line, env = launch_command(ranks, argv)
         # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to stop at the next step.

@@ -172,7 +172,7 @@ def _keep_what_runs(
     job: Job, comm: Communicator, trainer: Trainer, directory: RunDirectory, bits: Fingerprint | None
 ) -> None:  # fmt: skip
     """Write job and environment, and forget what came after the step at which training goes on."""
-    environment = describe_environment(comm, comm.library)
+    environment = describe_environment(comm, comm.library) | {"from_step": trainer.method.step}
     if cut := cut_facts(job, trainer.method):
         environment["pipeline"] = cut
     with agree(comm):

@@ -1,5 +1,6 @@
 """Signals and terminals: Ctrl-C and what launchers send end a run with a checkpoint, from which it goes on exactly."""
 
+import json
 import shlex
 import signal
 import time
@@ -75,8 +76,12 @@ def test_stops_with_a_checkpoint_and_goes_on_exactly(folder, whole, name, number
     assert 4 <= stopped["steps"] < 40
     told = "stopping at the next step; Ctrl-C again to end at once"
     assert (told in done.err) == (number == signal.SIGINT)
+    started = json.loads((folder / name / "environment.json").read_text())
     again = mpitrain("run", "-n", "2", "job.toml", "--json", "--quiet", "--resume", name, cwd=folder)
     assert again.code == 0, again.err
+    environment = json.loads((folder / name / "environment.json").read_text())
+    assert environment["command"] == shlex.split(f"mpitrain run -n 2 job.toml --json --quiet --resume {name}")
+    assert (environment["from_step"], environment["earlier_starts"]) == (stopped["steps"], [started])
     assert again.result["weights_sha256"] == whole["weights_sha256"]
     records = [(record["kind"], record["step"]) for record in metrics(folder / name)]
     assert len(set(records)) == len(records)
