@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mpitrain import _env
-from mpitrain._errors import INTERRUPTED, JobError, LaunchError
+from mpitrain._errors import INTERRUPTED, JobError, LaunchError, NonFiniteError
 from mpitrain.cli.display import STYLES, headline, observer
 from mpitrain.cli.init import job_names
 
@@ -57,7 +57,7 @@ def command(ranks: int | None, quiet: bool, exit_code: Path | None, **options: A
     if quiet:
         options["progress"] = "none"
     if ranks is None or ranks == 1:
-        take_part(exit_code, lambda comm: _train(comm, name_signal=sender(exit_code), **options))
+        take_part(exit_code, lambda comm: _train(comm, exit_code=exit_code, **options))
     else:
         check_job_file(options["job"], ranks)
         Job.load(options["job"], options["overrides"])  # a mistake in it ends here, in one line
@@ -106,16 +106,22 @@ def take_part(exit_code: Path | None, work: Callable[[Communicator], int]) -> No
 
 def _train(
     comm: Communicator, job: str, overrides: tuple[str, ...], run_dir: Path | None, resume: Path | None, as_json: bool,
-    progress: str, width: int | None, trace: bool, name_signal: Callable[[signal.Signals], str],
+    progress: str, width: int | None, trace: bool, exit_code: Path | None,
 ) -> int:  # fmt: skip
     from mpitrain.train import Observer, load_job, train_job
 
     check_job_file(job, comm.size)
     loaded = load_job(job, overrides, comm)
-    watcher = observer(progress, width) if comm.rank == 0 else Observer()
-    result = train_job(
-        loaded, comm, run_dir=run_dir, resume=resume, observer=watcher, traced=trace, name_signal=name_signal
-    )
+    note = _begun(exit_code) if exit_code is not None else None
+    watcher = observer(progress, width, note) if comm.rank == 0 else Observer()
+    try:
+        result = train_job(
+            loaded, comm, run_dir=run_dir, resume=resume, observer=watcher, traced=trace, name_signal=sender(exit_code)
+        )
+    except NonFiniteError:
+        if note is not None:
+            note.unlink(missing_ok=True)  # gone on with, the run would meet the same numbers again
+        raise
     if comm.rank == 0:
         _print_result(result, as_json, trace)
     return INTERRUPTED if result["stopped"].endswith(signal.SIGINT.name) else 0
@@ -148,6 +154,11 @@ def _typed(exit_code: Path | None) -> list[str]:
 def _command(exit_code: Path) -> Path:
     """Return the file in which the parent says what the user typed."""
     return exit_code.with_name("command")
+
+
+def _begun(exit_code: Path) -> Path:
+    """Return the file that says, once training has begun, where the run is kept."""
+    return exit_code.with_name("begun")
 
 
 def _interrupted(exit_code: Path) -> Path:
@@ -204,9 +215,24 @@ def _print_result(result: dict[str, Any], as_json: bool, traced: bool) -> None:
     if traced:
         click.echo(f"trace     {Path(result['run_dir']) / 'trace.json'} (opens in ui.perfetto.dev)")
     if not result["completed"]:
-        start = "" if result["ranks"] == 1 else f"-n {result['ranks']} "
-        job = shlex.quote(f"{result['run_dir']}/job.toml")
-        click.echo(f"go on     mpitrain run {start}{job} --resume {run_dir}")
+        click.echo(_go_on(result["ranks"], result["run_dir"]))
+
+
+def _go_on(ranks: int, run_dir: str) -> str:
+    """Return the line that says how a run goes on, to be typed in a shell."""
+    start = "" if ranks == 1 else f"-n {ranks} "
+    return f"go on     mpitrain run {start}{shlex.quote(f'{run_dir}/job.toml')} --resume {shlex.quote(run_dir)}"
+
+
+def _after_an_end(ranks: int, begun: Path) -> None:
+    """Say how a run goes on that was broken off, and has not said so itself: a rank was killed, or the disk is full."""
+    from mpitrain.train import checkpoint
+    from mpitrain.train.rundir import RunDirectory
+
+    if begun.exists():
+        run = RunDirectory(Path(begun.read_text()))
+        if not run.result.exists() and checkpoint.latest(run.checkpoints):
+            click.echo(_go_on(ranks, str(run.path)), err=True)
 
 
 def launch(ranks: int, arguments: Sequence[str]) -> int:
@@ -232,6 +258,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
             code = _wait(child)
         if sys.stderr.isatty():
             sys.stderr.write(_SHOW_CURSOR)  # a rank that was killed had no time to
+        _after_an_end(ranks, _begun(told))
         if code == 0:
             return int(told.read_text()) if told.exists() else 0
         return INTERRUPTED if _ended_by_hand(_interrupted(told), code) else _exit_code(code)

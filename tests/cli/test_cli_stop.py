@@ -139,6 +139,45 @@ def test_a_stopped_run_says_how_to_go_on(folder):
     assert done.out.splitlines()[-1] == f"go on     mpitrain run -n 2 {run}/job.toml --resume {run}"
 
 
+ENDS = """
+import os
+import signal
+from mpitrain import nn
+
+
+class Ends(nn.Network):
+    steps = 0
+
+    def loss_and_gradients(self, *arguments):
+        self.steps += 1
+        loss, *others = super().loss_and_gradients(*arguments)
+        if self.steps == 8 and self.by == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (loss + float("nan") if self.steps == 8 else loss, *others)
+
+
+def build(by):
+    model = Ends(nn.Sequential(nn.Linear(5, 3)), nn.CrossEntropy())
+    model.by = by
+    return model
+"""
+
+
+@pytest.mark.parametrize(("by", "goes_on"), [("kill", True), pytest.param("nan", False, marks=pytest.mark.slow)])
+def test_a_run_that_a_killed_rank_ends_says_how_to_go_on(folder, by, goes_on):
+    """But not one that would meet the same numbers again."""
+    (folder / "ends.py").write_text(ENDS)
+    settings = 'model.build="ends.py:build"', f'model.options.by="{by}"'
+    run = folder / f"ends-{by}"
+    done = mpitrain(
+        "run", "-n", "2", "job.toml", "--quiet", *(f"--set={each}" for each in settings), "--run-dir", run, cwd=folder
+    )
+    assert done.code == 1
+    assert (run / "checkpoints" / "step-00000006").is_dir()
+    assert (f"go on     mpitrain run -n 2 {run}/job.toml --resume {run}" in done.err.splitlines()) == goes_on
+    assert ("is not finite" in done.err) != goes_on
+
+
 def test_what_to_type_next_can_be_typed_for_a_path_with_spaces(capsys):
     result = {
         "job": "job", "ranks": 2, "steps": 3, "seconds": 1.0, "stopped": "stopped by SIGUSR1", "completed": False,
