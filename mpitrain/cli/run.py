@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 _SHOW_CURSOR = "\x1b[?25h"
 
+_NOT_BEGUN = "interrupted before the first step; nothing was written"
+
+_BY_SIGUSR1 = (128 + signal.SIGUSR1, signal.SIGUSR1)
+"""What Open MPI's launcher, and MPICH's, return for a rank that the signal ended: one not as far as `take_part`."""
+
 _TWICE = "twice"
 """What is noted of a second Ctrl-C."""
 
@@ -49,8 +54,6 @@ def command(ranks: int | None, quiet: bool, exit_code: Path | None, **options: A
 
     Without -n this is one rank, or one of those that mpirun or srun has started.
     """
-    from mpitrain.train import Job
-
     if options["run_dir"] and options["resume"]:
         raise click.UsageError("--resume goes on in the run's own directory; leave out --run-dir.")
     check_no_launcher(ranks)
@@ -59,9 +62,20 @@ def command(ranks: int | None, quiet: bool, exit_code: Path | None, **options: A
     if ranks is None or ranks == 1:
         take_part(exit_code, lambda comm: _train(comm, exit_code=exit_code, **options))
     else:
+        sys.exit(_start(ranks, options))
+
+
+def _start(ranks: int, options: dict[str, Any]) -> int:
+    """Start the ranks, unless the job file is wrong; return the exit code."""
+    try:
+        from mpitrain.train import Job
+
         check_job_file(options["job"], ranks)
         Job.load(options["job"], options["overrides"])  # a mistake in it ends here, in one line
-        sys.exit(launch(ranks, ["run", *_arguments(options)]))
+        return launch(ranks, ["run", *_arguments(options)])
+    except KeyboardInterrupt:  # once there are ranks, they are told
+        click.echo(_NOT_BEGUN, err=True)
+        return INTERRUPTED
 
 
 def check_no_launcher(ranks: int | None) -> None:
@@ -259,6 +273,8 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         if sys.stderr.isatty():
             sys.stderr.write(_SHOW_CURSOR)  # a rank that was killed had no time to
         _after_an_end(ranks, _begun(told))
+        if code in _BY_SIGUSR1 and _interrupted(told).exists() and not _begun(told).exists():
+            click.echo(_NOT_BEGUN, err=True)
         if code == 0:
             return int(told.read_text()) if told.exists() else 0
         return INTERRUPTED if _ended_by_hand(_interrupted(told), code) else _exit_code(code)

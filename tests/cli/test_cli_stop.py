@@ -6,8 +6,10 @@ import signal
 import time
 
 import pytest
+from click.testing import CliRunner
 from commands import JOB, metrics, mpitrain, started, write_job
 
+from mpitrain.cli import cli
 from mpitrain.cli.run import _print_result
 
 MODEL = """
@@ -137,6 +139,25 @@ def test_a_stopped_run_says_how_to_go_on(folder):
     assert done.code == 0
     assert "(wall time of 0.2 s is over)" in done.out
     assert done.out.splitlines()[-1] == f"go on     mpitrain run -n 2 {run}/job.toml --resume {run}"
+
+
+def test_ctrl_c_while_the_ranks_start(folder):
+    with started("run", "-n", "2", "job.toml", "--quiet", "--run-dir", "early", cwd=folder) as running:
+        running.wait_for(running.has_ranks)
+        running.process.send_signal(signal.SIGINT)
+        done = running.end()
+    assert (done.code, done.out) == (130, "")
+    assert done.err.splitlines()[-1] == "interrupted before the first step; nothing was written"
+    assert not (folder / "early").exists()
+
+
+def test_ctrl_c_before_there_are_ranks(folder, monkeypatch):
+    def launch(ranks, arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mpitrain.cli.run.launch", launch)
+    done = CliRunner().invoke(cli, ["run", "-n", "2", str(folder / "job.toml")])
+    assert (done.exit_code, done.output) == (130, "interrupted before the first step; nothing was written\n")
 
 
 ENDS = """
