@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,14 @@ class Running:
         while not condition() and self.process.poll() is None:
             assert time.monotonic() < deadline, "nothing happened in time"
             time.sleep(0.005)
+
+    def has_ranks(self) -> bool:
+        """Tell whether the launcher has started a rank, however far that has come."""
+        lines = [Path(f"/proc/{pid}/cmdline") for pid in _descendants(self.process.pid)]
+        mpitrain = "\0".join(MPITRAIN).encode()
+        with suppress(FileNotFoundError):  # one has just ended
+            return any(line.read_bytes().startswith(mpitrain) for line in lines)
+        return False
 
     def kill(self) -> None:
         """Kill the command and all that it has started, at once: what a power cut or the end of a Slurm job does."""

@@ -5,6 +5,7 @@ Everything goes to standard error; standard output belongs to the result.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,24 @@ def headline(metrics: dict[str, Any]) -> str:
     return "  ".join(f"{name} {show(value)}" for name, value in metrics.items() if isinstance(value, int | float))
 
 
-class Lines(Observer):
+class Silent(Observer):
+    """Shows nothing, and leaves a note for the parent of where the run is kept, if there is one to read it."""
+
+    def __init__(self, note: Path | None = None) -> None:
+        self.note = note
+
+    def on_kept(self, path: Path) -> None:
+        """Leave the note."""
+        if self.note is not None:
+            with suppress(OSError):  # the parent may be on another node
+                self.note.write_text(str(path))
+
+
+class Lines(Silent):
     """A plain line per event, for files and pipes."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, note: Path | None = None) -> None:
+        super().__init__(note)
         self.console = console
 
     def _say(self, text: str) -> None:
@@ -45,12 +60,17 @@ class Lines(Observer):
 
     def on_start(self, title: str, steps: int, done: int) -> None:
         """Say what starts."""
-        self.steps = steps
+        self.steps, self.done = steps, done
         self._say(title)
 
     def on_kept(self, path: Path) -> None:
         """Name the run's directory, as ``--resume`` takes it."""
+        super().on_kept(path)
         self._say(f"kept in   {path}")
+
+    def on_resumed(self, path: Path) -> None:
+        """Say how far the run had come."""
+        self._say(f"goes on   from step {self.done} of {self.steps} ({path.parent.name}/{path.name})")
 
     def on_metrics(self, record: dict[str, Any]) -> None:
         """Print one record of the metrics file."""
@@ -89,7 +109,7 @@ class Bar(Lines):
         self.progress.stop()
 
 
-def observer(style: str, width: int | None = None) -> Observer:
+def observer(style: str, width: int | None = None, note: Path | None = None) -> Observer:
     """Return the observer for rank 0.
 
     Parameters
@@ -98,11 +118,13 @@ def observer(style: str, width: int | None = None) -> Observer:
         ``auto``: a bar if standard error is a terminal, else lines.
     width : int, optional
         Columns of the terminal, where a launcher stands between it and this process.
+    note : Path, optional
+        Where the parent looks for the run's directory, once training begins.
     """
     if style == "none":
-        return Observer()
+        return Silent(note)
     forced = style == "bar" or None
     console = Console(stderr=True, force_terminal=forced, width=width)
     if style == "bar" or (style == "auto" and console.is_terminal):
-        return Bar(console)
-    return Lines(console)
+        return Bar(console, note)
+    return Lines(console, note)

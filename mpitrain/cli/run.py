@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mpitrain import _env
-from mpitrain._errors import INTERRUPTED, JobError, LaunchError
+from mpitrain._errors import INTERRUPTED, JobError, LaunchError, NonFiniteError
 from mpitrain.cli.display import STYLES, headline, observer
 from mpitrain.cli.init import job_names
 
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from mpitrain.comm import Communicator
 
 _SHOW_CURSOR = "\x1b[?25h"
+
+_NOT_BEGUN = "interrupted before the first step; nothing was written"
+
+_BY_SIGUSR1 = (128 + signal.SIGUSR1, signal.SIGUSR1)
+"""What Open MPI's launcher, and MPICH's, return for a rank that the signal ended: one not as far as `take_part`."""
 
 _TWICE = "twice"
 """What is noted of a second Ctrl-C."""
@@ -49,19 +54,28 @@ def command(ranks: int | None, quiet: bool, exit_code: Path | None, **options: A
 
     Without -n this is one rank, or one of those that mpirun or srun has started.
     """
-    from mpitrain.train import Job
-
     if options["run_dir"] and options["resume"]:
         raise click.UsageError("--resume goes on in the run's own directory; leave out --run-dir.")
     check_no_launcher(ranks)
     if quiet:
         options["progress"] = "none"
     if ranks is None or ranks == 1:
-        take_part(exit_code, lambda comm: _train(comm, name_signal=sender(exit_code), **options))
+        take_part(exit_code, lambda comm: _train(comm, exit_code=exit_code, **options))
     else:
+        sys.exit(_start(ranks, options))
+
+
+def _start(ranks: int, options: dict[str, Any]) -> int:
+    """Start the ranks, unless the job file is wrong; return the exit code."""
+    try:
+        from mpitrain.train import Job
+
         check_job_file(options["job"], ranks)
         Job.load(options["job"], options["overrides"])  # a mistake in it ends here, in one line
-        sys.exit(launch(ranks, ["run", *_arguments(options)]))
+        return launch(ranks, ["run", *_arguments(options)])
+    except KeyboardInterrupt:  # once there are ranks, they are told
+        click.echo(_NOT_BEGUN, err=True)
+        return INTERRUPTED
 
 
 def check_no_launcher(ranks: int | None) -> None:
@@ -88,6 +102,7 @@ def take_part(exit_code: Path | None, work: Callable[[Communicator], int]) -> No
 
     from mpitrain.comm import abort_on_uncaught, leave_together, world
 
+    sys.argv = _typed(exit_code)  # which the record of a run has
     signal.signal(signal.SIGUSR1, signal.default_int_handler)  # until training begins, there is nothing to save
     np.seterr(all="ignore")  # what is not finite ends the run, and that error names step, ranks and tensors
     comm = world()
@@ -105,16 +120,22 @@ def take_part(exit_code: Path | None, work: Callable[[Communicator], int]) -> No
 
 def _train(
     comm: Communicator, job: str, overrides: tuple[str, ...], run_dir: Path | None, resume: Path | None, as_json: bool,
-    progress: str, width: int | None, trace: bool, name_signal: Callable[[signal.Signals], str],
+    progress: str, width: int | None, trace: bool, exit_code: Path | None,
 ) -> int:  # fmt: skip
     from mpitrain.train import Observer, load_job, train_job
 
     check_job_file(job, comm.size)
     loaded = load_job(job, overrides, comm)
-    watcher = observer(progress, width) if comm.rank == 0 else Observer()
-    result = train_job(
-        loaded, comm, run_dir=run_dir, resume=resume, observer=watcher, traced=trace, name_signal=name_signal
-    )
+    note = _begun(exit_code) if exit_code is not None else None
+    watcher = observer(progress, width, note) if comm.rank == 0 else Observer()
+    try:
+        result = train_job(
+            loaded, comm, run_dir=run_dir, resume=resume, observer=watcher, traced=trace, name_signal=sender(exit_code)
+        )
+    except NonFiniteError:
+        if note is not None:
+            note.unlink(missing_ok=True)  # gone on with, the run would meet the same numbers again
+        raise
     if comm.rank == 0:
         _print_result(result, as_json, trace)
     return INTERRUPTED if result["stopped"].endswith(signal.SIGINT.name) else 0
@@ -134,6 +155,24 @@ def sender(exit_code: Path | None) -> Callable[[signal.Signals], str]:
         return signal.SIGINT.name if passed_on else number.name
 
     return name
+
+
+def _typed(exit_code: Path | None) -> list[str]:
+    """Return the command as the user typed it: the parent's; this process's own without one, or one on another node."""
+    if exit_code is not None:
+        with suppress(OSError):
+            return _command(exit_code).read_text().split("\0")
+    return ["mpitrain", *sys.argv[1:]]
+
+
+def _command(exit_code: Path) -> Path:
+    """Return the file in which the parent says what the user typed."""
+    return exit_code.with_name("command")
+
+
+def _begun(exit_code: Path) -> Path:
+    """Return the file that says, once training has begun, where the run is kept."""
+    return exit_code.with_name("begun")
 
 
 def _interrupted(exit_code: Path) -> Path:
@@ -190,9 +229,24 @@ def _print_result(result: dict[str, Any], as_json: bool, traced: bool) -> None:
     if traced:
         click.echo(f"trace     {Path(result['run_dir']) / 'trace.json'} (opens in ui.perfetto.dev)")
     if not result["completed"]:
-        start = "" if result["ranks"] == 1 else f"-n {result['ranks']} "
-        job = shlex.quote(f"{result['run_dir']}/job.toml")
-        click.echo(f"go on     mpitrain run {start}{job} --resume {run_dir}")
+        click.echo(_go_on(result["ranks"], result["run_dir"]))
+
+
+def _go_on(ranks: int, run_dir: str) -> str:
+    """Return the line that says how a run goes on, to be typed in a shell."""
+    start = "" if ranks == 1 else f"-n {ranks} "
+    return f"go on     mpitrain run {start}{shlex.quote(f'{run_dir}/job.toml')} --resume {shlex.quote(run_dir)}"
+
+
+def _after_an_end(ranks: int, begun: Path) -> None:
+    """Say how a run goes on that was broken off, and has not said so itself: a rank was killed, or the disk is full."""
+    from mpitrain.train import checkpoint
+    from mpitrain.train.rundir import RunDirectory
+
+    if begun.exists():
+        run = RunDirectory(Path(begun.read_text()))
+        if not run.result.exists() and checkpoint.latest(run.checkpoints):
+            click.echo(_go_on(ranks, str(run.path)), err=True)
 
 
 def launch(ranks: int, arguments: Sequence[str]) -> int:
@@ -209,6 +263,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
 
     with TemporaryDirectory(prefix="mpitrain-") as folder:
         told = Path(folder) / "exit-code"
+        _command(told).write_text("\0".join(_typed(None)))
         argv = [sys.executable, "-m", "mpitrain", *arguments, f"--exit-code={told}"]
         command_line, env = launch_command(ranks, argv)
         # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to stop at the next step.
@@ -217,6 +272,9 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
             code = _wait(child)
         if sys.stderr.isatty():
             sys.stderr.write(_SHOW_CURSOR)  # a rank that was killed had no time to
+        _after_an_end(ranks, _begun(told))
+        if code in _BY_SIGUSR1 and _interrupted(told).exists() and not _begun(told).exists():
+            click.echo(_NOT_BEGUN, err=True)
         if code == 0:
             return int(told.read_text()) if told.exists() else 0
         return INTERRUPTED if _ended_by_hand(_interrupted(told), code) else _exit_code(code)

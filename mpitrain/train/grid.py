@@ -16,8 +16,8 @@ from typing import Any
 from mpitrain._errors import JobError
 from mpitrain.train.job import Job
 from mpitrain.train.job.file import read_value
+from mpitrain.train.resumption import differences
 from mpitrain.train.rundir import RunDirectory
-from mpitrain.train.session import differences
 from mpitrain.train.storage import disk
 
 _LONGEST_NAME = 120
@@ -105,7 +105,7 @@ def plan(
         texts = [f"{key}={_toml(value)}" for key, value in settings.items()]
         job = Job.load(path, overrides, texts)
         point = Point(settings, job.to_toml(), directory / _name(settings))
-        if changed := differences(job, point.directory) or _stretched(job, point.directory):
+        if changed := differences(job, point.directory):
             raise JobError(
                 "another job was run here", operation=f"sweep {point.directory}", got=changed,
                 remedy="choose another directory with --sweep-dir",
@@ -140,20 +140,6 @@ def _check_one(metrics: set[str]) -> None:
 def metric_of(job: Job) -> str:
     """Return the metric that the best of some runs of a job is told by."""
     return f"{'valid' if job.data.valid else 'test'}_{job.train.checkpoint.best}"
-
-
-def _stretched(job: Job, run: Path) -> str:
-    """Return how a cosine that a point has begun would change with the length of the job, in words; empty if not.
-
-    A run may go on for longer; but a point of a sweep is what one run of the job would leave.
-    """
-    path = run / "job.toml"
-    if job.optimizer.schedule.kind != "cosine" or not path.is_file():
-        return ""
-    before, now = Job.load(path).train, job.train
-    lengths = [(key, getattr(now, key), getattr(before, key)) for key in ("epochs", "steps")]
-    changed = [f"train.{key} = {new!r}, the run has {old!r}" for key, new, old in lengths if new != old]
-    return f"{'; '.join(changed)}, which its cosine schedule runs over" if changed else ""
 
 
 def _name(settings: Mapping[str, Any]) -> str:

@@ -15,6 +15,9 @@ class Observer:
     def on_kept(self, path: Path) -> None:
         """Say right after the start where the run is kept: whatever ends it, it goes on from there."""
 
+    def on_resumed(self, path: Path) -> None:
+        """Say after that from which checkpoint a run goes on."""
+
     def on_metrics(self, record: dict[str, Any]) -> None:
         """Take a record of the metrics file: ``kind`` (train, valid, test), ``step``, ``loss`` …."""
 

@@ -92,7 +92,12 @@ class RunDirectory:
         write_atomic(self.job, tomli_w.dumps(job).encode())
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        """Keep what the run ran on."""
+        """Keep what the run runs on from here; under ``earlier_starts``, first one first, what it ran on before."""
+        before = self.read_environment()
+        earlier = before.pop("earlier_starts", None)
+        if before:
+            starts = [*(earlier if isinstance(earlier, list) else []), before]
+            environment = {**environment, "earlier_starts": starts}
         write_atomic(self.environment, _json(environment, indent=2))
 
     def read_environment(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from os import PathLike
 from pathlib import Path
@@ -18,35 +18,15 @@ from mpitrain.train.assembly import Assembly, assemble, single_numbers
 from mpitrain.train.checkpoint import Checkpoint, OnPhase
 from mpitrain.train.cutting import cut_facts
 from mpitrain.train.environment import describe_environment
-from mpitrain.train.facts import Facts
 from mpitrain.train.fingerprint import Fingerprint, agreed_fingerprint, changes, fingerprint
 from mpitrain.train.job import Job
 from mpitrain.train.observer import Observer
 from mpitrain.train.report import write_report
+from mpitrain.train.resumption import check_not_past_the_end, check_same_data, check_same_job
 from mpitrain.train.rundir import RunDirectory
 from mpitrain.train.signals import NameSignal, own_name, stop_on_signals
 from mpitrain.train.storage import alone
 from mpitrain.train.trainer import Trainer
-
-_MAY_CHANGE = (
-    "name",
-    "data.path",  # what is there is compared
-    "data.weights",  # likewise
-    "method.kind",  # the same steps, however they are divided
-    "method.stage",
-    "method.schedule",
-    "method.chunks",
-    "method.cuts",
-    "method.bucket_bytes",
-    "mesh",  # likewise
-    "model.recompute",  # the same bits
-    "train.steps",
-    "train.epochs",
-    "train.log_every_steps",
-    "train.checkpoint",
-    "train.stop",
-)
-_PATHS_OF_NPY = ("data.options.inputs", "data.options.targets")  # as data.path, which this source does not have
 
 
 def load_job(path: str | PathLike[str], overrides: Iterable[str], comm: Communicator) -> Job:
@@ -122,13 +102,13 @@ def train_job(
     kept, begun = (None if each is None else Path(each) for each in (run_dir, resume))
     with agree(comm):
         if begun is not None and comm.rank == 0:
-            _check_same_job(job, begun)
+            check_same_job(job, begun)
     parts = assemble(job, comm)
     bits = settle_arithmetic(job, comm, blas_threads)
     with ExitStack() as held:
         directory = _to_go_on_with(begun, job, comm, held) if begun is not None else None
         if directory:
-            _check_same_data(parts, directory, comm)
+            check_same_data(parts, directory, comm)
         saved = _newest(directory, parts, comm) if directory else None
         if saved is None and job.train.warm_start:
             _warm_start(parts, Path(job.train.warm_start), comm)
@@ -136,8 +116,10 @@ def train_job(
         directory = directory or _new(kept, job, comm, held)
         trainer = Trainer(job, comm, parts, directory, observer, on_phase, name_signal)
         if saved is not None:
-            _check_not_past_the_end(parts, saved, comm)
+            check_not_past_the_end(parts, saved, comm)
             trainer.restore(saved)
+        elif begun is not None:
+            trainer.observer.on_note("the run has no checkpoint yet, and begins anew")
         with _recording(comm, trainer, directory) if traced else nullcontext():
             _keep_what_runs(job, comm, trainer, directory, bits)
             with stop_on_signals(trainer.stop_by_signal):  # to the end: launchers send more than one
@@ -180,67 +162,6 @@ def _recording(comm: Communicator, trainer: Trainer, directory: RunDirectory) ->
     return trace(directory.trace, comm, on_note=trainer.observer.on_note)
 
 
-def _check_same_job(job: Job, resume: Path) -> None:
-    """Refuse to continue a run with a job that would train differently."""
-    changed = differences(job, resume)
-    if changed:
-        raise JobError(
-            "the job is not the one that the run was started with", operation=f"resume {resume}", got=changed,
-            remedy=f"resume with {resume / 'job.toml'}, or start anew with train.warm_start",
-        )  # fmt: skip
-
-
-def differences(job: Job, run: Path) -> str:
-    """Return what keeps a run from going on with a job, in words; empty if nothing does, or there is no run."""
-    path = run / "job.toml"
-    if not path.is_file():
-        return ""
-    before, now = _flat(Job.load(path).model_dump()), _flat(job.model_dump())
-    may_change = _MAY_CHANGE + (_PATHS_OF_NPY if job.data.source == "npy" else ())
-    changed = [
-        f"{key} = {now.get(key)!r}, the run has {before.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not key.startswith(may_change)
-    ]
-    return "; ".join(changed[:5])
-
-
-def _check_not_past_the_end(parts: Assembly, saved: Checkpoint, comm: Communicator) -> None:
-    """Refuse to continue a run that has taken more steps than the job: its result would not be the job's."""
-    with agree(comm):
-        if comm.rank == 0 and saved.step > parts.steps:
-            raise JobError(
-                "the run is past the end of the job", operation=f"resume {saved.path.parent.parent}",
-                got=f"step {saved.step}", expected=f"at most the job's {parts.steps} steps",
-                remedy="leave train.steps or train.epochs as they were, or start anew",
-            )  # fmt: skip
-
-
-def _check_same_data(parts: Assembly, directory: RunDirectory, comm: Communicator) -> None:
-    """Refuse to continue a run on other data, wherever they lie now; compared is what the run has kept of its own."""
-    with agree(comm):
-        others = _others(directory, parts.samples.facts.digests) if comm.rank == 0 else []
-        if others:
-            raise JobError(
-                "the data are not those that the run was started with", operation=f"resume {directory.path}",
-                got=f"others for {', '.join(others)}", remedy="restore them, or start anew with train.warm_start",
-            )  # fmt: skip
-
-
-def _others(directory: RunDirectory, now: Mapping[str, str]) -> list[str]:
-    """Return the names of what a run has read otherwise; held-out sets that it kept nothing of are passed over."""
-    kept = Facts.read(directory.path).digests
-    names = [*kept, *({"weights"} & now.keys() - kept.keys())]
-    return [name for name in names if kept.get(name) != now.get(name)]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return found
-
-
 def _newest(directory: RunDirectory, parts: Assembly, comm: Communicator) -> Checkpoint | None:
     """Open the newest checkpoint of a run; None if the run was killed before its first one, and starts anew."""
     newest = _agreed_path(comm, lambda: checkpoint.latest(directory.checkpoints))
@@ -251,7 +172,7 @@ def _keep_what_runs(
     job: Job, comm: Communicator, trainer: Trainer, directory: RunDirectory, bits: Fingerprint | None
 ) -> None:  # fmt: skip
     """Write job and environment, and forget what came after the step at which training goes on."""
-    environment = describe_environment(comm, comm.library)
+    environment = describe_environment(comm, comm.library) | {"from_step": trainer.method.step}
     if cut := cut_facts(job, trainer.method):
         environment["pipeline"] = cut
     with agree(comm):

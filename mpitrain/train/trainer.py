@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import isfinite, prod
+from pathlib import Path
 from typing import Any
 
 from mpitrain.comm import Communicator
@@ -76,6 +77,7 @@ class Trainer:
         self.observer = observer or Observer()
         self.method = assembly.method
         self.standing = Standing()
+        self._goes_on_from: Path | None = None
         self._last: dict[str, dict[str, Any]] = {}  # newest metrics by kind
         self._on_phase, self._name_signal = on_phase, name_signal
         self._asked: str | None = None  # why this rank was asked to stop
@@ -84,6 +86,7 @@ class Trainer:
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint of this or another number of ranks."""
         self.method.load(saved.scalars["method"], saved.read)
+        self._goes_on_from = saved.path
         self.standing = Standing(**saved.scalars["standing"])
         if self.standing.metric not in (None, self.job.train.stop.metric):
             self.standing.best, self.standing.stale = None, 0  # of a metric that nothing watches any more
@@ -94,6 +97,8 @@ class Trainer:
         self._start_clock()
         self.observer.on_start(self.parts.title, self.parts.steps, self.method.step)
         self.observer.on_kept(self.run_dir.path)
+        if self._goes_on_from is not None:
+            self.observer.on_resumed(self._goes_on_from)
         try:
             with self._stop_after_wall_time():
                 return self._loop()

@@ -31,8 +31,8 @@ def run(way, job, *arguments, cwd):
     return mpitrain("run", *ranks, job, "--quiet", *arguments, under=under, cwd=cwd)
 
 
-def check_complaint(done, way, *parts, code=2):
-    """Check that one line complains, says these parts, and is there once; returns it."""
+def check_complaint(done, way, *parts, code=2, then=""):
+    """Check that one line complains, says these parts, and is there once, before ``then``; returns it."""
     complaints = [line for line in done.err.splitlines() if "error:" in line]
     assert len(complaints) == 1, done.err
     (line,) = complaints
@@ -44,7 +44,7 @@ def check_complaint(done, way, *parts, code=2):
     assert done.code == code
     assert done.seconds < SECONDS
     if way != "mpiexec":  # whose own comment on the exit code nobody can help
-        assert done.err == line + "\n"
+        assert done.err == f"{line}\n{then}"
     return line
 
 
@@ -300,6 +300,8 @@ def test_the_disk_fills_up_in_a_checkpoint(own):
     )
     rare = settings(train__evaluate_every_steps=100)
     done = run("-n 2", own, *quiet, *rare, "--run-dir", "run", cwd=own.parent)
-    check_complaint(done, "-n 2", "write checkpoint", "File too large", "free some space", code=1)
-    checkpoints = own.parent / "run" / "checkpoints"
+    kept = own.parent / "run"
+    then = f"go on     mpitrain run -n 2 {kept}/job.toml --resume {kept}\n"
+    check_complaint(done, "-n 2", "write checkpoint", "File too large", "free some space", code=1, then=then)
+    checkpoints = kept / "checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"step-00000006", "step-00000012"}

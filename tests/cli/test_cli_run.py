@@ -1,11 +1,18 @@
 """``mpitrain run`` on one rank, on several, and under a plain mpiexec: what it prints, writes and returns."""
 
 import json
+import shutil
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import metrics, mpitrain, settings, write_job
+from rich.console import Console
+
+from mpitrain.cli.display import Lines
+from mpitrain.comm.local import alone
+from mpitrain.train import Job, train_job
 
 KEYS = {
     "job", "ranks", "steps", "seconds", "loss", "metrics", "weights_sha256", "run_dir", "report", "stopped",
@@ -118,3 +125,20 @@ def test_help_names_every_command():
     assert done.code == 0
     for name in ("doctor", "init", "predict", "report", "run"):
         assert f"  {name} " in done.out
+
+
+def test_a_resumed_run_says_from_where_it_goes_on(tmp_path):
+    def told(steps, **where):
+        text = StringIO()
+        job = Job.load(write_job(tmp_path), [f"train.steps={steps}"])
+        train_job(job, alone(), report=False, observer=Lines(Console(file=text, width=200)), **where)
+        return text.getvalue().splitlines()
+
+    run = tmp_path / "run"
+    assert told(12, run_dir=run)[2].startswith("step 4/12")
+    title, _, goes_on, first, *_ = told(24, resume=run)
+    assert "24 steps on 1 rank" in title
+    assert goes_on == "goes on   from step 12 of 24 (checkpoints/step-00000012)"
+    assert first.startswith("step 16/24")
+    shutil.rmtree(run / "checkpoints")  # as if it had been killed before the first one
+    assert told(24, resume=run)[0] == "the run has no checkpoint yet, and begins anew"

@@ -1,12 +1,15 @@
 """Signals and terminals: Ctrl-C and what launchers send end a run with a checkpoint, from which it goes on exactly."""
 
+import json
 import shlex
 import signal
 import time
 
 import pytest
+from click.testing import CliRunner
 from commands import JOB, metrics, mpitrain, started, write_job
 
+from mpitrain.cli import cli
 from mpitrain.cli.run import _print_result
 
 MODEL = """
@@ -75,8 +78,12 @@ def test_stops_with_a_checkpoint_and_goes_on_exactly(folder, whole, name, number
     assert 4 <= stopped["steps"] < 40
     told = "stopping at the next step; Ctrl-C again to end at once"
     assert (told in done.err) == (number == signal.SIGINT)
+    started = json.loads((folder / name / "environment.json").read_text())
     again = mpitrain("run", "-n", "2", "job.toml", "--json", "--quiet", "--resume", name, cwd=folder)
     assert again.code == 0, again.err
+    environment = json.loads((folder / name / "environment.json").read_text())
+    assert environment["command"] == shlex.split(f"mpitrain run -n 2 job.toml --json --quiet --resume {name}")
+    assert (environment["from_step"], environment["earlier_starts"]) == (stopped["steps"], [started])
     assert again.result["weights_sha256"] == whole["weights_sha256"]
     records = [(record["kind"], record["step"]) for record in metrics(folder / name)]
     assert len(set(records)) == len(records)
@@ -132,6 +139,64 @@ def test_a_stopped_run_says_how_to_go_on(folder):
     assert done.code == 0
     assert "(wall time of 0.2 s is over)" in done.out
     assert done.out.splitlines()[-1] == f"go on     mpitrain run -n 2 {run}/job.toml --resume {run}"
+
+
+def test_ctrl_c_while_the_ranks_start(folder):
+    with started("run", "-n", "2", "job.toml", "--quiet", "--run-dir", "early", cwd=folder) as running:
+        running.wait_for(running.has_ranks)
+        running.process.send_signal(signal.SIGINT)
+        done = running.end()
+    assert (done.code, done.out) == (130, "")
+    assert done.err.splitlines()[-1] == "interrupted before the first step; nothing was written"
+    assert not (folder / "early").exists()
+
+
+def test_ctrl_c_before_there_are_ranks(folder, monkeypatch):
+    def launch(ranks, arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mpitrain.cli.run.launch", launch)
+    done = CliRunner().invoke(cli, ["run", "-n", "2", str(folder / "job.toml")])
+    assert (done.exit_code, done.output) == (130, "interrupted before the first step; nothing was written\n")
+
+
+ENDS = """
+import os
+import signal
+from mpitrain import nn
+
+
+class Ends(nn.Network):
+    steps = 0
+
+    def loss_and_gradients(self, *arguments):
+        self.steps += 1
+        loss, *others = super().loss_and_gradients(*arguments)
+        if self.steps == 8 and self.by == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (loss + float("nan") if self.steps == 8 else loss, *others)
+
+
+def build(by):
+    model = Ends(nn.Sequential(nn.Linear(5, 3)), nn.CrossEntropy())
+    model.by = by
+    return model
+"""
+
+
+@pytest.mark.parametrize(("by", "goes_on"), [("kill", True), pytest.param("nan", False, marks=pytest.mark.slow)])
+def test_a_run_that_a_killed_rank_ends_says_how_to_go_on(folder, by, goes_on):
+    """But not one that would meet the same numbers again."""
+    (folder / "ends.py").write_text(ENDS)
+    settings = 'model.build="ends.py:build"', f'model.options.by="{by}"'
+    run = folder / f"ends-{by}"
+    done = mpitrain(
+        "run", "-n", "2", "job.toml", "--quiet", *(f"--set={each}" for each in settings), "--run-dir", run, cwd=folder
+    )
+    assert done.code == 1
+    assert (run / "checkpoints" / "step-00000006").is_dir()
+    assert (f"go on     mpitrain run -n 2 {run}/job.toml --resume {run}" in done.err.splitlines()) == goes_on
+    assert ("is not finite" in done.err) != goes_on
 
 
 def test_what_to_type_next_can_be_typed_for_a_path_with_spaces(capsys):

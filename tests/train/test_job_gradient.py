@@ -13,7 +13,8 @@ from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.parallel import DataParallel, GradientParallel
 from mpitrain.train.assembly import assemble
 from mpitrain.train.job import Job
-from mpitrain.train.session import _check_same_job, train_job
+from mpitrain.train.resumption import check_same_job
+from mpitrain.train.session import train_job
 
 TOML = """
 [data]
@@ -88,7 +89,7 @@ def test_what_does_not_fit_is_said_in_one_line(lines: str, message: str):
 def test_a_run_may_change_how_its_steps_are_divided_and_not_what_they_are(tmp_path: Path, lines: str, allowed: bool):
     (tmp_path / "job.toml").write_text(job("").to_toml())
     with nullcontext() if allowed else pytest.raises(JobError, match="the job is not the one"):
-        _check_same_job(job(lines), tmp_path)
+        check_same_job(job(lines), tmp_path)
 
 
 @pytest.mark.slow

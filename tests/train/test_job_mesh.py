@@ -19,7 +19,8 @@ from mpitrain.train.generate import generate
 from mpitrain.train.job import Job
 from mpitrain.train.predictor import Predictor
 from mpitrain.train.record import record
-from mpitrain.train.session import _check_same_job, train_job
+from mpitrain.train.resumption import check_same_job
+from mpitrain.train.session import train_job
 
 TOML = """
 dtype = "float64"
@@ -162,7 +163,7 @@ def test_a_model_that_cannot_be_divided_is_told_what_can_be_done(model: str):
 def test_a_run_may_go_on_on_another_mesh(tmp_path: Path, file: Path, settings: list[str], allowed: bool):
     (tmp_path / "job.toml").write_text(job(file).to_toml())
     with nullcontext() if allowed else pytest.raises(JobError, match="the job is not the one"):
-        _check_same_job(job(file, *settings), tmp_path)
+        check_same_job(job(file, *settings), tmp_path)
 
 
 def axes(comm: Communicator, job: Job) -> tuple[dict[str, int], str]:

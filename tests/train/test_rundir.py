@@ -162,6 +162,18 @@ def test_the_environment_groups_ranks_by_node_and_is_plain_json():
     assert environment["nodes"][0]["cpu"]
 
 
+def test_the_environments_of_earlier_starts_are_kept(tmp_path):
+    """Beside that of the newest one, which stands where it did in files that kept no other."""
+    run = RunDirectory(tmp_path)
+    for number in (1, 2, 3):
+        run.write_environment({"ranks": number, "from_step": 10 * number})
+    first, second, third = ({"ranks": number, "from_step": 10 * number} for number in (1, 2, 3))
+    assert json.loads(run.environment.read_text()) == {**third, "earlier_starts": [first, second]}
+    run.environment.write_text('{"ranks": 4, "earlier_starts": null}')
+    run.write_environment(first)
+    assert run.read_environment() == {**first, "earlier_starts": [{"ranks": 4}]}
+
+
 def test_the_environment_is_told_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     found = LocalWorld(1).run(describe_environment)[0]

@@ -157,13 +157,16 @@ def test_what_ended_early_is_not_trained_further_after_a_crash(load, tmp_path):
     [
         ({"model__hidden": [8]}, r"model.hidden = \(8,\)"),
         ({"optimizer__lr": 0.5}, "optimizer.lr = 0.5, the run has 0.01"),
+        ({"train__steps": 48}, r"got train.steps = 48, the run has 24, which its cosine schedule runs over; resume "),
+        ({"train__epochs": 3}, "got train.epochs = 3, the run has None; train.steps = None, the run has 24, which its"),
     ],
 )
 def test_resuming_with_another_job(load, tmp_path, changes, message):
-    train(load(), run_dir=tmp_path / "run")
+    cosine = {"optimizer__schedule__kind": "cosine"}
+    train(load(**cosine), run_dir=tmp_path / "run")
     kept = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
     with pytest.raises(JobError, match=message):
-        train(load(**changes), ranks=1, resume=tmp_path / "run")
+        train(load(**cosine, **changes), ranks=1, resume=tmp_path / "run")
     assert kept == {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
 
 
