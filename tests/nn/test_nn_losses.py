@@ -168,5 +168,5 @@ def test_bad_targets_are_named(loss, shape, targets, message):
 
 
 def test_wrong_number_of_weights_is_named():
-    with pytest.raises(DataError, match=r"not one weight a sample; got \(1,\); expected \(2,\)"):
-        _value(MSE, [[1.0], [2.0]], [0.0, 0.0], np.ones(1))
+    with pytest.raises(DataError, match=r"not one weight a sample; got \(2, 1\); expected \(2,\)"):
+        _value(MSE, [[1.0], [2.0]], [0.0, 0.0], np.ones((2, 1)))

@@ -119,7 +119,7 @@ def _ended_by(error: BaseException) -> str:
 
 def _remedy(error: BaseException) -> str | None:
     """Return what brings the library that is missing, if an extra of this package does."""
-    missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     return f"pip install 'mpitrain[{_EXTRAS[missing]}]'" if missing in _EXTRAS else None
 
 
