@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from mpitrain.train.job.userfile import load_object
 
 
 @pytest.fixture(autouse=True)
-def _clean_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    before = set(sys.modules)
+    yield
+    for name in sys.modules.keys() - before:
+        del sys.modules[name]
 
 
 def failure(folder: Path, source: str, name: str = "build") -> str:
