@@ -38,7 +38,7 @@ class Campaign(NamedTuple):
 CAMPAIGNS = {
     "resident": Campaign(
         "Two ranks, resident buffers",
-        ("-n", "2", "--peers", "--rounds=3", "--time-s=0.1", f"--sizes=4,1K,16K,64K,{LARGE}", CALLS),
+        ("-n", "2", "--peers", "--rounds=5", "--time-s=0.1", f"--sizes=4,1K,16K,64K,{LARGE}", CALLS),
     ),
     "rewritten": Campaign(
         "Two ranks, buffers that each rank writes anew before each turn",
