@@ -55,7 +55,7 @@ CAMPAIGNS = {
         ),
     ),
     "crowded": Campaign(
-        "Four ranks on two cores", ("-n", "4", "--peers", "--rounds=2", "--time-s=0.2", f"--sizes=4,16K,{LARGE}", CALLS)
+        "Four ranks on two cores", ("-n", "4", "--peers", "--rounds=3", "--time-s=0.2", f"--sizes=4,16K,{LARGE}", CALLS)
     ),
 }  # fmt: skip
 

@@ -108,13 +108,13 @@ def waiting(watch: Watch) -> Wait | None:
     None if there is no call, or one in which a rank may be busy by itself: on memory of a device, whose queue may be
     long, or one that makes or frees communicators.
     """
-    number = "" if watch.current is not None else "aside "  # the two ways are counted apart
-    call, count = watch.present()
+    way = "" if watch.current is not None else "aside "  # the two are counted apart
+    call, number = watch.present()
     if isinstance(call, Doing):
         call = call.prepared()
     if not isinstance(call, Prepared) or not call.calls or any(each.stream is not None for each in call.calls):
         return None
-    return Wait(watch.name, f"{number}{count}", call.operation, sum(each.logical_bytes for each in call.calls))
+    return Wait(watch.name, f"{way}{number}", call.operation, sum(each.logical_bytes for each in call.calls))
 
 
 def find(watch: Watch, waited_s: float) -> str | None:

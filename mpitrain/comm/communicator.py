@@ -215,7 +215,7 @@ class Communicator(Collectives, Messages):
         call = Call("allreduce", dtype=memory.dtype, recv=memory.reshape(-1), op=op)
         prepared = Prepared("allreduce_plan", [call], lambda: None, buffer)
         if self._checker is not None:
-            planned = replace(planned, run=partial(self._checked, prepared, planned.run))
+            planned = replace(planned, run=partial(self._checked, prepared, planned.run), guarded=False)
         return AllreducePlan(target, planned, prepared, self.ledger.meter(prepared), self._watch)
 
     def _checked(self, prepared: Prepared, run: Callable[[], object]) -> None:

@@ -35,7 +35,8 @@ class Doing:
     def prepared(self) -> Prepared:
         """Return the same as the general way has it."""
         send = None if self.send is None else self.send.reshape(-1)
-        call = Call(self.operation, self.recv.dtype, send, self.recv.reshape(-1), self.op, self.root)
+        kind = self.operation.removesuffix("_plan")
+        call = Call(kind, self.recv.dtype, send, self.recv.reshape(-1), self.op, self.root)
         return Prepared(self.operation, [call], lambda: None)
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ So a backend is a few methods, and all backends behave alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from mpitrain.comm.transports.device import DeviceTransport
 from mpitrain.comm.transports.device_choice import BETWEEN_THREADS, Way
 from mpitrain.comm.transports.entry import Entry, calling
 from mpitrain.comm.transports.host import HostTransport
-from mpitrain.comm.transports.transport import Transport
+from mpitrain.comm.transports.transport import Planned, Transport
 from mpitrain.comm.watchdog import Watch, checked_timeout, watchdog
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Engine(ABC):
         self._tuning: Table | None = None
         self._entry: Entry | None = None
         self._entries: list[Entry] = []  # plans go on using those of before
+        self._watch.aside = partial(calling, self._entries, size)
 
     # What a backend fills in.
 
@@ -108,14 +109,14 @@ class Engine(ABC):
         """Return what reduces large arrays; called once, by all ranks.  A backend that has a better one says so."""
         return HostTransport()
 
-    def _bind(self, send: Array, recv: Array, op: str) -> Callable[[], object]:
-        """Return what reduces a flat array into another, or in place, over and over, checked already."""
+    def _bind(self, send: Array, recv: Array, op: str) -> Planned:
+        """Lay out a reduction of a flat array into another, or in place, checked already."""
         dtype = recv.dtype
         if accumulator(dtype) != dtype:  # it travels in another type, through memory of its own each time
             again = partial(prepare.reduction, "allreduce_plan", self.size, send, op, recv, None, True)
-            return lambda: self._complete(again())
+            return Planned(lambda: self._complete(again()), recv)
         words = wire(recv)
-        return partial(self._allreduce_now, words if send is recv else wire(send), words, op)
+        return Planned(partial(self._allreduce_now, words if send is recv else wire(send), words, op), recv)
 
     def _allreduce_now(self, send: Array, recv: Array, op: str) -> None:
         """Reduce a contiguous array into another, or in place, checked already, of a type that is reduced as it is."""
@@ -178,7 +179,6 @@ class Engine(ABC):
     def _shorten(self) -> None:
         """Open the shortest way of plain calls anew, or close it, after something that it depends on has changed."""
         self._entry = made = self._open() if self.plain and self._recorder is None else None
-        self._watch.aside = None if made is None else partial(calling, made, self.size)
         if made is not None:
             self._entries.append(made)
 

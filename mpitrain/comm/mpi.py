@@ -29,7 +29,7 @@ from mpitrain.comm.transports import device_choice, entry
 from mpitrain.comm.transports.choice import choose, ranks_per_node
 from mpitrain.comm.transports.entry import Entry, Library, Ranks
 from mpitrain.comm.transports.pages import PAGE_BYTES
-from mpitrain.comm.transports.transport import Transport
+from mpitrain.comm.transports.transport import Planned, Transport
 from mpitrain.comm.watchdog import Watch
 
 _DATATYPES: dict[str, MPI.Datatype] = {
@@ -148,14 +148,14 @@ class MpiCommunicator(Communicator):
         flat = recv.reshape(-1)
         return moves.allreduce(flat if send is recv else send.reshape(-1), flat, op)
 
-    def _bind(self, send: Array, recv: Array, op: str) -> Callable[[], object]:
+    def _bind(self, send: Array, recv: Array, op: str) -> Planned:
         left = recv.nbytes < self._moves().least_bytes and accumulator(recv.dtype) == recv.dtype
         if not left or recv.size > pieces.CHUNK_ELEMENTS:
             return super()._bind(send, recv, op)
         if self._entry is not None and entry.knows(recv.dtype, op):
-            return partial(self._entry.planned, send, op, recv)
-        spec = _spec(wire(recv))
-        return partial(self._library_allreduce, MPI.IN_PLACE if send is recv else _spec(wire(send)), spec, _OPS[op])
+            return Planned(partial(self._entry.planned, send, op, recv), recv, guarded=True)
+        given, into = MPI.IN_PLACE if send is recv else _spec(wire(send)), _spec(wire(recv))
+        return Planned(partial(self._library_allreduce, given, into, _OPS[op]), recv)
 
     def _library_allreduce(self, send: Any, recv: Any, op: MPI.Op) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,30 +35,32 @@ class AllreducePlan:
     Calls are collective.
     """
 
-    __slots__ = ("_called", "_meter", "_run", "_watch", "_wrote", "buffer", "result")
+    __slots__ = ("_called", "_meter", "_run", "_watch", "buffer", "result")
 
     def __init__(self, buffer: Operand, planned: Planned, called: Prepared, meter: Meter, watch: Watch) -> None:
         self.buffer = buffer.given
         in_place = planned.result is buffer.view
         self.result = buffer.given if in_place else buffer.library.show(planned.result)
         is_numpy = isinstance(buffer.given, np.ndarray)  # to which nobody need tell that it was written to
-        self._wrote = None if is_numpy else partial(buffer.library.wrote, self.result)
-        self._run, self._called, self._meter, self._watch = planned.run, called, meter, watch
+        self._run = planned.run if is_numpy else partial(_told, planned.run, buffer.library.wrote, self.result)
+        self._called, self._meter = called, meter
+        self._watch = None if planned.guarded else watch
 
     def __call__(self) -> Any:
         """Reduce what the buffer holds now, and return the result.  Collective."""
         watch = self._watch
-        if watch.freed:
-            watch.check_open(self._called.operation)
-        watch.current = self._called
-        try:
+        if watch is None:
             self._run()
-        finally:
-            watch.current = None
-            watch.count += 1
+        else:
+            if watch.freed:
+                watch.check_open(self._called.operation)
+            watch.current = self._called
+            try:
+                self._run()
+            finally:
+                watch.current = None
+                watch.count += 1
         self._meter.uses += 1
-        if self._wrote is not None:
-            self._wrote()
         return self.result
 
 
@@ -85,23 +88,28 @@ def check(buffer: object, op: str, operation: str = "allreduce_plan") -> Operand
 
 
 def ordinary(
-    buffer: Array, op: str, in_place: bool, size: int, bind: Callable[[Array, Array, str], Callable[[], object]]
+    buffer: Array, op: str, in_place: bool, size: int, bind: Callable[[Array, Array, str], Planned]
 ) -> Planned:
     """Plan a reduction by the communicator's own way.
 
     Parameters
     ----------
     bind : callable
-        Given a flat array, another for the result or the same one, and a reduction other than ``mean``, returns what
-        performs the reduction each time it is called.
+        Given a flat array, another for the result or the same one, and a reduction other than ``mean``, lays that out.
     """
     flat = buffer.reshape(-1)
     own = flat if in_place else plain(flat.size, flat.dtype)
-    run = bind(flat, own, "sum" if op == "mean" else op)
+    bound = bind(flat, own, "sum" if op == "mean" else op)
     result = buffer if in_place else own.reshape(buffer.shape)
     if not in_place:
         result.flags.writeable = False
-    return Planned(partial(_averaged, run, own, size) if op == "mean" else run, result)
+    run = partial(_averaged, bound.run, own, size) if op == "mean" else bound.run
+    return replace(bound, run=run, result=result)
+
+
+def _told(run: Callable[[], object], wrote: Callable[[Any], None], result: Any) -> None:
+    run()
+    wrote(result)
 
 
 def _averaged(reduce: Callable[[], object], values: Array, size: int) -> None:

@@ -70,7 +70,7 @@ class Watch:
     current : object
         What has been called and has not returned; its ``str`` is shown.
     aside : callable, optional
-        Returns the call that compiled code has under way, if any, and how many of its calls have returned.
+        Returns the call that compiled code has under way, if any, and what tells it from the others.
     count : int
         Calls that have returned.
     checking : bool
@@ -91,11 +91,11 @@ class Watch:
         given = _env.timeout_s()
         self.chosen_s = checked_timeout("MPITRAIN_TIMEOUT_S", given) if chosen_s is None and given else chosen_s
         self.current: object = None
-        self.aside: Callable[[], tuple[object, int] | None] | None = None
+        self.aside: Callable[[], tuple[object, int | str] | None] | None = None
         self.count = 0
         self.checking = self.debug = self.freed = False
         self.heard: absence.Heard | None = None
-        self._seen: tuple[str | int, int] = (0, 0)
+        self._seen: tuple[str | int, int | str] = (0, 0)
         self._since = 0.0
         if channel is not None:
             watchdog.add(self)
@@ -122,16 +122,16 @@ class Watch:
             self.current = outer
             self.count += 1
 
-    def present(self) -> tuple[object, int]:
-        """Return the present call, or None, and how many have returned: of those that are stored, or of those aside."""
+    def present(self) -> tuple[object, int | str]:
+        """Return the present call, or None, and its number: among those that are stored, or among those aside."""
         found = self.aside() if self.current is None and self.aside is not None else None
         return found or (self.current, self.count)
 
     def waited_s(self, now: float) -> float:
         """Return for how long the thread, which asks again and again, has seen the present call."""
-        what, count = self.present()
+        what, number = self.present()
         # not the call: its arrays are the caller's to drop
-        seen = id(what) if what is self.current else str(what), count
+        seen = id(what) if what is self.current else str(what), number
         if what is None or self.checking or self._seen != seen:
             self._seen, self._since = seen, now
         return now - self._since

@@ -366,9 +366,12 @@ def test_calls_of_the_library_are_counted(left: Communicator) -> None:
     assert all(count.calls == count.messages == 2 for count in snapshot.values())
 
 
-def test_the_watchdog_sees_a_call_of_the_library(left: Communicator) -> None:
+@pytest.mark.parametrize("planned", [False, True])
+def test_the_watchdog_sees_a_call_of_the_library(left: Communicator, planned: bool) -> None:
     """The thread asks for it while the call, which holds no lock, waits for the last rank."""
-    seen: list[tuple[object, int]] = []
+    seen: list[tuple[object, int | str]] = []
+    plan = left.allreduce_plan(np.zeros(3, np.float32), in_place=True)
+    left.debug = planned  # which closes the short way, but not to plans
 
     def look() -> None:
         while not done.wait(0.02):
@@ -380,14 +383,18 @@ def test_the_watchdog_sees_a_call_of_the_library(left: Communicator) -> None:
     try:
         if left.rank == left.size - 1:
             time.sleep(0.4)
-        left.broadcast(np.zeros(3, np.float32), root=left.size - 1)
+        if planned:
+            plan()
+        else:
+            left.broadcast(np.zeros(3, np.float32), root=left.size - 1)
     finally:
         done.set()
         thread.join()
     waited = [str(what) for what, _ in seen if what is not None]
     if left.rank < left.size - 1:
         assert len(waited) > 3
-        assert set(waited) == {f"broadcast(float32[3], root={left.size - 1})"}
+        reduction = "allreduce_plan: allreduce(float32[3], op=sum)"
+        assert set(waited) == {reduction if planned else f"broadcast(float32[3], root={left.size - 1})"}
     assert left._watch.present()[0] is None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -156,16 +156,20 @@ def make(ranks: Ranks, loops: Loops | None, library_below_bytes: float, ledger: 
     return found
 
 
-def calling(entry: Entry, ranks: int) -> tuple[Doing, int] | None:
-    """Return what the library is asked for, and how many such calls have returned."""
-    found = entry.calling()
-    if found is None:
-        return None
-    operation, into, detail, returned = found
+def calling(entries: Sequence[Entry], ranks: int) -> tuple[Doing, str] | None:
+    """Return what the library is asked for, by one of a communicator's entries, and the number of this call."""
+    for entry, found in enumerate(each.calling() for each in entries):
+        if found is not None:
+            operation, into, detail, returned = found
+            return _doing(operation, into, detail, ranks), f"{entry}.{returned}"
+    return None
+
+
+def _doing(operation: str, into: Array, detail: Any, ranks: int) -> Doing:
     root, op = (detail, None) if operation == "broadcast" else (None, detail)
     sizes = {"allgather": into.size // ranks, "reduce_scatter": into.size * ranks}
     send = np.empty(sizes[operation], into.dtype) if operation in sizes else None  # its size is shown, never touched
-    return Doing(operation, into, "sum" if op == "mean" else op, root, send), returned
+    return Doing(operation, into, "sum" if op == "mean" else op, root, send)
 
 
 def knows(dtype: DType, op: str) -> bool:

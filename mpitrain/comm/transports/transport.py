@@ -26,10 +26,13 @@ class Planned:
         Performs it once.
     result : array
         Where the result is afterwards, in the buffer's shape; read-only unless it is the buffer.
+    guarded : bool
+        It tells the watchdog of itself, and refuses to run once the communicator is freed.
     """
 
     run: Callable[[], object]
     result: Array
+    guarded: bool = False
 
 
 class Transport(ABC):
