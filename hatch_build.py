@@ -23,7 +23,7 @@ _LOOPS = (
     ("mpitrain/comm/transports/kernel.c", "mpitrain/comm/transports/_kernel.so"),
     ("mpitrain/optim/kernel.c", "mpitrain/optim/_kernel.so"),
     ("mpitrain/arrays/kernel.c", "mpitrain/arrays/_kernel.so"),
-    ("mpitrain/nn/kernel.c", "mpitrain/nn/_kernel.so"),
+    ("mpitrain/nn/kernel.c", "mpitrain/nn/_kernel.so", "-fno-thread-jumps"),  # else bounds split loops, see there
     ("mpitrain/comm/codecs/kernel.c", "mpitrain/comm/codecs/_kernel.so"),
 )
 _ENTRY = ("mpitrain/comm/transports/entry.c", "mpitrain/comm/transports/_entry.abi3.so")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import c_double, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,8 +17,8 @@ from mpitrain._typing import Array, DType
 
 Loop = Callable[..., None]
 
-_ARGUMENTS = {"v": c_void_p, "n": c_int64, "u": c_uint64, "w": c_uint32}
-"""Of loops, by letters: addresses, whole numbers, those without a sign, and words of 32 bits."""
+_ARGUMENTS = {"v": c_void_p, "n": c_int64, "u": c_uint64, "w": c_uint32, "d": c_double}
+"""Of loops, by letters: addresses, whole numbers, those without a sign, words of 32 bits, and floats."""
 
 _ENDINGS = {np.dtype(np.float32): "_f32", np.dtype(np.float64): "_f64"}
 """How the names of loops over an array's dtype end.  Bytes in another order are another dtype."""
@@ -59,9 +59,10 @@ class CompiledLibrary:
         name : str
             Of the function, but for its ending if there is one for each dtype.
         arguments : str
-            A letter for each: an address (v), a whole number (n), one without a sign (u), or a word of 32 bits (w).
+            A letter for each: an address (v), a whole number (n), one without a sign (u), a word of 32 bits (w), or a
+            float (d).
         dtype : numpy.dtype, optional
-            Of the arrays, if there is a loop for float32 and one for float64.
+            Of the arrays, if there is a loop for float32, or one for it and one for float64.
         """
         return _loop(self, name, arguments, dtype)
 
@@ -81,9 +82,9 @@ class CompiledLibrary:
 @cache
 def _loop(library: CompiledLibrary, name: str, arguments: str, dtype: DType | None) -> Loop | None:
     ending = "" if dtype is None else _ENDINGS.get(dtype)
-    if library.loaded is None or ending is None:
+    found: Any = None if library.loaded is None or ending is None else getattr(library.loaded, name + ending, None)
+    if found is None:
         return None
-    found: Any = library.loaded[name + ending]
     found.argtypes = [_ARGUMENTS[each] for each in arguments]
     found.restype = None
     return found  # type: ignore[no-any-return]

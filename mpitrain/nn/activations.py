@@ -102,6 +102,8 @@ class GELU(Activation):
 
     def value(self, x: Array, y: Array, call: Call) -> None:
         """Write x/2 · (1 + tanh(…))."""
+        if kernel.gelu(x, y):
+            return
         self._tanh(x, y, call)
         y += 1
         y *= x
@@ -122,6 +124,11 @@ class GELU(Activation):
         out += 1
         out *= 0.5
         call.give(tanh, inner)
+
+    def gradient(self, x: Array, y: Array, dy: Array, out: Array, call: Call) -> None:
+        """Write the slope times ``dy``."""
+        if not kernel.gelu_gradient(x, dy, out):
+            super().gradient(x, y, dy, out, call)
 
     def _tanh(self, x: Array, out: Array, call: Call) -> None:
         """Write tanh(√(2/π) (x + 0.044715 x³)) into ``out``."""

@@ -7,7 +7,7 @@ from math import sqrt
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array, Tree
-from mpitrain.nn import checks
+from mpitrain.nn import checks, kernel
 from mpitrain.nn.layer import Call, Context, Layer
 from mpitrain.nn.reductions import row_sums
 from mpitrain.nn.wide import in_float32
@@ -32,9 +32,10 @@ class CausalAttention(Layer):
     Notes
     -----
     Vaswani and others, "Attention is all you need", NeurIPS 2017, equation 1.  Half of the t² scores of a head are
-    computed and kept, as ``exp(score − maximum)``; what they are to be divided by is applied to the heads' outputs and
-    their gradients, which are smaller.  Backward: with ``P`` the softmax and ``O`` the output, the scores' gradient is
-    ``P ∘ (dO Vᵀ − rowsum(dO ∘ O))``: Dao, Fu, Ermon, Rudra, Ré, "FlashAttention", NeurIPS 2022, appendix B.2.
+    computed and kept, as ``exp((score − maximum) / √size)``; what they are to be divided by is applied to the heads'
+    outputs and their gradients, which are smaller.  Backward: with ``P`` the softmax and ``O`` the output, the scores'
+    gradient is ``P ∘ (dO Vᵀ − rowsum(dO ∘ O))``: Dao, Fu, Ermon, Rudra, Ré, "FlashAttention", NeurIPS 2022, appendix
+    B.2.
     """
 
     def __init__(self, heads: int) -> None:
@@ -47,24 +48,25 @@ class CausalAttention(Layer):
         n, length, columns = x.shape
         y = context.take((n, length, columns // 3), x.dtype)
         query, key, value, out = *self._parts(x), self._per_head(y)
-        scaled, totals = context.take(query.shape, x.dtype), context.take((*query.shape[:3], 1), x.dtype)
-        call.xp.multiply(query, 1.0 / sqrt(query.shape[3]), out=scaled)
+        totals, scale = context.take((*query.shape[:3], 1), x.dtype), 1.0 / sqrt(query.shape[3])
         weights = [
             context.take((*query.shape[:2], stop - start, stop), x.dtype) for start, stop in query_blocks(length)
         ]
         for (start, stop), block in zip(query_blocks(length), weights, strict=True):
-            call.xp.matmul(scaled[:, :, start:stop], key[:, :, :stop].swapaxes(2, 3), out=block)
-            _exponentials(block, totals[:, :, start:stop], call)
+            call.xp.matmul(query[:, :, start:stop], key[:, :, :stop].swapaxes(2, 3), out=block)
+            if not kernel.causal_exponentials(block, totals, scale):
+                _exponentials(block, totals[:, :, start:stop], scale, call)
             call.xp.matmul(block, value[:, :, :stop], out=out[:, :, start:stop])
-        out /= totals
-        context["x"], context["y"] = x, y
-        context["query"], context["totals"], context["weights"] = scaled, totals, weights
+        if not kernel.divide_heads(y, totals):
+            out /= totals
+        context["x"], context["y"], context["totals"], context["weights"] = x, y, totals, weights
         return y, context
 
     def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
         """Return the gradient of queries, keys and values."""
-        xp, query, x = call.xp, context["query"], context["x"]
-        _, key, value = self._parts(x)
+        xp, x = call.xp, context["x"]
+        query, key, value = self._parts(x)
+        scale = 1.0 / sqrt(query.shape[3])
         dx = context.take(x.shape, dy.dtype)
         d_query, d_key, d_value = self._parts(dx)
         gradient, means = call.take(query.shape, dy.dtype), call.take(context["totals"].shape, dy.dtype)
@@ -72,19 +74,22 @@ class CausalAttention(Layer):
         for (start, stop), block in reversed([*zip(query_blocks(x.shape[1]), context["weights"], strict=True)]):
             slope = call.take(block.shape, dy.dtype)
             xp.matmul(gradient[:, :, start:stop], value[:, :, :stop].swapaxes(2, 3), out=slope)
-            slope -= means[:, :, start:stop]
-            slope *= block
+            if not kernel.causal_slopes(slope, block, means, scale):
+                slope -= means[:, :, start:stop]
+                slope *= block
+                slope *= scale
             xp.matmul(slope, key[:, :, :stop], out=d_query[:, :, start:stop])
             is_first = stop == x.shape[1]  # of those from the end, and over all keys
             _put(slope, query[:, :, start:stop], d_key[:, :, :stop], is_first, call)
             _put(block, gradient[:, :, start:stop], d_value[:, :, :stop], is_first, call)
             call.give(slope)
-        d_query *= 1.0 / sqrt(query.shape[3])
         call.give(gradient, means)
         return dx
 
     def _divide(self, context: Context, dy: Array, gradient: Array, means: Array, call: Call) -> None:
         """Write ``dO`` over the totals, head by head, to ``gradient``, and its row sums with ``O`` to ``means``."""
+        if kernel.divided_heads(dy, context["y"], context["totals"], gradient, means):
+            return
         call.xp.divide(self._per_head(dy), context["totals"], out=gradient)
         product = call.take(gradient.shape, dy.dtype)
         call.xp.multiply(gradient, self._per_head(context["y"]), out=product)
@@ -116,8 +121,8 @@ def query_blocks(length: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK))
 
 
-def _exponentials(scores: Array, totals: Array, call: Call) -> None:
-    """Turn scores into ``exp(score − maximum)`` in place, 0 for keys of the future, and write their sums to ``totals``.
+def _exponentials(scores: Array, totals: Array, scale: float, call: Call) -> None:
+    """Do what `mpitrain.nn.kernel.causal_exponentials` does, but for totals of the block's queries alone.
 
     Parameters
     ----------
@@ -130,6 +135,7 @@ def _exponentials(scores: Array, totals: Array, call: Call) -> None:
     future = xp.triu(xp.full((queries, queries), -xp.inf, scores.dtype), 1)
     scores[..., -queries:] += future
     scores -= scores.max(axis=3, keepdims=True)
+    scores *= scale
     xp.exp(scores, out=scores)
     row_sums(scores, totals, call)
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mpitrain._typing import Array, Shape, Tree
-from mpitrain.nn import checks
+from mpitrain.nn import checks, kernel
 from mpitrain.nn.initial import he_uniform, zeros
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
 from mpitrain.nn.reductions import column_sums
 from mpitrain.nn.windows import offsets, output_size, window
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 21
 """Patches are gathered for so many bytes' worth of samples at a time: they stay in cache, and memory stays bounded."""
 
 
@@ -73,10 +73,10 @@ class Conv2d(Layer):
         size = output_size(padded.shape, self.kernel_size, self.stride)
         context["output_shape"] = shape = (x.shape[0], *size, self.out_channels)
         y = context.take(shape, x.dtype)
-        kernel = params["weight"].reshape(self.patch_size, self.out_channels)
+        weight = params["weight"].reshape(self.patch_size, self.out_channels)
         bias = self._bias_of_rows(params, y, call)
         for patches, rows in self._patches(padded, y, call):
-            call.xp.matmul(patches, kernel, out=rows)
+            call.xp.matmul(patches, weight, out=rows)
             if bias is not None:
                 pixels = rows.reshape(-1, bias.size)
                 pixels += bias
@@ -90,9 +90,9 @@ class Conv2d(Layer):
         """Bring together what the outputs send back to each pixel."""
         checks.gradient("Conv2d", dy.shape, context["output_shape"])
         rest = [size - 1 - margin for size, margin in zip(self.kernel_size, self.padding, strict=True)]
-        if self.stride == (1, 1) and min(rest) >= 0:
+        if self.stride == (1, 1) and min(rest) >= 0 and not kernel.adds_patches_to(dy):
             return self._gathered(params, context, dy, (rest[0], rest[1]), call)
-        return self._scattered(params, context, dy, call)
+        return self._added(params, context, dy, call)
 
     def _gathered(self, params: Tree, context: Context, dy: Array, border: tuple[int, int], call: Call) -> Array:
         """Correlate ``dy`` with the kernel turned by 180°: each pixel is written once, by a product of long rows."""
@@ -114,19 +114,25 @@ class Conv2d(Layer):
         call.give(padded, gathered)
         return dx
 
-    def _scattered(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
-        """Add up, for each place in the kernel, what the outputs send back to the pixels at that place."""
-        padded = context.take(context["padded"].shape, dy.dtype)
-        padded[...] = 0
-        share = call.take((*dy.shape[:-1], self.in_channels), dy.dtype)
-        rows = share.reshape(share.size // self.in_channels, self.in_channels)
-        for row, column in offsets(self.kernel_size):
-            kernel = params["weight"][row, column]
-            call.xp.matmul(dy.reshape(rows.shape[0], self.out_channels), kernel.T, out=rows)
-            target = window(padded, row, column, dy.shape, self.stride)
-            target += share
-        call.give(share)
-        return self._crop(padded, context)
+    def _added(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
+        """Add up what each output sends back to the pixels of its patch."""
+        dx, weight = context.take(context["shape"], dy.dtype), params["weight"].reshape(-1, self.out_channels)
+        n, height, width, channels = dy.shape
+        (top, left), block = self.padding, self._samples(dy.shape, self.patch_size, dy.itemsize)
+        patches = call.take((block, height, width, *self.kernel_size, self.in_channels), dy.dtype)
+        padded = call.take((block, *context["padded"].shape[1:]), dy.dtype)
+        for start in range(0, n, block):
+            part, images = patches[: min(block, n - start)], padded[: min(block, n - start)]
+            rows = dy[start : start + block].reshape(-1, channels)
+            call.xp.matmul(rows, weight.T, out=part.reshape(rows.shape[0], self.patch_size))
+            images[...] = 0
+            if not kernel.add_patches(part, images, self.stride):
+                for row, column in offsets(self.kernel_size):
+                    target = window(images, row, column, part.shape, self.stride)
+                    target += part[:, :, :, row, column]
+            dx[start : start + block] = images[:, top : top + dx.shape[1], left : left + dx.shape[2]]
+        call.give(patches, padded)
+        return dx
 
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add the products of patches and ``dy``, and the sums of ``dy`` for the bias."""
@@ -151,16 +157,6 @@ class Conv2d(Layer):
         padded[:, top : top + height, left : left + width] = x
         return padded
 
-    def _crop(self, padded: Array, context: Context) -> Array:
-        """Return ``padded`` without its border, contiguous."""
-        if self.padding == (0, 0):
-            return padded
-        shape: Shape = context["shape"]
-        top, left = self.padding
-        cropped = context.take(shape, padded.dtype)
-        cropped[...] = padded[:, top : top + shape[1], left : left + shape[2]]
-        return cropped
-
     def _patches(self, padded: Array, y: Array, call: Call) -> Iterator[tuple[Array, Array]]:
         """Yield, for some samples at a time, the patch under each output pixel, and the rows of ``y`` for them."""
         n, height, width, channels = y.shape
@@ -169,7 +165,8 @@ class Conv2d(Layer):
         patches = _view_patches(padded, (n, *gathered.shape[1:]), self.stride, call.xp)
         for start in range(0, n, block):
             part = gathered[: min(block, n - start)]
-            part[...] = patches[start : start + block]
+            if not kernel.take_patches(padded[start : start + block], part, self.stride):
+                part[...] = patches[start : start + block]
             pixels = part.shape[0] * height * width
             yield part.reshape(pixels, self.patch_size), y[start : start + block].reshape(pixels, channels)
         call.give(gathered)

@@ -198,7 +198,7 @@ def _(layer: CausalAttention, shape: Shape) -> Cost:
     pairs, width = length * (length + 1) // 2, columns // 3  # of a query and a key that it may see
     product = 2 * n * pairs * width  # of all heads
     scores = sum((stop - start) * stop for start, stop in query_blocks(length))
-    kept = 2 * n * length * width + n * layer.heads * (length + scores)  # outputs, scaled queries; totals, weights
+    kept = n * length * width + n * layer.heads * (length + scores)  # outputs; totals, weights
     return Cost((n, length, width), 2 * product, 4 * product, 0, kept)
 
 

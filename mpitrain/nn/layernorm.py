@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpitrain._typing import Array, Tree
-from mpitrain.nn import checks
+from mpitrain.nn import checks, kernel
 from mpitrain.nn.initial import ones, zeros
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
 from mpitrain.nn.reductions import column_sums, row_sums
@@ -40,9 +40,16 @@ class LayerNorm(Layer):
     def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
         """Normalise each row."""
         checks.last_axis("LayerNorm", x, self.features)
-        xp, context = call.xp, call.context()
+        context = call.context()
         inverse = context.take((*x.shape[:-1], 1), x.dtype)
         normal, y = context.take(x.shape, x.dtype), context.take(x.shape, x.dtype)
+        if not kernel.layer_norm(x, params["gamma"], params["beta"], normal, inverse, y, self.eps):
+            self._normalise(params, x, normal, inverse, y, call)
+        context["normal"], context["inverse"] = normal, inverse
+        return y, context
+
+    def _normalise(self, params: Tree, x: Array, normal: Array, inverse: Array, y: Array, call: Call) -> None:
+        xp = call.xp
         row_sums(x, inverse, call, 1.0 / self.features)
         xp.subtract(x, inverse, out=normal)
         xp.multiply(normal, normal, out=y)
@@ -53,13 +60,13 @@ class LayerNorm(Layer):
         normal *= inverse
         xp.multiply(normal, params["gamma"], out=y)
         y += params["beta"]
-        context["normal"], context["inverse"] = normal, inverse
-        return y, context
 
     def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
         """Return ``(g − mean(g) − z mean(g z)) / σ`` with ``g = gamma dy`` and ``z`` the normalised input."""
         xp, normal, inverse = call.xp, context["normal"], context["inverse"]
         dx = context.take(dy.shape, dy.dtype)
+        if kernel.layer_norm_input(normal, inverse, params["gamma"], dy, dx):
+            return dx
         product, mean = call.take(dy.shape, dy.dtype), call.take(inverse.shape, dy.dtype)
         xp.multiply(dy, params["gamma"], out=dx)
         xp.multiply(dx, normal, out=product)
@@ -74,6 +81,8 @@ class LayerNorm(Layer):
 
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add the gradients of gamma and beta."""
+        if kernel.layer_norm_weight(context["normal"], dy, grads["gamma"], grads["beta"]):
+            return
         product = call.take(dy.shape, dy.dtype)
         call.xp.multiply(dy, context["normal"], out=product)
         grads["gamma"][...] += column_sums(product, call)

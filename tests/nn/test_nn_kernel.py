@@ -1,4 +1,4 @@
-"""The compiled loops of layers give the bits of the NumPy path, and are left alone where they do not fit."""
+"""The compiled loops of layers: those of pooling and ReLU have the bits of the NumPy path, the others its values."""
 
 from __future__ import annotations
 
@@ -57,6 +57,33 @@ def test_relu_has_the_bits_of_numpy(monkeypatch, dtype):
             found[which] = passes(nn.ReLU(), x, dy)[1]
     np.testing.assert_array_equal(found["on"], found["off"])
     np.testing.assert_array_equal(np.signbit(found["on"]), np.signbit(found["off"]))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1, (2, 3), 3])
+@pytest.mark.parametrize("stride", [1, (2, 1), 3])
+@pytest.mark.parametrize("padding", [0, (0, 1), 2])
+def test_convolutions_take_and_add_the_same_patches(monkeypatch, dtype, size, stride, padding):
+    """Outputs and the weights' gradient have the same bits; the input's is a sum in another order."""
+    rng = np.random.default_rng(0)
+    layer = nn.Conv2d(2, 5, size, stride, padding)
+    x = rng.standard_normal((3, 7, 6, 2)).astype(dtype)
+    params = {p.name: rng.standard_normal(p.shape).astype(dtype) for p in layer.parameters()}
+    found = {}
+    for which in ("on", "off"):
+        monkeypatch.setenv("MPITRAIN_KERNEL", which)
+        assert kernel.adds_patches_to(x) == (which == "on")
+        call, grads = nn.Call(), {name: np.zeros_like(value) for name, value in params.items()}
+        y, context = layer.forward(params, x, call)
+        dy = np.cos(np.arange(y.size)).astype(dtype).reshape(y.shape)
+        dx = layer.backward_input(params, context, dy, call)
+        layer.backward_weight(grads, context, dy, call)
+        found[which] = y.copy(), grads["weight"], dx.copy()
+    for on, off in zip(found["on"][:2], found["off"][:2], strict=True):
+        np.testing.assert_array_equal(on, off)
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(found["on"][2], found["off"][2], rtol=0, atol=100 * eps)
 
 
 @compiled
