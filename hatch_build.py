@@ -36,7 +36,7 @@ class KernelHook(BuildHookInterface):
         """Compile, and make the wheel one for this platform if that succeeded."""
         if self.target_name != "wheel":
             return
-        for _, library in (*_LOOPS, _ENTRY):
+        for _, library, *_ in (*_LOOPS, _ENTRY):
             Path(self.root, library).unlink(missing_ok=True)
         built = [library for library in (*(self._compile(*each) for each in _LOOPS), self._entry()) if library]
         if built:
