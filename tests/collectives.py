@@ -4,6 +4,7 @@
     python tests/collectives.py page                                       # tables and goals, from what was measured
 
 `measure` leaves ``docs/results/collectives/NAME.json`` and ``.png``; `page` writes all below the page's marker anew.
+Campaigns on another machine have its name before theirs, as in ``xeon/resident``.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ CAMPAIGNS = {
 
 def measure(name: str) -> None:
     """Run one campaign."""
-    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
     stem = os.path.relpath(FOLDER / name, ROOT)  # the file tells the command: no place on this machine
     files = (f"--json={stem}.json", f"--plot={stem}.png")
-    argv = [sys.executable, "-m", "mpitrain", "bench", "collectives", *CAMPAIGNS[name].options, *files]
+    argv = [sys.executable, "-m", "mpitrain", "bench", "collectives", *_campaign(name).options, *files]
     start = time.monotonic()
     subprocess.run(argv, check=True, cwd=ROOT, env=os.environ | {"MPITRAIN_TUNING": "off"})
     print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
@@ -73,17 +74,24 @@ def measure(name: str) -> None:
 
 def page(folder: Path = FOLDER) -> str:
     """Return what stands below the marker: a section for each campaign that was measured."""
+    machines = ["", *sorted(f"{each.name}/" for each in folder.iterdir() if each.is_dir())]
+    names = [f"{machine}{name}" for machine in machines for name in CAMPAIGNS]
     return "\n".join(
         _section(name, Report.from_json((folder / f"{name}.json").read_bytes()))
-        for name in CAMPAIGNS
+        for name in names
         if (folder / f"{name}.json").exists()
     )
 
 
+def _campaign(name: str) -> Campaign:
+    return CAMPAIGNS[name.rpartition("/")[2]]
+
+
 def _section(name: str, report: Report) -> str:
     found, about = list(rows(report)), report.launches[0].about
+    machine = name.rpartition("/")[0]
     parts = [
-        f"## {CAMPAIGNS[name].title}",
+        f"## {_campaign(name).title}" + (f": {machine}" if machine else ""),
         f"`{_command(report)}`: {_machine(about)}. [All figures](collectives/{name}.json).",
         "\n".join(goals(found, about["ranks"])),
         "\n".join(table(found)),
@@ -108,7 +116,7 @@ def _command(report: Report) -> str:
 
 
 def main(task: str = "", *names: str) -> int:
-    unknown = [name for name in names if name not in CAMPAIGNS]
+    unknown = [name for name in names if name.rpartition("/")[2] not in CAMPAIGNS]
     if task not in ("measure", "page") or unknown:
         print(__doc__, file=sys.stderr)
         return 2

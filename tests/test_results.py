@@ -22,7 +22,7 @@ def test_the_page_of_the_collectives_shows_what_was_measured() -> None:
     head, _, shown = collectives.PAGE.read_text().partition(collectives.MARKER)
     assert head.startswith("# ")
     assert shown.strip() == collectives.page().strip(), "run python tests/collectives.py page"
-    assert shown.count("## ") == len(list(collectives.FOLDER.glob("*.json")))
+    assert shown.count("## ") == len(list(collectives.FOLDER.rglob("*.json")))
 
 
 def test_rows_have_the_best_of_all_rivals() -> None:

@@ -1,9 +1,9 @@
 /* The inner loops of layers, each in one pass over memory where NumPy takes several.
  *
  * Optional: nn/kernel.py loads it where it was compiled.  Pooling and ReLU have the bits of their NumPy paths, but for the
- * sign of a maximum among zeros of both signs, which NumPy leaves to the processor.  What has an exponential or a sum over
- * a row in it differs from NumPy's by rounding; it has the same bits on every processor, and for every place of a row in
- * its array, as no operations are contracted (hatch_build.py) and sums have lanes of their own.
+ * sign of a maximum among zeros of both signs, which NumPy leaves to the processor.  What has an exponential or a sum in it
+ * differs from NumPy's by rounding; it has the same bits on every processor, and for every place of a row in its array, as
+ * no operations are contracted (hatch_build.py) and sums over rows have lanes of their own.
  */
 
 #include <math.h>

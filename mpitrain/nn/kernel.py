@@ -1,9 +1,9 @@
 """The compiled loops of layers, where they were built: what `kernel.c` does, called from Python.
 
 They are optional.  Without them the same values are computed in NumPy, and slower: those of pooling and ReLU with the
-same bits, but for the sign of a maximum among zeros of both signs, which NumPy leaves to the processor; all others,
-which are for float32 only, within rounding.  Each function here tells whether there is a loop for its arrays; if not,
-it has done nothing.
+same bits, but for the sign of a maximum among zeros of both signs, which NumPy leaves to the processor; all others
+within rounding.  Exponentials and sums over rows are for float32 only.  Each function here tells whether there is a
+loop for its arrays; if not, it has done nothing.
 """
 
 from __future__ import annotations
