@@ -246,8 +246,8 @@ FOR_THIS_CPU void mpitrain_layer_norm_weight_f32(const float *restrict normal, c
 
 /* ---- Causal attention: nn/attention.py says what each is. */
 
-/* A block of queries of each head, over the keys up to the block's last query; totals and means are of `length` queries a
- * head, and begin with the block's. */
+/* A block of queries of each head, over the keys up to the block's last query; totals and means are of all `length`
+ * queries. */
 FOR_THIS_CPU void mpitrain_causal_exponentials_f32(float *restrict scores, float *restrict totals, int64_t heads,
                                                    int64_t queries, int64_t keys, int64_t length, double scale) {
   for (int64_t head = 0; head < heads; head++)
@@ -260,7 +260,7 @@ FOR_THIS_CPU void mpitrain_causal_exponentials_f32(float *restrict scores, float
         scores[i] = i < (int)seen ? found : 0.0f;
       }
       memset(scores + computed, 0, (size_t)(keys - computed) * sizeof *scores);
-      totals[head * length + query] = sum(scores, computed);
+      totals[head * length + keys - queries + query] = sum(scores, computed);
     }
 }
 
@@ -270,7 +270,7 @@ FOR_THIS_CPU void mpitrain_causal_slopes_f32(float *restrict slopes, const float
                                              int64_t length, double scale) {
   for (int64_t head = 0; head < heads; head++)
     for (int64_t query = 0; query < queries; query++, slopes += keys, weights += keys) {
-      const float mean = means[head * length + query], factor = (float)scale;
+      const float mean = means[head * length + keys - queries + query], factor = (float)scale;
       for (int64_t i = 0; i < keys; i++) slopes[i] = (slopes[i] - mean) * weights[i] * factor;
     }
 }
