@@ -19,7 +19,7 @@ from mpitrain.comm.calls import Call, Handle
 from mpitrain.comm.local import alone
 from mpitrain.comm.transports import choice
 
-CYCLES = 3000
+CYCLES = 2000
 
 
 def use(comm: Communicator) -> None:
