@@ -47,7 +47,8 @@ class ReLU(Activation):
 
     def value(self, x: Array, y: Array, call: Call) -> None:
         """Write max(x, 0)."""
-        call.xp.maximum(x, 0, out=y)
+        if not kernel.relu(x, y):
+            call.xp.maximum(x, 0, out=y)
 
     def slope(self, x: Array, y: Array, out: Array, call: Call) -> None:
         """Write 1 where y > 0, else 0."""

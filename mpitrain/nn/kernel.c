@@ -88,6 +88,10 @@ typedef struct {
       }                                                                                                                \
   }                                                                                                                    \
                                                                                                                        \
+  FOR_THIS_CPU void mpitrain_relu_##KIND(const TYPE *restrict x, TYPE *restrict y, int64_t count) {                    \
+    for (int64_t i = 0; i < count; i++) y[i] = x[i] < 0 ? 0 : x[i]; /* a NaN stays */                                  \
+  }                                                                                                                    \
+                                                                                                                       \
   FOR_THIS_CPU void mpitrain_relu_gradient_##KIND(const TYPE *restrict y, const TYPE *restrict dy, TYPE *restrict dx,  \
                                                   int64_t count) {                                                     \
     for (int64_t i = 0; i < count; i++) dx[i] = (y[i] > 0) * dy[i];                                                    \

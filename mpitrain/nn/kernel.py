@@ -19,7 +19,7 @@ from mpitrain.arrays.compiled import CompiledLibrary, address
 LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_nn_abi", 2)
 
 _RELU_FROM = 1 << 16
-"""Elements; for fewer NumPy's two calls take less time than to get to the loop."""
+"""Elements; for fewer NumPy's calls take less time than to get to the loop."""
 
 
 class _Tiling(ctypes.Structure):
@@ -80,6 +80,11 @@ def add_patches(patches: Array, images: Array, stride: tuple[int, int]) -> bool:
 def adds_patches_to(images: Array) -> bool:
     """Tell whether there is a loop that does so for such arrays."""
     return LIBRARY.loop_over("mpitrain_add_patches", "vvv", images) is not None
+
+
+def relu(x: Array, y: Array) -> bool:
+    """Write max(x, 0) to ``y``.  Few elements are left to NumPy."""
+    return x.size >= _RELU_FROM and _run("relu", (x, y), "n", x.size)
 
 
 def relu_gradient(y: Array, dy: Array, dx: Array) -> bool:
