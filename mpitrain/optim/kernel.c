@@ -5,18 +5,22 @@
  * bits are the same.
  *
  * Gradients come as terms, which are summed and divided on the way, and may lie in memory of other ranks.  Caches decide
- * what that costs.  To write to a line that another core's cache has, too, takes many times as long as to any other; so
- * parameters that others read are stored past the caches, and terms of others are flushed once they are read, so that
- * their owners find them nowhere when they write the next.  To flush a line takes long, and so does to fetch one from
- * another core; both go on beside arithmetic, so they are begun strip by strip while others are updated.  None of this
- * changes a value.
+ * what that costs.  To write to a line that another core's cache has, too, takes many times as long as to any other where
+ * cores share no cache; there parameters that others read are stored past the caches, and terms of others are flushed once
+ * they are read, so that their owners find them nowhere when they write the next.  To flush a line takes long, and so does
+ * to fetch one from another core; both go on beside arithmetic, so they are begun strip by strip while others are updated.
+ * None of this changes a value.
  */
 
+#define _POSIX_C_SOURCE 200809L
+
 #include <math.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
 #include "../arrays/past_cache.h"
+#include "../arrays/slow_lines.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -30,7 +34,7 @@
 #endif
 
 enum { OUTGROWS_BYTES = 2 << 20 }; /* with moments and parameters, what is read by then leaves caches by itself */
-enum { ABI = 2, BLOCK_BYTES = 4096, LINE_BYTES = 64, STRIP_BYTES = 256 };
+enum { ABI = 3, BLOCK_BYTES = SAMPLE_BYTES, LINE_BYTES = 64, STRIP_BYTES = 256 };
 
 typedef struct {
   double penalty;          /* of an L2 penalty: added to the gradient, times the parameter; 0: none */
@@ -49,6 +53,27 @@ typedef struct {
 } sources;
 
 /* ---- Lines that others have, too */
+
+/* How many blocks of parameters in a row were slow to write through the caches, and how many long updates others read.  All
+ * threads of a process find the same, sooner or later; until one has looked, it is taken for slow. */
+static _Atomic int64_t slow = SLOW_IN_A_ROW, updates;
+
+/* Whether the lines are to be spared: whether it is slow to write to those that another core has. */
+int64_t mpitrain_optim_spares_lines(void) { return atomic_load_explicit(&slow, memory_order_relaxed) >= SLOW_IN_A_ROW; }
+
+/* Write a block through the caches, to learn how long that takes. */
+static void write_sample(char *to, const char *from) {
+  const int64_t begin = now_ns();
+  memcpy(to, from, BLOCK_BYTES);
+  const int64_t before = atomic_load_explicit(&slow, memory_order_relaxed);
+  atomic_store_explicit(&slow, slow_with(before, BLOCK_BYTES, begin), memory_order_relaxed);
+}
+
+/* Where to write a sample among the parameters: in the middle, now and then; -1: nowhere. */
+static int64_t sample_at(int64_t nbytes) {
+  if (nbytes < 2 * BLOCK_BYTES || atomic_fetch_add_explicit(&updates, 1, memory_order_relaxed) % SAMPLE_EVERY) return -1;
+  return nbytes / 2 / BLOCK_BYTES * BLOCK_BYTES;
+}
 
 #if defined(__x86_64__)
 static int can_flush(void) {
@@ -119,11 +144,13 @@ static int is_power_of_two(double x) {
                          const settings *s) {                                                                 \
     const T penalty = (T)s->penalty, shrink = (T)s->shrink, follow_m = (T)s->follow_m, keep_v = (T)s->keep_v; \
     const T follow_v = (T)s->follow_v, eps = (T)s->eps, rate = (T)s->rate, count = (T)s->count;               \
-    const int penalised = penalty != 0, shrunk = shrink != 1, past = from->parameters_are_read != 0;          \
+    const int penalised = penalty != 0, shrunk = shrink != 1, spares = mpitrain_optim_spares_lines() != 0;    \
     const int exact = is_power_of_two(s->count);                                                              \
     const T share = (T)(1 / s->count);                                                                        \
     const int64_t nbytes = n * (int64_t)sizeof(T);                                                            \
-    const int relayed = from->term_count > 1, flushed = nbytes < OUTGROWS_BYTES && can_flush();               \
+    const int64_t sample = from->parameters_are_read ? sample_at(nbytes) : -1;                                \
+    const int past = from->parameters_are_read && spares, relayed = from->term_count > 1;                     \
+    const int flushed = spares && nbytes < OUTGROWS_BYTES && can_flush();                                     \
     enum { BLOCK = BLOCK_BYTES / sizeof(T), STRIP = STRIP_BYTES / sizeof(T) };                                \
     _Alignas(LINE_BYTES) T g[BLOCK], updated[BLOCK];                                                          \
     for (int64_t begin = 0; begin < n; begin += BLOCK) {                                                      \
@@ -142,7 +169,9 @@ static int is_power_of_two(double x) {
         if (flushed) flush_others(from, offset);                                                              \
       }                                                                                                       \
       MOVE(T, ROOT, done, length)                                                                             \
-      if (past)                                                                                               \
+      if (begin * (int64_t)sizeof(T) == sample)                                                               \
+        write_sample((char *)here, (const char *)updated);                                                    \
+      else if (past)                                                                                          \
         copy_past_cache((char *)here, (const char *)updated, length * (int64_t)sizeof(T));                    \
       else                                                                                                    \
         memcpy(here, updated, length * sizeof(T));                                                            \
@@ -158,7 +187,7 @@ ADAM(mpitrain_adam_f64, double, sqrt)
 #define ADD(NAME, T)                                                              \
   FOR_THIS_CPU void NAME(T *restrict sum, const sources *from, const int64_t n) { \
     const int64_t nbytes = n * (int64_t)sizeof(T);                                \
-    const int flushed = can_flush();                                              \
+    const int flushed = mpitrain_optim_spares_lines() && can_flush();             \
     enum { BLOCK = BLOCK_BYTES / sizeof(T), STRIP = STRIP_BYTES / sizeof(T) };    \
     _Alignas(LINE_BYTES) T g[BLOCK];                                              \
     for (int64_t begin = 0; begin < n; begin += BLOCK) {                          \

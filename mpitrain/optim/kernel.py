@@ -13,7 +13,7 @@ from mpitrain._typing import Array
 from mpitrain.arrays.compiled import CompiledLibrary, Loop, address
 from mpitrain.optim.terms import Terms
 
-LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_optim_abi", 2)
+LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_optim_abi", 3)
 
 
 class AdamSettings(ctypes.Structure):
@@ -59,6 +59,11 @@ def add(sums: Array, terms: Terms) -> None:
         sums += terms.sum()
     else:
         run(address(sums), byref(_sources(terms)), sums.size)
+
+
+def spares_lines() -> bool:
+    """Tell whether loops store past the caches what others read: it was slow to write it when one last looked."""
+    return LIBRARY.loaded is not None and bool(LIBRARY.loaded.mpitrain_optim_spares_lines())
 
 
 def _loop(name: str, arguments: str, written: tuple[Array, ...], terms: Terms) -> Loop | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import CDLL
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rebuilding import rebuild
 
 from mpitrain._typing import Array
 from mpitrain.arrays import plain
@@ -18,7 +16,6 @@ from mpitrain.comm.transports import kernel
 from mpitrain.comm.transports.kernel import PLACES, Kernel
 from mpitrain.comm.transports.pages import PAGE_BYTES
 
-SOURCE = Path(kernel.__file__).with_name("kernel.c")
 PLACE_BYTES = 16 * 1024  # of which half is written for the other of two ranks: a sample, and as much again
 RANKS = 2
 
@@ -48,14 +45,7 @@ static void drain_past_cache(void) {
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CDLL:
     """The loops, with stores past the cache that nobody sees before they are drained."""
-    compiler = shutil.which("cc") or pytest.skip("no C compiler")
-    source, header = tmp_path / "comm" / "transports" / "kernel.c", tmp_path / "arrays" / "past_cache.h"
-    for path, text in ((source, SOURCE.read_text()), (header, HELD_BACK)):
-        path.parent.mkdir(parents=True)
-        path.write_text(text)
-    built = tmp_path / "kernel.so"
-    subprocess.run([compiler, "-std=c11", "-O1", "-shared", "-fPIC", "-o", built, source], check=True)
-    found = replace(kernel.LIBRARY, path=built)
+    found = rebuild(kernel.LIBRARY, tmp_path, "-O1", past_cache=HELD_BACK)
     monkeypatch.setattr(kernel, "LIBRARY", found)
     assert found.loaded is not None
     return found.loaded

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rebuilding import rebuild
 
 from mpitrain import nn
 from mpitrain.nn import kernel
@@ -152,6 +154,46 @@ def test_a_row_has_the_same_bits_wherever_it_stands(
         alone[...] = row
         for found, all_rows in zip(run(alone), together, strict=True):
             np.testing.assert_array_equal(found[0], all_rows[number])
+
+
+LAYERS = (
+    (nn.GELU(), (37, 515)),
+    (nn.LayerNorm(131), (67, 131)),
+    (nn.CausalAttention(3), (2, 150, 3 * 3 * 7)),
+    (nn.Conv2d(3, 5, 3, padding=1), (4, 9, 11, 3)),
+    (nn.ReLU(), (300, 301)),
+    (nn.MaxPool2d(2), (3, 8, 6, 67)),
+)
+
+
+def all_bits() -> list[bytes]:
+    """What both passes of all layers with loops give."""
+    rng, found = np.random.default_rng(0), []
+    for layer, shape in LAYERS:
+        x = (rng.standard_normal(shape) * 4).astype(np.float32)
+        params = {p.name: rng.standard_normal(p.shape).astype(np.float32) for p in layer.parameters()}
+        dy = rng.standard_normal(layer.forward(params, x, nn.Call())[0].shape).astype(np.float32)
+        y, dx, grads = both_passes(layer, params, x, dy)
+        found += [each.tobytes() for each in (y, dx, *grads.values())]
+    return found
+
+
+CLONES = 'target_clones("avx512f", "avx2", "default")'
+
+
+@pytest.mark.parametrize("flags", [(), ("-mavx2", "-mfma"), ("-mavx512f", "-mavx512vl", "-mfma"), ("-O1",)], ids=str)
+def test_bits_are_those_of_every_instruction_set(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = {flag[2:] for flag in flags if flag.startswith("-m")} - set(Path("/proc/cpuinfo").read_text().split())
+    if lacking:
+        pytest.skip(f"this processor has no {', '.join(sorted(lacking))}")
+    source = kernel.LIBRARY.path.with_name("kernel.c").read_text()
+    assert CLONES in source
+    expected = all_bits()
+    built = rebuild(kernel.LIBRARY, tmp_path, *flags, kernel=source.replace(CLONES, "unused"))
+    monkeypatch.setattr(kernel, "LIBRARY", built)
+    assert all_bits() == expected
 
 
 def test_arrays_that_do_not_fit_are_left_to_numpy(uses: list[str]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from rebuilding import header, rebuild
 
 from mpitrain.arrays import Layout, Segment
 from mpitrain.optim import Adam, AdamW, Terms, kernel
 
 LAYOUT = [
     Segment("w", (37, 19)),
-    Segment("b", (1001,), group="no_decay"),
+    Segment("b", (3001,), group="no_decay"),
     Segment("s", (5,), group="statistics", rate=0.1),
 ]
 
@@ -50,6 +51,28 @@ def terms_of(count: float, dtype: str, size: int, **options: object) -> list[Ter
     rng = np.random.default_rng(1)
     scales = 10.0 ** rng.integers(-20, 10, (29, 3, size))
     return [Terms(tuple(each), count, **options) for each in (rng.standard_normal(scales.shape) * scales).astype(dtype)]
+
+
+@pytest.fixture(params=["spared", "not spared"])
+def lines(request, tmp_path, monkeypatch) -> str:
+    """Loops that find lines which others have always slow to write, or never."""
+    rate = "1000000" if request.param == "spared" else "0"
+    text = header("slow_lines.h").replace("BYTES_PER_NS = 4", f"BYTES_PER_NS = {rate}")
+    monkeypatch.setattr(kernel, "LIBRARY", rebuild(kernel.LIBRARY, tmp_path, slow_lines=text))
+    return request.param
+
+
+@compiled
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lines_that_others_have_are_spared_where_they_are_slow_to_write(monkeypatch, lines, dtype):
+    """Until somebody has looked they are spared as well; and whichever it is, the bits are the same."""
+    assert kernel.spares_lines()
+    test_terms_give_the_bits_of_their_mean(monkeypatch, dtype, 128, {"own": 1, "parameters_are_read": False}, "on")
+    assert kernel.spares_lines()
+    test_terms_give_the_bits_of_their_mean(monkeypatch, dtype, 128, {"own": 1, "parameters_are_read": True}, "on")
+    assert kernel.spares_lines() == (lines == "spared")
+    test_terms_give_the_bits_of_their_mean(monkeypatch, dtype, 7, {"own": 1, "parameters_are_read": True}, "on")
+    test_sums_are_added_up(monkeypatch, 5000, dtype, "on")
 
 
 @compiled

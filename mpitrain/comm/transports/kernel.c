@@ -21,9 +21,9 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
-#include <time.h>
 
 #include "../../arrays/past_cache.h"
+#include "../../arrays/slow_lines.h"
 
 #if defined(__x86_64__)
 #include <emmintrin.h>
@@ -45,7 +45,6 @@ static const int64_t POLITE_NS = 1000000; /* how long to yield before the caller
 
 enum posted { KIND = 0, BLOCK = 1, OFFSET = 2, ELEMENTS = 3, POSTED = 4 }; /* the numbers of a post */
 enum { OUTGROWS_BYTES = 1 << 20 }; /* a core's own cache does not hold more */
-enum { SAMPLE_BYTES = 4096, SAMPLE_EVERY = 16, SLOW_BYTES_PER_NS = 4, SLOW_IN_A_ROW = 3 };
 enum counter { FENCE = 0, COPIED = 1, REDUCED = 2 }; /* the lines of a row's page */
 
 typedef struct {
@@ -119,12 +118,6 @@ static void publish(const team *t, enum counter which, int64_t number) {
 
 static int come(const _Atomic int64_t *counter, int64_t number) {
   return atomic_load_explicit((_Atomic int64_t *)counter, memory_order_acquire) >= number;
-}
-
-static int64_t now_ns(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
 static int missing(const team *t, const _Atomic int64_t *counter, int64_t number) {
@@ -245,17 +238,15 @@ FOR_THIS_CPU static void copy_through(char *restrict target, const char *restric
 /* Write what others read next.
  *
  * Where ranks share a cache it stays there.  Where they do not, to write to lines that another core has read takes
- * several times as long as to write past the cache, so that it is done so.  Which it is cannot be asked for, and may
- * change while a virtual machine runs; but it shows in how fast this goes, so that each rank finds out for itself, and
- * looks again now and then.  What goes past the cache is drained here: by the time of the publication the rank may have
- * found that it need not do so any more. */
+ * several times as long as to write past the cache, so that it is done so.  What goes past the cache is drained here: by
+ * the time of the publication the rank may have found that it need not do so any more. */
 static void write_for_others(team *t, char *to, const char *from, int64_t nbytes) {
   int64_t tried = nbytes;
   if (t->to_memory) tried = nbytes >= SAMPLE_BYTES && t->writes++ % SAMPLE_EVERY == 0 ? SAMPLE_BYTES : 0;
   const int64_t begin = tried >= SAMPLE_BYTES ? now_ns() : 0;
   copy_through(to, from, tried);
   if (tried >= SAMPLE_BYTES) {
-    t->slow = (now_ns() - begin) * SLOW_BYTES_PER_NS > tried ? t->slow + 1 : 0;
+    t->slow = slow_with(t->slow, tried, begin);
     t->to_memory = t->slow >= SLOW_IN_A_ROW;
   }
   if (tried == nbytes) return;
