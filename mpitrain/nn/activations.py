@@ -14,6 +14,9 @@ from mpitrain.nn.wide import in_float32
 class Activation(Layer):
     """A function of each element.  A subclass gives its value and its slope, both into memory that it is handed."""
 
+    overwrites: bool = False
+    """Whether ``x`` may be ``y``: `value` may write over it, and the gradient needs f(x) alone."""
+
     @abstractmethod
     def value(self, x: Array, y: Array, call: Call) -> None:
         """Write f(x) into ``y``."""
@@ -30,6 +33,12 @@ class Activation(Layer):
         context["x"], context["y"] = x, y
         return y, context
 
+    def applied(self, y: Array, call: Call) -> Context:
+        """Return the context of a forward pass whose output ``y`` has overwritten its input."""
+        context = call.context()
+        context["x"] = context["y"] = y
+        return context
+
     def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
         """Return f'(x) dy."""
         dx = context.take(dy.shape, dy.dtype)
@@ -44,6 +53,8 @@ class Activation(Layer):
 
 class ReLU(Activation):
     """max(x, 0); the slope at 0 is 0."""
+
+    overwrites = True
 
     def value(self, x: Array, y: Array, call: Call) -> None:
         """Write max(x, 0)."""

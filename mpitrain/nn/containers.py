@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from mpitrain._errors import InputError
 from mpitrain._options import check_kind
 from mpitrain._typing import Array, Tree
 from mpitrain.nn import checks
+from mpitrain.nn.activations import Activation
 from mpitrain.nn.layer import Call, Context, Layer, Parameter
 
 
@@ -49,6 +52,11 @@ class Sequential(_Container):
     ----------
     *layers, **named : Layer
         The layers, in order; with none, the output is the input.
+
+    Attributes
+    ----------
+    applied : dict of int to Activation
+        By the number of each layer that applies it to its own output, part by part: the activation behind it.
     """
 
     def __init__(self, *layers: Layer, **named: Layer) -> None:
@@ -56,6 +64,11 @@ class Sequential(_Container):
         every = (*layers, *named.values())
         trained = [number for number, layer in enumerate(every) if layer.parameters()]
         self._untrained = trained[0] if trained else len(every)  # how many layers at the front have no parameters
+        self.applied = {
+            number: after
+            for number, (layer, after) in enumerate(pairwise(every))
+            if layer.applies_activations and isinstance(after, Activation) and after.overwrites
+        }
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -65,8 +78,14 @@ class Sequential(_Container):
     def forward(self, params: Tree, x: Array, call: Call) -> tuple[Array, Context]:
         """Run the layers in order."""
         context = call.context()
-        for name, layer in self.children:
-            x, child = layer.forward(params.get(name, {}), x, call.child(name))
+        for number, (name, layer) in enumerate(self.children):
+            inner = call.child(name)
+            if number - 1 in self.applied:
+                context.children.append(self.applied[number - 1].applied(x, inner))
+                continue
+            if number in self.applied:
+                inner = replace(inner, activation=self.applied[number])
+            x, child = layer.forward(params.get(name, {}), x, inner)
             context.children.append(child)
         return x, context
 

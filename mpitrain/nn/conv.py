@@ -35,6 +35,8 @@ class Conv2d(Layer):
     KH·KW times as large as the image, and gathering costs little beside the product.
     """
 
+    applies_activations = True
+
     def __init__(
         self,
         in_channels: int,
@@ -68,18 +70,19 @@ class Conv2d(Layer):
         checks.images("Conv2d", x, self.kernel_size, self.padding)
         checks.last_axis("Conv2d", x, self.in_channels)
         context = call.context()
-        context["shape"] = x.shape
-        context["padded"] = padded = self._pad(x, context)
-        size = output_size(padded.shape, self.kernel_size, self.stride)
+        context["x"] = x
+        size = output_size(self._padded(x.shape), self.kernel_size, self.stride)
         context["output_shape"] = shape = (x.shape[0], *size, self.out_channels)
         y = context.take(shape, x.dtype)
         weight = params["weight"].reshape(self.patch_size, self.out_channels)
         bias = self._bias_of_rows(params, y, call)
-        for patches, rows in self._patches(padded, y, call):
+        for patches, rows in self._patches(x, y, call):
             call.xp.matmul(patches, weight, out=rows)
             if bias is not None:
                 pixels = rows.reshape(-1, bias.size)
                 pixels += bias
+            if call.activation is not None:
+                call.activation.value(rows, rows, call)
         return y, context
 
     def _bias_of_rows(self, params: Tree, y: Array, call: Call) -> Array | None:
@@ -90,13 +93,13 @@ class Conv2d(Layer):
         """Bring together what the outputs send back to each pixel."""
         checks.gradient("Conv2d", dy.shape, context["output_shape"])
         rest = [size - 1 - margin for size, margin in zip(self.kernel_size, self.padding, strict=True)]
-        if self.stride == (1, 1) and min(rest) >= 0 and not kernel.adds_patches_to(dy):
+        if self.stride == (1, 1) and min(rest) >= 0 and not kernel.has_patches_of(dy):
             return self._gathered(params, context, dy, (rest[0], rest[1]), call)
         return self._added(params, context, dy, call)
 
     def _gathered(self, params: Tree, context: Context, dy: Array, border: tuple[int, int], call: Call) -> Array:
         """Correlate ``dy`` with the kernel turned by 180°: each pixel is written once, by a product of long rows."""
-        dx = context.take(context["shape"], dy.dtype)
+        dx = context.take(context["x"].shape, dy.dtype)
         turned = params["weight"][::-1, ::-1].swapaxes(2, 3).reshape(-1, self.in_channels)
         n, height, width, channels = dy.shape
         (top, left), block = border, self._samples(dx.shape, turned.shape[0], dx.dtype.itemsize)
@@ -116,60 +119,68 @@ class Conv2d(Layer):
 
     def _added(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
         """Add up what each output sends back to the pixels of its patch."""
-        dx, weight = context.take(context["shape"], dy.dtype), params["weight"].reshape(-1, self.out_channels)
+        dx, weight = context.take(context["x"].shape, dy.dtype), params["weight"].reshape(-1, self.out_channels)
         n, height, width, channels = dy.shape
-        (top, left), block = self.padding, self._samples(dy.shape, self.patch_size, dy.itemsize)
+        block = self._samples(dy.shape, self.patch_size, dy.itemsize)
         patches = call.take((block, height, width, *self.kernel_size, self.in_channels), dy.dtype)
-        padded = call.take((block, *context["padded"].shape[1:]), dy.dtype)
         for start in range(0, n, block):
-            part, images = patches[: min(block, n - start)], padded[: min(block, n - start)]
+            part, images = patches[: min(block, n - start)], dx[start : start + block]
             rows = dy[start : start + block].reshape(-1, channels)
             call.xp.matmul(rows, weight.T, out=part.reshape(rows.shape[0], self.patch_size))
             images[...] = 0
-            if not kernel.add_patches(part, images, self.stride):
-                for row, column in offsets(self.kernel_size):
-                    target = window(images, row, column, part.shape, self.stride)
-                    target += part[:, :, :, row, column]
-            dx[start : start + block] = images[:, top : top + dx.shape[1], left : left + dx.shape[2]]
-        call.give(patches, padded)
+            if not kernel.add_patches(part, images, self.stride, self.padding):
+                self._add_windows(part, images, call)
+        call.give(patches)
         return dx
+
+    def _add_windows(self, patches: Array, images: Array, call: Call) -> None:
+        """Add patches to images of zeros, one place of the kernel after another."""
+        padded, (top, left) = call.take(self._padded(images.shape), images.dtype), self.padding
+        padded[...] = 0
+        for row, column in offsets(self.kernel_size):
+            target = window(padded, row, column, patches.shape, self.stride)
+            target += patches[:, :, :, row, column]
+        images[...] = padded[:, top : top + images.shape[1], left : left + images.shape[2]]
+        call.give(padded)
 
     def backward_weight(self, grads: Tree, context: Context, dy: Array, call: Call) -> None:
         """Add the products of patches and ``dy``, and the sums of ``dy`` for the bias."""
         checks.gradient("Conv2d", dy.shape, context["output_shape"])
         product = call.take((self.patch_size, self.out_channels), dy.dtype)
         total = grads["weight"].reshape(product.shape)
-        for patches, rows in self._patches(context["padded"], dy, call):
+        for patches, rows in self._patches(context["x"], dy, call):
             call.xp.matmul(patches.T, rows, out=product)
             total += product
         call.give(product)
         if self.bias:
             grads["bias"][...] += column_sums(dy, call)
 
-    def _pad(self, x: Array, context: Context) -> Array:
-        """Return ``x`` with its border of zeros; ``x`` itself if there is none."""
-        if self.padding == (0, 0):
-            return x
-        n, height, width, channels = x.shape
+    def _padded(self, shape: Shape) -> Shape:
+        """Return the shape of images with their border."""
+        n, height, width, channels = shape
         top, left = self.padding
-        padded = context.take((n, height + 2 * top, width + 2 * left, channels), x.dtype)
-        padded[...] = 0
-        padded[:, top : top + height, left : left + width] = x
-        return padded
+        return n, height + 2 * top, width + 2 * left, channels
 
-    def _patches(self, padded: Array, y: Array, call: Call) -> Iterator[tuple[Array, Array]]:
+    def _patches(self, images: Array, y: Array, call: Call) -> Iterator[tuple[Array, Array]]:
         """Yield, for some samples at a time, the patch under each output pixel, and the rows of ``y`` for them."""
         n, height, width, channels = y.shape
-        block = self._samples(y.shape, self.patch_size, padded.dtype.itemsize)
-        gathered = call.take((block, height, width, *self.kernel_size, self.in_channels), padded.dtype)
-        patches = _view_patches(padded, (n, *gathered.shape[1:]), self.stride, call.xp)
+        block = self._samples(y.shape, self.patch_size, images.dtype.itemsize)
+        gathered = call.take((block, height, width, *self.kernel_size, self.in_channels), images.dtype)
         for start in range(0, n, block):
-            part = gathered[: min(block, n - start)]
-            if not kernel.take_patches(padded[start : start + block], part, self.stride):
-                part[...] = patches[start : start + block]
+            part, sources = gathered[: min(block, n - start)], images[start : start + block]
+            if not kernel.take_patches(sources, part, self.stride, self.padding):
+                self._take_windows(sources, part, call)
             pixels = part.shape[0] * height * width
             yield part.reshape(pixels, self.patch_size), y[start : start + block].reshape(pixels, channels)
         call.give(gathered)
+
+    def _take_windows(self, images: Array, patches: Array, call: Call) -> None:
+        """Write the patch under each output pixel."""
+        padded, (top, left) = call.take(self._padded(images.shape), images.dtype), self.padding
+        padded[...] = 0
+        padded[:, top : top + images.shape[1], left : left + images.shape[2]] = images
+        patches[...] = _view_patches(padded, patches.shape, self.stride, call.xp)
+        call.give(padded)
 
     def _samples(self, images: Shape, patch_size: int, itemsize: int) -> int:
         """Return for how many samples patches are gathered at a time, one patch for each pixel of ``images``."""

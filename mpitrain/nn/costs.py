@@ -117,8 +117,9 @@ def _kept_in_half(layer: Layer, shape: Shape) -> int:
 @_kept_in_half.register
 def _(layer: Sequential, shape: Shape) -> int:
     kept = 0
-    for each in layer.layers:
-        kept, shape = kept + _kept_in_half(each, shape), cost(each, shape).shape
+    for number, each in enumerate(layer.layers):
+        kept += 0 if number - 1 in layer.applied else _kept_in_half(each, shape)
+        shape = cost(each, shape).shape
     return kept
 
 
@@ -153,8 +154,9 @@ def _unasked(layer: Layer, shape: Shape) -> int:
 @cost.register
 def _(layer: Sequential, shape: Shape) -> Cost:
     total = Cost(shape)
-    for each in layer.layers:
-        total = total.then(cost(each, total.shape))
+    for number, each in enumerate(layer.layers):
+        found = cost(each, total.shape)
+        total = total.then(replace(found, kept=0) if number - 1 in layer.applied else found)
     return total
 
 
@@ -187,9 +189,8 @@ def _(layer: Conv2d, shape: Shape) -> Cost:
     padded = (n, height + 2 * top, width + 2 * left, channels)
     pixels = n * prod(output_size(padded, layer.kernel_size, layer.stride))
     each = 2 * pixels * layer.patch_size * layer.out_channels
-    border = prod(padded) if layer.padding != (0, 0) else 0
     out = (n, *output_size(padded, layer.kernel_size, layer.stride), layer.out_channels)
-    return Cost(out, each, each, each, kept=border + prod(out))
+    return Cost(out, each, each, each, kept=prod(out))
 
 
 @cost.register

@@ -16,7 +16,7 @@
 #define FOR_THIS_CPU
 #endif
 
-enum { ABI = 2, LANES = 64, SUMS = 16, BLOCK_ROWS = 32 };
+enum { ABI = 3, LANES = 64, SUMS = 16, BLOCK_ROWS = 32 };
 
 /* How windows tile images, which are channels-last; rows are counted through all images. */
 typedef struct {
@@ -34,23 +34,40 @@ static inline int64_t place(const tiling *t, int64_t row, int64_t column) {
   return (row * t->columns * t->width + column) * t->channels;
 }
 
-/* The patches of images, one for each output pixel of a convolution.  A line of a patch lies together in both. */
+/* The patches of images, one for each output pixel of a convolution, and a border of zeros around each image, which is
+ * nowhere in memory.  A line of a patch lies together in both. */
 typedef struct {
-  int64_t images, rows, columns;             /* of patches */
-  int64_t lines, run;                        /* of a patch, and elements of a line */
-  int64_t image_step, row_step, column_step; /* elements from patch to patch, in the images */
-  int64_t line_step;                         /* and from line to line */
+  int64_t images, rows, columns;   /* of patches */
+  int64_t lines, width, channels;  /* of a patch */
+  int64_t image_rows, image_width; /* of an image */
+  int64_t down, across;            /* pixels from patch to patch */
+  int64_t top, left;               /* pixels of the border */
 } patching;
 
-#define FOR_LINES(BODY)                                                                                                \
+static inline int64_t clipped(int64_t place, int64_t size) { return place < 0 ? 0 : place > size ? size : place; }
+
+/* For each line of each patch: INSIDE for its elements BEGIN to END, which are those AT them in the images; OUTSIDE for
+ * BEFORE to AFTER of those that are in the border. */
+#define FOR_LINES(INSIDE, OUTSIDE)                                                                                     \
   for (int64_t image = 0; image < p->images; image++)                                                                  \
     for (int64_t row = 0; row < p->rows; row++)                                                                        \
-      for (int64_t column = 0; column < p->columns; column++)                                                          \
-        for (int64_t line = 0; line < p->lines; line++, patches += p->run) {                                           \
-          const int64_t across = image * p->image_step + column * p->column_step;                                      \
-          const int64_t at = across + row * p->row_step + line * p->line_step;                                         \
-          for (int64_t i = 0; i < p->run; i++) BODY;                                                                   \
-        }
+      for (int64_t column = 0; column < p->columns; column++) {                                                        \
+        const int64_t x = column * p->across - p->left, run = p->width * p->channels;                                  \
+        const int64_t inner = clipped(-x, p->width) * p->channels;                                                     \
+        const int64_t outer = clipped(p->image_width - x, p->width) * p->channels;                                     \
+        for (int64_t line = 0; line < p->lines; line++, patches += run) {                                              \
+          const int64_t y = row * p->down - p->top + line, outside = y < 0 || y >= p->image_rows;                      \
+          const int64_t at = ((image * p->image_rows + y) * p->image_width + x) * p->channels;                         \
+          const int64_t begin = outside ? run : inner, end = outside ? run : outer;                                    \
+          OUTSIDE(0, begin)                                                                                            \
+          for (int64_t i = begin; i < end; i++) INSIDE;                                                                \
+          OUTSIDE(end, run)                                                                                            \
+        }                                                                                                              \
+      }
+
+#define ZERO(FIRST, LAST) \
+  for (int64_t i = FIRST; i < LAST; i++) patches[i] = 0;
+#define PASS_OVER(FIRST, LAST)
 
 #define LOOPS(TYPE, KIND)                                                                                              \
   FOR_THIS_CPU void mpitrain_max_pool_##KIND(const TYPE *restrict x, TYPE *restrict y, const tiling *t) {              \
@@ -88,7 +105,9 @@ typedef struct {
       }                                                                                                                \
   }                                                                                                                    \
                                                                                                                        \
-  FOR_THIS_CPU void mpitrain_relu_##KIND(const TYPE *restrict x, TYPE *restrict y, int64_t count) {                    \
+  /* Either may be the other. */                                                                                       \
+  FOR_THIS_CPU void mpitrain_relu_##KIND(const TYPE *x, TYPE *y, int64_t count) {                                      \
+    _Pragma("GCC ivdep")                                                                                               \
     for (int64_t i = 0; i < count; i++) y[i] = x[i] < 0 ? 0 : x[i]; /* a NaN stays */                                  \
   }                                                                                                                    \
                                                                                                                        \
@@ -99,12 +118,12 @@ typedef struct {
                                                                                                                        \
   FOR_THIS_CPU void mpitrain_take_patches_##KIND(const TYPE *restrict images, TYPE *restrict patches,                  \
                                                  const patching *p) {                                                  \
-    FOR_LINES(patches[i] = images[at + i])                                                                             \
+    FOR_LINES(patches[i] = images[at + i], ZERO)                                                                       \
   }                                                                                                                    \
                                                                                                                        \
   FOR_THIS_CPU void mpitrain_add_patches_##KIND(const TYPE *restrict patches, TYPE *restrict images,                   \
                                                 const patching *p) {                                                   \
-    FOR_LINES(images[at + i] += patches[i])                                                                            \
+    FOR_LINES(images[at + i] += patches[i], PASS_OVER)                                                                 \
   }
 
 LOOPS(float, f32)

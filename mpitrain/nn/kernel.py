@@ -16,7 +16,7 @@ from typing import Any
 from mpitrain._typing import Array
 from mpitrain.arrays.compiled import CompiledLibrary, address
 
-LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_nn_abi", 2)
+LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_nn_abi", 3)
 
 _RELU_FROM = 1 << 16
 """Elements; for fewer NumPy's calls take less time than to get to the loop."""
@@ -33,7 +33,10 @@ class _Patching(ctypes.Structure):
 
     _fields_ = [
         (name, c_int64)
-        for name in ("images", "rows", "columns", "lines", "run", "image_step", "row_step", "column_step", "line_step")
+        for name in (
+            "images", "rows", "columns", "lines", "width", "channels", "image_rows", "image_width", "down", "across",
+            "top", "left",
+        )
     ]
 
 
@@ -57,33 +60,33 @@ def max_pool_gradient(x: Array, y: Array, dy: Array, dx: Array, window: tuple[in
     return dy.shape == y.shape and _run("max_pool_gradient", (x, y, dy, dx), "v", byref(_tiling(y, window)))
 
 
-def take_patches(images: Array, patches: Array, stride: tuple[int, int]) -> bool:
+def take_patches(images: Array, patches: Array, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Write the patch under each output pixel of a convolution.
 
     Parameters
     ----------
     images : array, shape (n, H, W, channels)
-        With their borders.
+        Without their borders.
     patches : array, shape (n, H', W', KH, KW, channels)
         Written to.
-    stride : (int, int)
-        Pixels from patch to patch, down and across.
+    stride, padding : (int, int)
+        Pixels from patch to patch, and of the border of zeros, down and across.
     """
-    return _run("take_patches", (images, patches), "v", byref(_patching(images, patches, stride)))
+    return _run("take_patches", (images, patches), "v", byref(_patching(images, patches, stride, padding)))
 
 
-def add_patches(patches: Array, images: Array, stride: tuple[int, int]) -> bool:
-    """Add patches to the pixels that `take_patches` takes them from."""
-    return _run("add_patches", (patches, images), "v", byref(_patching(images, patches, stride)))
+def add_patches(patches: Array, images: Array, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
+    """Add patches to the pixels that `take_patches` takes them from; what belongs to the border is dropped."""
+    return _run("add_patches", (patches, images), "v", byref(_patching(images, patches, stride, padding)))
 
 
-def adds_patches_to(images: Array) -> bool:
-    """Tell whether there is a loop that does so for such arrays."""
+def has_patches_of(images: Array) -> bool:
+    """Tell whether there are loops that do so for such arrays."""
     return LIBRARY.loop_over("mpitrain_add_patches", "vvv", images) is not None
 
 
 def relu(x: Array, y: Array) -> bool:
-    """Write max(x, 0) to ``y``.  Few elements are left to NumPy."""
+    """Write max(x, 0) to ``y``, which may be ``x``.  Few elements are left to NumPy."""
     return x.size >= _RELU_FROM and _run("relu", (x, y), "n", x.size)
 
 
@@ -161,11 +164,8 @@ def _tiling(y: Array, window: tuple[int, int]) -> _Tiling:
     return _Tiling(count * rows, columns, channels, *window)
 
 
-def _patching(images: Array, patches: Array, stride: tuple[int, int]) -> _Patching:
-    n, rows, columns, lines, width, channels = patches.shape
-    line_step = images.shape[2] * channels
-    image_step, row_step, column_step = images.shape[1] * line_step, stride[0] * line_step, stride[1] * channels
-    return _Patching(n, rows, columns, lines, width * channels, image_step, row_step, column_step, line_step)
+def _patching(images: Array, patches: Array, stride: tuple[int, int], padding: tuple[int, int]) -> _Patching:
+    return _Patching(*patches.shape, *images.shape[1:3], *stride, *padding)
 
 
 def _of_block(scores: Array, values: Array) -> tuple[int, ...]:

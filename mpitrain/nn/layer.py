@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from mpitrain._typing import Array, DType, Shape, Tree
 from mpitrain.arrays import Box, Group, Key, Segment
 from mpitrain.nn.model import Reduce
 from mpitrain.nn.pool import Pool
+
+if TYPE_CHECKING:
+    from mpitrain.nn.activations import Activation
 
 Initialiser = Callable[[Key, Segment], Array]
 """Gives the initial values of a segment's box, from a key that already carries the segment's name."""
@@ -89,6 +92,8 @@ class Call:
         What the names of the layer's parameters begin with, e.g. ``"3."``.
     complete : callable, optional
         Told the path of each layer whose gradients are complete, see `mpitrain.arrays.FlatBuffer.complete`.
+    activation : Activation, optional
+        What a layer that `Layer.applies_activations` is to apply to its output.
     """
 
     xp: Any = np
@@ -100,10 +105,11 @@ class Call:
     reduce: Reduce | None = None
     path: str = ""
     complete: Callable[[str], None] | None = None
+    activation: Activation | None = None
 
     def child(self, name: str) -> Call:
         """Return the call that a container hands to its child ``name``: random stream and path differ."""
-        return replace(self, key=self.key.child(name), path=f"{self.path}{name}.")
+        return replace(self, key=self.key.child(name), path=f"{self.path}{name}.", activation=None)
 
     def below(self, name: str) -> Call:
         """Return the call for the backward passes of the child ``name``, which read no random stream."""
@@ -181,6 +187,9 @@ class Layer(ABC):
 
     computes_in_float32: bool = False
     """Whether passes over 16-bit floats are computed in float32, as `mpitrain.nn.in_float32` has them."""
+
+    applies_activations: bool = False
+    """Whether ``forward`` applies ``call.activation`` to its output, which no backward pass needs as it was before."""
 
     def parameters(self) -> Sequence[Parameter]:
         """Return the tensors that the layer wants; none unless overridden."""

@@ -131,3 +131,43 @@ def test_within_no_gradient_of_the_input_is_computed():
     first, second = Spy(6, 4), Spy(4, 2)
     split(Network(nn.Sequential(Refuses(), nn.Sequential(first, nn.ReLU()), second), nn.CrossEntropy(), np.float64))
     assert (first.asked, second.asked) == (False, True)
+
+
+class Applied(nn.ReLU):
+    """Counts the forward passes of its own."""
+
+    passes = 0
+
+    def forward(self, *arguments: object) -> tuple[np.ndarray, object]:
+        self.passes += 1
+        return super().forward(*arguments)
+
+
+def both_passes(layers: list[nn.Layer], x: np.ndarray, together: bool) -> list[bytes]:
+    """Run layers as one `Sequential`, or each by itself."""
+    named = {str(number): layer for number, layer in enumerate(layers)}
+    whole = [nn.Sequential(**named)] if together else [nn.Sequential(**{name: named[name]}) for name in named]
+    rng, call, passes = np.random.default_rng(3), nn.Call(), []
+    params = {name: {p.name: rng.standard_normal(p.shape) for p in named[name].parameters()} for name in named}
+    grads = {i: {name: np.zeros_like(value) for name, value in each.items()} for i, each in params.items()}
+    for part in whole:
+        x, context = part.forward(params, x, call)
+        passes.append((part, context))
+    found, dy = [x.tobytes()], np.cos(np.arange(x.size)).reshape(x.shape)
+    for part, context in reversed(passes):
+        dy = part.backward(params, grads, context, dy, call)
+    return [*found, dy.tobytes(), *(value.tobytes() for each in grads.values() for value in each.values())]
+
+
+@pytest.mark.parametrize("which", ["on", "off"])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("samples", [0, 3, 90])
+def test_a_convolution_applies_the_activation_behind_it(monkeypatch, samples, padding, which):
+    """With the bits of layers by themselves; others are left to themselves."""
+    monkeypatch.setenv("MPITRAIN_KERNEL", which)
+    first, second = Applied(), Applied()
+    layers = [nn.Conv2d(2, 9, 3, padding=padding), first, nn.Conv2d(9, 2, 3), nn.Tanh(), second]
+    x = np.random.default_rng(0).standard_normal((samples, 12, 11, 2))
+    together = both_passes(layers, x, together=True)
+    assert (first.passes, second.passes) == (0, 1)
+    assert together == both_passes(layers, x, together=False)

@@ -74,7 +74,7 @@ def test_convolutions_take_and_add_the_same_patches(monkeypatch, dtype, size, st
     found = {}
     for which in ("on", "off"):
         monkeypatch.setenv("MPITRAIN_KERNEL", which)
-        assert kernel.adds_patches_to(x) == (which == "on")
+        assert kernel.has_patches_of(x) == (which == "on")
         call, grads = nn.Call(), {name: np.zeros_like(value) for name, value in params.items()}
         y, context = layer.forward(params, x, call)
         dy = np.cos(np.arange(y.size)).astype(dtype).reshape(y.shape)
