@@ -15,7 +15,7 @@ class Activation(Layer):
     """A function of each element.  A subclass gives its value and its slope, both into memory that it is handed."""
 
     overwrites: bool = False
-    """Whether ``x`` may be ``y``: `value` may write over it, and the gradient needs f(x) alone."""
+    """Whether `value` may write over ``x``, and `gradient`, which needs f(x) alone, over ``dy``."""
 
     @abstractmethod
     def value(self, x: Array, y: Array, call: Call) -> None:
@@ -68,7 +68,7 @@ class ReLU(Activation):
     def gradient(self, x: Array, y: Array, dy: Array, out: Array, call: Call) -> None:
         """Write ``dy`` where y > 0, else zeros."""
         if not kernel.relu_gradient(y, dy, out):
-            super().gradient(x, y, dy, out, call)
+            call.xp.multiply(dy, call.xp.greater(y, 0), out=out)
 
 
 @in_float32

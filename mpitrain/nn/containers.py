@@ -121,12 +121,18 @@ class Sequential(_Container):
     ) -> Array | None:
         """Run both passes layer by layer, giving memory back behind them, as far as a gradient is needed."""
         above: list[Context] = []  # the contexts in which dy may lie
+        spare = False  # whether nobody else needs dy
         for number, (name, layer, child) in enumerate(self._passes(context), start=1):
             wanted = want_dx or number < len(self.children) - self._untrained
-            dx = layer.backward(params.get(name, {}), grads.get(name, {}), child, dy, call.below(name), wanted)
+            dx: Array | None = dy
+            if spare and isinstance(layer, Activation) and layer.overwrites:
+                layer.gradient(child["x"], child["y"], dy, dy, call)
+            else:
+                dx = layer.backward(params.get(name, {}), grads.get(name, {}), child, dy, call.below(name), wanted)
             if dx is None:
                 return None
             if not call.xp.may_share_memory(dx, dy):
+                spare = True
                 for finished in above:
                     finished.release()
                 above.clear()

@@ -111,8 +111,9 @@ static inline int64_t clipped(int64_t place, int64_t size) { return place < 0 ? 
     for (int64_t i = 0; i < count; i++) y[i] = x[i] < 0 ? 0 : x[i]; /* a NaN stays */                                  \
   }                                                                                                                    \
                                                                                                                        \
-  FOR_THIS_CPU void mpitrain_relu_gradient_##KIND(const TYPE *restrict y, const TYPE *restrict dy, TYPE *restrict dx,  \
-                                                  int64_t count) {                                                     \
+  /* DX may be DY. */                                                                                                  \
+  FOR_THIS_CPU void mpitrain_relu_gradient_##KIND(const TYPE *y, const TYPE *dy, TYPE *dx, int64_t count) {            \
+    _Pragma("GCC ivdep")                                                                                               \
     for (int64_t i = 0; i < count; i++) dx[i] = (y[i] > 0) * dy[i];                                                    \
   }                                                                                                                    \
                                                                                                                        \

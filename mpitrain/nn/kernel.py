@@ -37,7 +37,7 @@ class _Patching(ctypes.Structure):
             "images", "rows", "columns", "lines", "width", "channels", "image_rows", "image_width", "down", "across",
             "top", "left",
         )
-    ]
+    ]  # fmt: skip
 
 
 def max_pool(x: Array, y: Array, window: tuple[int, int]) -> bool:
@@ -91,7 +91,7 @@ def relu(x: Array, y: Array) -> bool:
 
 
 def relu_gradient(y: Array, dy: Array, dx: Array) -> bool:
-    """Write ``dy`` where y > 0, else zeros; all of one shape.  Few elements are left to NumPy."""
+    """Write ``dy`` where y > 0, else zeros, to ``dx``, which may be ``dy``.  Few elements are left to NumPy."""
     return dy.shape == y.shape and y.size >= _RELU_FROM and _run("relu_gradient", (y, dy, dx), "n", y.size)
 
 

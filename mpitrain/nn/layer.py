@@ -225,7 +225,7 @@ class Layer(ABC):
 
     @abstractmethod
     def backward_input(self, params: Tree, context: Context, dy: Array, call: Call) -> Array:
-        """Return the gradient of the input, valid until the context is released.
+        """Return the gradient of the input, valid until the context is released; the layer before may overwrite it.
 
         Parameters
         ----------

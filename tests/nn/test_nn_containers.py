@@ -166,8 +166,27 @@ def test_a_convolution_applies_the_activation_behind_it(monkeypatch, samples, pa
     """With the bits of layers by themselves; others are left to themselves."""
     monkeypatch.setenv("MPITRAIN_KERNEL", which)
     first, second = Applied(), Applied()
-    layers = [nn.Conv2d(2, 9, 3, padding=padding), first, nn.Conv2d(9, 2, 3), nn.Tanh(), second]
+    layers = [nn.Conv2d(2, 9, 3, padding=padding), first, nn.Conv2d(9, 2, 3), nn.Tanh(), second, nn.ReLU()]
     x = np.random.default_rng(0).standard_normal((samples, 12, 11, 2))
     together = both_passes(layers, x, together=True)
     assert (first.passes, second.passes) == (0, 1)
     assert together == both_passes(layers, x, together=False)
+
+
+@pytest.mark.parametrize("which", ["on", "off"])
+@pytest.mark.parametrize(
+    "last", [nn.ReLU(), nn.Sequential(nn.Flatten(), nn.ReLU()), nn.Sequential(nn.ReLU(), nn.ReLU())]
+)
+def test_no_gradient_is_overwritten_that_others_need(monkeypatch, last, which):
+    """Neither the one that a container is handed, nor one that both branches of a residual get."""
+    monkeypatch.setenv("MPITRAIN_KERNEL", which)
+    rng, call = np.random.default_rng(0), nn.Call()
+    layer = nn.Residual(nn.Sequential(nn.Linear(300, 300), last))
+    x, dy = (rng.standard_normal((250, 300)) for _ in range(2))
+    params = {"inner": {"0": {"weight": rng.standard_normal((300, 300)), "bias": np.ones(300)}}}
+    before, grads = dy.copy(), {"inner": {"0": {"weight": np.zeros((300, 300)), "bias": np.zeros(300)}}}
+    _, context = layer.forward(params, x, call)
+    dx = layer.backward(params, grads, context, dy, call)
+    weight, bias = params["inner"]["0"].values()
+    np.testing.assert_array_equal(dy, before)
+    np.testing.assert_allclose(dx, before + (before * (x @ weight + bias > 0)) @ weight.T, rtol=1e-12, atol=1e-9)
