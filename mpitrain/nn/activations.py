@@ -15,7 +15,10 @@ class Activation(Layer):
     """A function of each element.  A subclass gives its value and its slope, both into memory that it is handed."""
 
     overwrites: bool = False
-    """Whether `value` may write over ``x``, and `gradient`, which needs f(x) alone, over ``dy``."""
+    """Whether `value` may write over ``x``, and `gradient`, which needs f(x) alone, over ``dy``.
+
+    A subclass says so anew.
+    """
 
     @abstractmethod
     def value(self, x: Array, y: Array, call: Call) -> None:

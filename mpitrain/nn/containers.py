@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import TypeGuard
 
 from mpitrain._errors import InputError
 from mpitrain._options import check_kind
@@ -67,7 +68,7 @@ class Sequential(_Container):
         self.applied = {
             number: after
             for number, (layer, after) in enumerate(pairwise(every))
-            if layer.applies_activations and isinstance(after, Activation) and after.overwrites
+            if _says(layer, "applies_activations") and _overwrites(after)
         }
 
     @property
@@ -125,7 +126,7 @@ class Sequential(_Container):
         for number, (name, layer, child) in enumerate(self._passes(context), start=1):
             wanted = want_dx or number < len(self.children) - self._untrained
             dx: Array | None = dy
-            if spare and isinstance(layer, Activation) and layer.overwrites:
+            if spare and _overwrites(layer):
                 layer.gradient(child["x"], child["y"], dy, dy, call)
             else:
                 dx = layer.backward(params.get(name, {}), grads.get(name, {}), child, dy, call.below(name), wanted)
@@ -139,6 +140,15 @@ class Sequential(_Container):
             above.append(child)
             dy = dx
         return dy
+
+
+def _overwrites(layer: Layer) -> TypeGuard[Activation]:
+    return isinstance(layer, Activation) and _says(layer, "overwrites")
+
+
+def _says(layer: Layer, name: str) -> bool:
+    """Tell whether a layer's class sets an attribute; one that inherits it may compute something else."""
+    return bool(vars(type(layer)).get(name))
 
 
 class Residual(_Container):

@@ -46,8 +46,8 @@ typedef struct {
 
 static inline int64_t clipped(int64_t place, int64_t size) { return place < 0 ? 0 : place > size ? size : place; }
 
-/* For each line of each patch: INSIDE for its elements BEGIN to END, which are those AT them in the images; OUTSIDE for
- * BEFORE to AFTER of those that are in the border. */
+/* For each line of each patch: INSIDE for each element that is in the image, OUTSIDE(FIRST, LAST) for those that are in
+ * the border. */
 #define FOR_LINES(INSIDE, OUTSIDE)                                                                                     \
   for (int64_t image = 0; image < p->images; image++)                                                                  \
     for (int64_t row = 0; row < p->rows; row++)                                                                        \

@@ -189,7 +189,10 @@ class Layer(ABC):
     """Whether passes over 16-bit floats are computed in float32, as `mpitrain.nn.in_float32` has them."""
 
     applies_activations: bool = False
-    """Whether ``forward`` applies ``call.activation`` to its output, which no backward pass needs as it was before."""
+    """Whether ``forward`` applies ``call.activation`` to its output, which no backward pass needs as it was before.
+
+    A subclass says so anew.
+    """
 
     def parameters(self) -> Sequence[Parameter]:
         """Return the tensors that the layer wants; none unless overridden."""

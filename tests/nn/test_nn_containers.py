@@ -136,6 +136,7 @@ def test_within_no_gradient_of_the_input_is_computed():
 class Applied(nn.ReLU):
     """Counts the forward passes of its own."""
 
+    overwrites = True
     passes = 0
 
     def forward(self, *arguments: object) -> tuple[np.ndarray, object]:
@@ -190,3 +191,27 @@ def test_no_gradient_is_overwritten_that_others_need(monkeypatch, last, which):
     weight, bias = params["inner"]["0"].values()
     np.testing.assert_array_equal(dy, before)
     np.testing.assert_allclose(dx, before + (before * (x @ weight + bias > 0)) @ weight.T, rtol=1e-12, atol=1e-9)
+
+
+class Doubling(nn.Conv2d):
+    """Inherits much, and computes something else."""
+
+    def forward(self, *arguments: object) -> tuple[np.ndarray, object]:
+        y, context = super().forward(*arguments)
+        y *= 2
+        y += 1
+        return y, context
+
+
+class Shifted(nn.ReLU):
+    """Likewise."""
+
+    def forward(self, params: object, x: np.ndarray, call: nn.Call) -> tuple[np.ndarray, object]:
+        return super().forward(params, x - 1, call)
+
+
+@pytest.mark.parametrize("layers", [(Doubling, nn.ReLU), (nn.Conv2d, Shifted), (Doubling, Shifted)])
+def test_subclasses_are_left_to_themselves(layers):
+    every = [layers[0](2, 9, 3), layers[1](), nn.Conv2d(9, 2, 1)]
+    x = np.random.default_rng(0).standard_normal((3, 12, 11, 2))
+    assert both_passes(every, x, together=True) == both_passes(every, x, together=False)
