@@ -120,7 +120,12 @@ def _verify(
     settings = _settings(given, overrides, sides)
     for each in settings:
         Job.load(job, each)  # a mistake ends here, in one line
-    found, expected = (_run(job, each, steps, which.ranks) for each, which in zip(settings, sides, strict=True))
+    records = []
+    for each, which in zip(settings, sides, strict=True):
+        if sys.stderr.isatty():
+            click.echo(f"{which.layout}: {steps} {'step' if steps == 1 else 'steps'} …", err=True)
+        records.append(_run(job, each, steps, which.ranks))
+    found, expected = records
     bound = default_tolerance(expected, given.reproducible) if tolerance is None else tolerance
     compared = compare(found, expected, bound)
     (_print_json if as_json else _print_tables)(job, sides, bound, expected, compared)

@@ -99,3 +99,10 @@ def test_the_cursor_comes_back_when_a_rank_fails(tmp_path):
     assert "[rank 1 of 2] RuntimeError: on purpose" in seen
     assert "\x1b[?25l" in seen
     assert seen.rfind("\x1b[?25h") > seen.rfind("\x1b[?25l")
+
+
+def test_verify_says_which_run_goes_on(tmp_path):
+    code, seen, out = at_a_terminal(tmp_path, "verify", write_job(tmp_path), "--steps", 1, "--json", stdout_too=False)
+    assert code == 0, seen
+    assert [line for line in shown(seen) if line] == ["2 ranks: 1 step …", "serial: 1 step …"]
+    assert json.loads(out)["equal"]
