@@ -231,10 +231,10 @@ class TorchModel(Model):
         if not isinstance(params.flat, np.ndarray):
             raise InputError("a PyTorch module is trained on the CPU", operation="TorchModel", remedy='device = "cpu"')
         for name, parameter in self._parameters.items():
-            parameter.data = torch.from_numpy(params.views[name])
+            parameter.data = _tensor(params.views[name])
         for path, layer in self._statistics.items():
             for leaf in ("running_mean", "running_var"):
-                setattr(layer, leaf, torch.from_numpy(params.views[f"{path}.{leaf}".lstrip(".")]))
+                setattr(layer, leaf, _tensor(params.views[f"{path}.{leaf}".lstrip(".")]))
         self._bound = params.flat
 
     def _add_statistics(self, tree: Tree, count: float) -> None:
@@ -306,6 +306,13 @@ def _shown(outputs: Any) -> Array:
     """Return a contiguous array over the values of a tensor."""
     found: Array = outputs.detach().contiguous().numpy()
     return found
+
+
+def _tensor(values: Array) -> Any:
+    """Return a tensor over parameters, which may be read-only; tensors have no flag that says so."""
+    view = values.view()
+    view.flags.writeable = True
+    return torch.from_numpy(view)
 
 
 def _torch_dtype(dtype: Any) -> Any:

@@ -142,7 +142,7 @@ class _Read:
         cuts = bounds(place.size, comm.size, place.itemsize)
         self.begin, self.end = cuts[comm.rank], cuts[comm.rank + 1]
         self._terms = Terms(tuple(row[self.begin : self.end] for row in common.arrays), own=comm.rank)
-        self._run = common.reading("reduce_scatter", place.size, self._read)
+        self._run = common.reading(place.size, self._read)
 
     def add(self, sums: Array) -> None:
         """Add as `_Planned` does."""

@@ -1,4 +1,4 @@
-"""Data-parallel SGD: every rank holds the whole model and computes the gradient of its share of each batch.
+"""Data-parallel SGD: every rank computes the gradient of its share of each batch by a replica of the whole model.
 
 The gradients are summed over the ranks and divided once by the global number of samples, so that the step is the one
 a single rank would take on the whole batch, however unevenly it is shared.
@@ -19,8 +19,8 @@ from mpitrain.method.precision import Precision
 from mpitrain.method.state import Read, State, fill, pieces_of
 from mpitrain.method.steps import Part, all_finite, reduce_gradients
 from mpitrain.optim import State as OptimizerState
-from mpitrain.parallel import in_place
-from mpitrain.parallel.in_place import CommonGradients
+from mpitrain.parallel.gathered import GatheredParameters
+from mpitrain.parallel.in_place import CommonGradients, common_gradients
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES, Synchronous
 from mpitrain.parallel.tally import Tally
 
@@ -49,9 +49,13 @@ class DataParallel(Synchronous):
     Notes
     -----
     Cost of a step beyond the gradient: an allreduce of the gradients, 2(p−1)/p · n bytes moved per rank where the
-    library uses a ring, and one of five numbers.  With a codec: see there.  On one node that shares memory, with up to
-    four ranks, an `Elementwise` optimizer and no clipping, each rank reads the others' (p−1) n bytes while it updates,
-    and nothing is written or sent: `mpitrain.parallel.in_place`.
+    library uses a ring, and one of five numbers.  With a codec: see there.  Memory per rank, with k numbers of
+    optimizer state a parameter: (2+k) n bytes.
+
+    On one node that shares memory, with up to 16 ranks, an `Elementwise` optimizer, and neither clipping, codec,
+    precision nor an allocator, the ranks have one replica: n bytes of parameters and kn of optimizer state on all of
+    them together, and n of gradients each.  A rank sums a shard of the gradients from where they lie, and updates that
+    shard for all; no byte is sent.  The bits are those of replicas, and `state` is divided among the ranks.
     """
 
     reads_in_place: ClassVar[bool] = True
@@ -86,13 +90,18 @@ class DataParallel(Synchronous):
             )  # fmt: skip
 
     def _allocate(self, layout: Layout) -> None:
-        self.params = FlatBuffer(layout, self._allocator)
+        common = self._common_gradients(layout)
+        self.kind = "sharded" if common else "replicated"
+        if common:
+            self.params = GatheredParameters(self.comm, layout, common.buckets, common.shards)
+            (shard,), (own,), (sums,) = common.shards, self.params.owned, common.sums
+        else:
+            self.params, grads = FlatBuffer(layout, self._allocator), GradientBuffer(layout, self._allocator)
+            shard, own, sums = layout.whole(), self.params.flat, grads.flat
+        self.grads = common or grads
         if self.precision:
             self.rounded = FlatBuffer(layout.astype(self.precision.dtype), self._allocator)
-        self.grads = self._common_gradients(layout) or GradientBuffer(layout, self._allocator)
-        whole = layout.whole()
-        state = self.optimizer.init(whole, self._allocator)
-        self.parts = (Part(whole, self.params.flat, self.grads.flat, state),)
+        self.parts = (Part(shard, own, sums, self.optimizer.init(shard, self._allocator)),)
         self.buckets = layout.buckets(self.bucket_bytes)
         self._compressed: CompressedSum | None = None
         if self.codec:
@@ -100,18 +109,18 @@ class DataParallel(Synchronous):
             self._compressed = CompressedSum(self.comm, self.codec, layout, key, self._allocator)
 
     def _common_gradients(self, layout: Layout) -> CommonGradients | None:
-        """Return gradients that are summed while they are used, where that is possible."""
+        """Return the gradients of a replica that the ranks of a node share, where that is possible."""
         if self.codec or self.precision or self._allocator is not plain or not self.reads_in_place:
             return None
-        return in_place.everywhere(self.comm, self.across, layout, self.optimizer, self.plan)
+        return common_gradients(self.comm, self.across, layout, self.optimizer, self.plan)
 
     def _initialise(self) -> None:
-        self._draw(self.params)
-        self._agreement.check_parameters(self.comm, [self.params])
+        self._agreement.check_parameters(self.comm, [self._begin(self.params.layout, 0, self.parts)])
+        self._hand_out()
 
     @property
     def optimizer_state(self) -> OptimizerState:
-        """What the optimizer keeps, of the whole model."""
+        """What the optimizer keeps, of the part that this rank updates."""
         return self.parts[0].state
 
     def _reduced(self, own: Tally) -> Tally:
@@ -130,8 +139,9 @@ class DataParallel(Synchronous):
         reduce_gradients(self.comm, self.grads.buffer, self.buckets)
 
     def _hand_out(self) -> None:
-        if isinstance(self.grads, CommonGradients):
-            self.grads.release()
+        if isinstance(self.params, GatheredParameters):
+            with self.comm.phase("gather"):
+                self.params.gather()
 
     def state(self) -> State:
         """See `Method.state`."""
@@ -145,3 +155,10 @@ class DataParallel(Synchronous):
         super().load(scalars, read)
         for prefix, buffer, _ in self._compressed.kept if self._compressed else ():
             fill(f"codec.{prefix}", buffer.flat, buffer.layout.whole(), read)
+
+    def load_parameters(self, read: Read) -> None:
+        """See `Method.load_parameters`."""
+        if isinstance(self.params, GatheredParameters):
+            self.comm.barrier()  # a rank may still predict with what is there now
+        super().load_parameters(read)
+        self._hand_out()

@@ -17,10 +17,9 @@ from mpitrain.comm import Communicator
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Reach
 from mpitrain.nn.model import Reduce
-from mpitrain.parallel import in_place
 from mpitrain.parallel.across import reach
 from mpitrain.parallel.buckets import StreamedGradients, WholeGradients
-from mpitrain.parallel.in_place import CommonGradients
+from mpitrain.parallel.in_place import CommonGradients, common_gradients
 from mpitrain.parallel.owned import OwnedParameters
 from mpitrain.parallel.sharded import ShardedParameters
 from mpitrain.parallel.synchronous import DEFAULT_BUCKET_BYTES
@@ -51,7 +50,7 @@ class GradientSteps(OwnedParameters):
     def _place_gradients(self, layout: Layout) -> CommonGradients | WholeGradients | StreamedGradients:
         common = None
         if self.reads_in_place and self._in_one_piece(layout) and not (self._private or self.precision):
-            common = in_place.by_owners(self._owners, self.across, layout, self.optimizer, self.plan)
+            common = common_gradients(self._owners, self.across, layout, self.optimizer, self.plan)
         if common:
             return common
         if self.stage > 1:

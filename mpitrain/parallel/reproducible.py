@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, FlatBuffer, Layout, plain
+from mpitrain.arrays import Allocator, Layout, plain
 from mpitrain.comm import Communicator
 from mpitrain.comm.lanes import lane_reduce_scatter
 from mpitrain.method.precision import Precision
@@ -16,6 +16,7 @@ from mpitrain.method.steps import Part
 from mpitrain.method.tiles import tile_shards
 from mpitrain.parallel.buckets import buckets_apart
 from mpitrain.parallel.data import DataParallel
+from mpitrain.parallel.gathered import GatheredParameters
 from mpitrain.parallel.gradient import GradientParallel
 from mpitrain.parallel.lanes import LaneSteps
 from mpitrain.parallel.owned import OwnedParameters
@@ -65,7 +66,7 @@ class ReproducibleDataParallel(LaneSteps, DataParallel):
 class ShardedLaneSteps(LaneSteps, OwnedParameters):
     """What reproducible methods share that divide optimizer state: shards that begin where tiles do, and their sums."""
 
-    params: FlatBuffer
+    params: GatheredParameters
 
     def _allocate(self, layout: Layout) -> None:
         self._buckets, rank = buckets_apart(layout, self._apart), self._owners.rank

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from mpitrain.parallel import in_place
 from mpitrain.parallel.across import given_here, reach, whole_tensor
 from mpitrain.parallel.agreement import Agreement
 from mpitrain.parallel.checks import check_parts, check_ranks, checked, microbatches_of
+from mpitrain.parallel.gathered import GatheredParameters
 from mpitrain.parallel.in_place import CommonGradients
 from mpitrain.parallel.passes import Passes
 from mpitrain.parallel.tally import Tally
@@ -74,7 +75,7 @@ class Synchronous(Method):
     (`Segment.axes`), they are summed over ``across`` first.
     """
 
-    kind: ClassVar[Kind] = "replicated"
+    kind: Kind = "replicated"
     """What the parts of a rank are to the others."""
 
     grads: Gradients
@@ -129,6 +130,17 @@ class Synchronous(Method):
     @abstractmethod
     def _initialise(self) -> None:
         """Fill ``params`` with the model's initial values, verified between ranks."""
+
+    def _begin(self, layout: Layout, start: int, parts: Sequence[Part]) -> FlatBuffer:
+        """Fill parts of a stretch of the model, which begins at ``start`` and is laid out as ``layout`` says.
+
+        Return the whole stretch in memory of this rank's own: what is shared would hide that ranks differ.
+        """
+        initial = FlatBuffer(layout, self._allocator)
+        self._draw(initial)
+        for part in parts:
+            part.params[...] = initial.flat[part.shard.start - start : part.shard.stop - start]
+        return initial
 
     def _draw(self, params: FlatBuffer) -> None:
         """Fill a buffer of this rank's tensors with the model's initial values."""
@@ -239,7 +251,7 @@ class Synchronous(Method):
     @property
     def _parameters_are_read(self) -> bool:
         """Whether other ranks read the parameters that this rank updates, where they lie."""
-        return False
+        return isinstance(self.params, GatheredParameters) and self.params.shared and not self.precision
 
     def _over_model(self) -> Reach:
         """Return over which ranks a sum over the whole model goes."""

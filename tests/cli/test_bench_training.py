@@ -61,9 +61,7 @@ def _check_memory(model: Trained, ranks: int) -> None:
         for kind in ("parameters", "gradients", "optimizer"):
             assert each.memory[kind].measured_bytes == pytest.approx(each.memory[kind].predicted_bytes, rel=1e-3)
         assert each.memory["activations"].measured_bytes >= each.memory["activations"].predicted_bytes > 0
-        assert each.memory["optimizer"].measured_bytes == pytest.approx(
-            2 * n / (1 if each.name == "data" else ranks), rel=1e-2
-        )
+        assert each.memory["optimizer"].measured_bytes == pytest.approx(2 * n / ranks, rel=1e-2)
     assert model.contestants[4].memory == {}
 
 

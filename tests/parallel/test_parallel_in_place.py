@@ -16,8 +16,8 @@ from mpitrain.arrays import FlatBuffer, Gradients, Key
 from mpitrain.comm import Communicator
 from mpitrain.nn import Network
 from mpitrain.optim import SGD, make_optimizer
-from mpitrain.parallel import DataParallel, GradientParallel, in_place
-from mpitrain.parallel.in_place import CommonGradients
+from mpitrain.parallel import DataParallel, GradientParallel
+from mpitrain.parallel.in_place import CommonGradients, common_gradients
 
 pytestmark = pytest.mark.mpi
 
@@ -135,14 +135,13 @@ def test_no_rank_writes_while_another_still_reads(world: Communicator, make: Mak
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("find", [in_place.everywhere, in_place.by_owners])
-def test_ranks_that_divide_a_model_all_sum_in_place_or_none_does(world: Communicator, monkeypatch, find) -> None:
+def test_ranks_that_divide_a_model_all_sum_in_place_or_none_does(world: Communicator, monkeypatch) -> None:
     if world.size != 4:
         pytest.skip("two ranks that share a batch, twice")
     if world.rank >= 2:
         monkeypatch.setenv("MPITRAIN_TRANSPORT", "host")
     layout, optimizer = cnn().layout, make_optimizer("adam")
     with world.split(world.rank // 2, axis="data") as data, world.split(world.rank % 2, axis="tensor") as tensor:
-        alone = find(data, None, layout, optimizer, plan(STEPS))
+        alone = common_gradients(data, None, layout, optimizer, plan(STEPS))
         assert (alone is None) == (world.rank >= 2)
-        assert find(data, tensor, layout, optimizer, plan(STEPS)) is None
+        assert common_gradients(data, tensor, layout, optimizer, plan(STEPS)) is None

@@ -53,12 +53,11 @@ def check_cnn(comm: Communicator, microbatches: int) -> None:
     channels = (3, 4)
     norms = sum(8 * (features + 1 + features + 2 * features) for features in channels)
     small = 1 + microbatches * 3 * len(channels)
-    gradients, rest = Count(1, 1, method.params.layout.nbytes), Count(small, small, TALLY_BYTES + microbatches * norms)
-    # Ranks read each other's gradients where they lie; none writes the next ones before: that is from step 2 on.
-    in_place = comm.transport == "shared" and comm.size > 1
+    whole, rest = Count(1, 1, method.params.layout.nbytes), Count(small, small, TALLY_BYTES + microbatches * norms)
+    one_replica = comm.transport == "shared" and comm.size > 1  # whose shards the ranks update
     expected = (
-        {"allreduce": rest, "allreduce_plan": gradients} if in_place
-        else {"allreduce": gradients + rest}
+        {"allreduce": rest, "reduce_scatter_plan": whole, "allgather_plan": whole} if one_replica
+        else {"allreduce": whole + rest}
     )  # fmt: skip
     assert spent(comm, lambda: method.advance(FEED, until=1)) == expected
 

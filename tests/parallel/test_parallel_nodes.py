@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,16 +54,49 @@ def test_steps_are_those_of_data_parallel_wherever_memory_lies(
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
 
 
+def writes_for_all(comm: Communicator, method: Any) -> bool:
+    """Tell whether the ranks of ``comm`` have their parameters where its first rank has them."""
+    place = method.params.flat[:1]
+    place.flags.writeable = True
+    comm.barrier()
+    if comm.rank == 0:
+        place[:] = 7
+    comm.barrier()
+    return bool(comm.size > 1 and comm.allreduce(np.int64(method.params.flat[0] == 7)) == comm.size)
+
+
 @pytest.mark.parametrize("make", [METHODS["gradient 1"], METHODS["gradient 2"]], ids=["gradient 1", "gradient 2"])
 def test_parameters_are_one_array_for_all_ranks_of_a_node(comm: Communicator, make: Make) -> None:
     method = make(comm)
     method.setup(cnn(), make_optimizer("adam"), plan(1))
     node = comm.node
-    comm.barrier()
-    if node.rank == 0:
-        method.params.flat[0] = 7
-    node.barrier()
-    assert (method.params.flat[0] == 7) == (node.rank == 0 or comm.transport == "shared")
+    assert writes_for_all(node, method) == (comm.transport == "shared" and node.size > 1)
+
+
+def test_the_ranks_of_one_node_have_one_replica_each_of_several_nodes_its_own(comm: Communicator) -> None:
+    method = DataParallel(comm)
+    method.setup(cnn(), make_optimizer("adam"), plan(1))
+    one_replica = comm.transport == "shared" and comm.node.size == comm.size
+    assert writes_for_all(comm, method) == (one_replica and comm.size > 1)
+    state = sum(array.nbytes for array in method.optimizer_state.values())
+    held = comm.allreduce(np.int64(state))
+    assert held == 2 * method.model.layout.nbytes * (1 if one_replica else comm.size)
+
+
+@pytest.mark.parametrize("make", [METHODS["data"], METHODS["gradient 1"]], ids=["data", "gradient 1"])
+def test_what_ranks_share_is_not_written_by_hand_but_loaded(world: Communicator, make: Make) -> None:
+    method = make(world)
+    method.setup(cnn(), make_optimizer("adam"), plan(1))
+    whole = {f"params/{name}": 2 * view for name, view in method.params.views.items()}
+    if world.size > 1:
+        for array in (method.params.flat, *method.params.views.values()):
+            with pytest.raises(ValueError, match="read-only"):
+                array *= 2
+    method.load_parameters(whole.__getitem__)
+    for name, view in method.params.views.items():
+        np.testing.assert_array_equal(view, whole[f"params/{name}"])
+    method.advance(RowsFeed(owner=by_label), until=1)
+    same_on_all(world, method.weights_sha256())
 
 
 def test_in_stage_3_a_node_has_the_passages_once_and_all_ranks_the_shards(comm: Communicator) -> None:
@@ -86,7 +120,7 @@ def resident_bytes() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
-def grown_bytes(comm: Communicator, make: Make) -> tuple[int, int]:
+def grown_bytes(comm: Communicator, make: Make, **options: object) -> tuple[int, int]:
     """How much more memory all ranks together use after some steps, and the size of the parameters."""
     network = Network(
         nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))), nn.MeanSquaredError()
@@ -97,7 +131,7 @@ def grown_bytes(comm: Communicator, make: Make) -> tuple[int, int]:
     comm.barrier()
     before = resident_bytes()
     method = make(comm)
-    method.setup(network, Adam(), plan(3))
+    method.setup(network, Adam(), plan(3, **options))
     method.advance(feed, until=3)
     gc.collect()
     comm.barrier()
@@ -106,17 +140,24 @@ def grown_bytes(comm: Communicator, make: Make) -> tuple[int, int]:
     return grown, network.layout.nbytes
 
 
+def check_grown(comm: Communicator, make: Make, multiple: float, **options: object) -> None:
+    """Memory grows by a multiple of the parameters' size: parameters, two of Adam's, and gradients."""
+    grown_bytes(comm, make, **options)  # libraries, pools and the transport are there now
+    grown, nbytes = grown_bytes(comm, make, **options)
+    assert grown / nbytes == pytest.approx(multiple, abs=0.1 * comm.size)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_node_has_parameters_and_optimizer_state_once(world: Communicator, name: str) -> None:
-    """In multiples of the parameters' size: parameters, two of Adam's, and gradients."""
-    make: Make = METHODS[name]
-    grown_bytes(world, make)  # libraries, pools and the transport are there now
-    grown, nbytes = grown_bytes(world, make)
     ranks = world.size
     expected = {
-        "data": ranks * (1 + 2 + 1),
+        "data": 1 + 2 + ranks,
         "gradient 1": 1 + 2 + ranks,
         "gradient 2": 1 + 2 + 1 + ranks / LAYERS,  # the shards' gradients, and in turn each layer's
         "gradient 3": 1 + 2 + 1 + ranks / LAYERS + 1 / LAYERS,  # and in turn each layer's parameters
     }[name]
-    assert grown / nbytes == pytest.approx(expected, abs=0.1 * ranks)
+    check_grown(world, METHODS[name], expected)
+
+
+def test_each_rank_has_a_replica_where_sums_are_clipped(world: Communicator) -> None:
+    check_grown(world, METHODS["data"], world.size * (1 + 2 + 1), clip_norm=1e30)

@@ -159,11 +159,12 @@ def check_pieces(comm: Communicator, name: str) -> None:
     expected = {f"{prefix}/{name}" for prefix in ("params", "optimizer.m", "optimizer.v") for name in names}
     held = comm.allgather_object([(piece.name, piece.kind, piece.array.tobytes()) for piece in state.pieces])
     assert {piece for rank in held for piece, _, _ in rank} == expected
-    assert {kind for rank in held for _, kind, _ in rank} == {"replicated" if name == "data" else "sharded"}
+    replicated = name == "data" and (comm.transport != "shared" or comm.size == 1)
+    assert {kind for rank in held for _, kind, _ in rank} == {"replicated" if replicated else "sharded"}
     assert state.scalars == {"step": 1}
     values = 3 * sum(segment.size for segment in method.params.layout) * method.params.layout.dtype.itemsize
-    assert sum(len(array) for rank in held for _, _, array in rank) == values * (comm.size if name == "data" else 1)
-    if name == "data":
+    assert sum(len(array) for rank in held for _, _, array in rank) == values * (comm.size if replicated else 1)
+    if replicated:
         same_on_all(comm, held[comm.rank])
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
-from mpitrain.arrays import Allocator, FlatBuffer
+from mpitrain.arrays import Allocator
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.method.precision import Precision
 from mpitrain.method.steps import Reach
 from mpitrain.method.tiles import Tiles
 from mpitrain.parallel.across import reach
 from mpitrain.parallel.buckets import WholeGradients
+from mpitrain.parallel.gathered import GatheredParameters
 from mpitrain.parallel.gradient import GradientSteps
 from mpitrain.parallel.pipeline.method import PipelineParallel
 from mpitrain.parallel.pipeline.reproducible import ReproduciblePipelineParallel
@@ -57,7 +58,7 @@ class GradientPipelineParallel(GradientSteps, PipelineParallel):
 
     reads_in_place: ClassVar[bool] = False  # stages on other nodes might not, and all take the same steps
 
-    params: FlatBuffer
+    params: GatheredParameters
     grads: WholeGradients
 
     def __init__(
@@ -109,6 +110,8 @@ class ReproducibleGradientPipelineParallel(ShardedLaneSteps, ReproduciblePipelin
     Cost of a step beyond that of `ReproduciblePipelineParallel`: `lane_reduce_scatter` in place of `lane_sum`, and an
     allgather of the parameters of a rank's stages.
     """
+
+    params: GatheredParameters
 
     def _make_tiles(self) -> Tiles:
         return Tiles(self.parts, self.comm, self.model.layout, self._ties.copies)

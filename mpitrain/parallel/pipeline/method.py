@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class PipelineParallel(Synchronous):
         Where the model is cut, once it is set up: as the parameter of this name.
     """
 
-    kind: ClassVar[Kind] = "sharded"
+    kind: Kind = "sharded"
 
     params: FlatBuffer
     grads: GradientBuffer

@@ -14,6 +14,7 @@ from mpitrain.comm import Communicator
 from mpitrain.nn import Network
 from mpitrain.nn.costs import cost
 from mpitrain.parallel.buckets import StreamedGradients
+from mpitrain.parallel.gathered import GatheredParameters
 from mpitrain.parallel.lanes import LaneSteps
 from mpitrain.parallel.owned import OwnedParameters
 from mpitrain.parallel.reproducible import ShardedLaneSteps
@@ -122,7 +123,7 @@ def predicted(method: Synchronous, n: float, ranks: int, shared: bool, states: i
     -----
     Of a reproducible method, the gradients are those that lanes are summed into.
     """
-    updated = n / ranks if isinstance(method, OwnedParameters) else n
+    updated = n / ranks if isinstance(method.params, GatheredParameters | ShardedParameters) else n
     return {
         "parameters": _parameters_predicted(method, n, updated, ranks if shared else 1),
         "gradients": _gradients_predicted(method, n, updated, shared or ranks == 1),
@@ -212,6 +213,7 @@ def _sharers(comm: Communicator, params: Array) -> int:
     Collective.
     """
     place = params.view(np.uint16)[:1]  # a small float would round the numbers of many ranks to one
+    place.flags.writeable = True  # for what is shared is not to be written to
     first = place.copy()
     comm.barrier()
     place[:] = comm.rank
