@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,20 @@ def test_what_ranks_share_is_not_written_by_hand_but_loaded(world: Communicator,
         np.testing.assert_array_equal(view, whole[f"params/{name}"])
     method.advance(RowsFeed(owner=by_label), until=1)
     same_on_all(world, method.weights_sha256())
+
+
+@pytest.mark.parametrize("make", [METHODS["data"], METHODS["gradient 1"]], ids=["data", "gradient 1"])
+def test_no_rank_loads_parameters_while_another_reads_the_old_ones(world: Communicator, make: Make) -> None:
+    method = make(world)
+    method.setup(cnn(), make_optimizer("adam"), plan(1))
+    others = {f"params/{name}": view + 1 for name, view in method.params.views.items()}
+    world.barrier()
+    if world.rank == world.size - 1:
+        time.sleep(0.05)
+    seen = method.params.sha256()
+    method.load_parameters(others.__getitem__)
+    same_on_all(world, seen)
+    assert seen != method.params.sha256()
 
 
 def test_in_stage_3_a_node_has_the_passages_once_and_all_ranks_the_shards(comm: Communicator) -> None:
