@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -65,6 +65,9 @@ class TorchModel(Model):
     batch does so with two samples of zeros, of which nothing is counted.  The values that the module was handed over
     with are let go when training begins.
 
+    *The module's parameters* are the method's.  Where these are one for the ranks of a node, writing to them by hand is
+    an error at the next pass: each rank would do it.
+
     Unlike other models it may not be shared by threads, since a module holds its parameters.
     """
 
@@ -83,6 +86,7 @@ class TorchModel(Model):
         self._initial = {name: each.detach().clone() for name, each in self._tensors().items()}
         self._pool = Pool()
         self._bound: Array | None = None
+        self._versions: dict[str, int] = {}  # of parameters in memory that others read, as they were bound
         self._receive: Callable[[str, Any], None] | None = None
         self._constants = [each for name, each in module.named_buffers() if not self._is_statistic(name)]
         for layer in self._statistics.values():
@@ -227,6 +231,7 @@ class TorchModel(Model):
     def _bind(self, params: FlatBuffer) -> None:
         """Make the module's tensors views of a buffer."""
         if params.flat is self._bound:
+            self._check_unwritten()
             return
         if not isinstance(params.flat, np.ndarray):
             raise InputError("a PyTorch module is trained on the CPU", operation="TorchModel", remedy='device = "cpu"')
@@ -236,6 +241,19 @@ class TorchModel(Model):
             for leaf in ("running_mean", "running_var"):
                 setattr(layer, leaf, _tensor(params.views[f"{path}.{leaf}".lstrip(".")]))
         self._bound = params.flat
+        shared = not params.flat.flags.writeable
+        self._versions = {name: each._version for name, each in self._parameters.items()} if shared else {}
+
+    def _check_unwritten(self) -> None:
+        """Refuse what a user wrote to parameters that are one for all ranks: each rank would have written it."""
+        for name, version in self._versions.items():
+            if self._parameters[name]._version != version:
+                raise InputError(
+                    "a parameter of the module was written to, which is one for all ranks of the node",
+                    operation="TorchModel", got=name,
+                    remedy="set it by the method's load_parameters(read) on all ranks, or give DataParallel an "
+                    "allocator, e.g. mpitrain.arrays.plain: then each rank has its own",
+                )  # fmt: skip
 
     def _add_statistics(self, tree: Tree, count: float) -> None:
         """Add the batch's statistics, weighted by its count, to the gradients."""
@@ -311,7 +329,8 @@ def _shown(outputs: Any) -> Array:
 def _tensor(values: Array) -> Any:
     """Return a tensor over parameters, which may be read-only; tensors have no flag that says so."""
     view = values.view()
-    view.flags.writeable = True
+    with suppress(ValueError):  # a file's, which nobody can write to
+        view.flags.writeable = True
     return torch.from_numpy(view)
 
 

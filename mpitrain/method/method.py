@@ -191,9 +191,10 @@ class Method(ABC):
         scalars : mapping
             As `state` gave them.
         read : callable
-            Returns a whole tensor by its name.
+            Returns a whole tensor by its name.  A method that divides tensors by itself asks on each rank for those
+            that this rank keeps; it must not communicate then.
         """
 
     @abstractmethod
     def load_parameters(self, read: Read) -> None:
-        """Begin with the parameters of another run, and an optimizer that has seen nothing."""
+        """Begin with the parameters of another run, and an optimizer that has seen nothing; ``read`` as for `load`."""

@@ -113,7 +113,7 @@ def pieces_of(prefix: str, flat: Array, shard: Shard, kind: Kind = "sharded") ->
     )
 
 
-def fill(prefix: str, flat: Array, shard: Shard, read: Read) -> None:
+def fill(prefix: str, flat: Array, shard: Shard, read: Read, reads_all: bool = False) -> None:
     """Fill a shard of a layout's flat range in place: the inverse of `pieces_of`, whoever wrote the tensors.
 
     Parameters
@@ -126,6 +126,8 @@ def fill(prefix: str, flat: Array, shard: Shard, read: Read) -> None:
         Which part of the layout it is.
     read : callable
         Returns a whole tensor by its name.
+    reads_all : bool
+        Whether tensors are read that the shard does not touch, too: ranks then ask for the same, and fail alike.
 
     Raises
     ------
@@ -133,15 +135,17 @@ def fill(prefix: str, flat: Array, shard: Shard, read: Read) -> None:
         A tensor that was read has another shape, or a dtype whose values do not all fit.
     """
     _check_size(prefix, flat, shard)
-    xp = namespace(flat)
-    for segment, where, (start, stop) in _spans(shard):
+    xp, spans = namespace(flat), {segment: (where, span) for segment, where, span in _spans(shard)}
+    for segment in (each for each in shard.layout if each.size) if reads_all else spans:
         name = f"{prefix}/{segment.name}"
         whole = read(name)
         if whole.shape != segment.global_shape:
             raise CheckpointError(f"tensor {name!r}: wrong shape", got=whole.shape, expected=segment.global_shape)
         if not np.can_cast(whole.dtype, flat.dtype, "safe"):
             raise CheckpointError(f"tensor {name!r}: values would be rounded", got=whole.dtype, expected=flat.dtype)
-        flat[where] = xp.asarray(boxed(whole, segment.box).reshape(-1)[start:stop])
+        if segment in spans:
+            where, (start, stop) = spans[segment]
+            flat[where] = xp.asarray(boxed(whole, segment.box).reshape(-1)[start:stop])
 
 
 def _spans(shard: Shard) -> Iterator[tuple[Segment, slice, tuple[int, int]]]:

@@ -1,6 +1,6 @@
 """The steps that all methods share, in their one order: reduce, check, divide, clip, update.
 
-Each works on the parts of the flat range that a rank updates: all of it for data-parallel SGD, shards for others.
+Each works on the parts of the flat range that a rank updates: all of it where it has a replica, else shards.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ class Part:
         for slot, array in self.state.items():
             yield from pieces_of(f"optimizer.{slot}", array, self.shard, kind)
 
-    def load_parameters(self, read: Read) -> None:
-        """Fill the parameters with those of a checkpoint."""
-        fill("params", self.params, self.shard, read)
+    def load_parameters(self, read: Read, reads_all: bool = False) -> None:
+        """Fill the parameters with those of a checkpoint; see `fill`."""
+        fill("params", self.params, self.shard, read, reads_all)
 
-    def load_state(self, read: Read) -> None:
-        """Fill the optimizer state with that of a checkpoint."""
+    def load_state(self, read: Read, reads_all: bool = False) -> None:
+        """Fill the optimizer state with that of a checkpoint; see `fill`."""
         for slot, array in self.state.items():
-            fill(f"optimizer.{slot}", array, self.shard, read)
+            fill(f"optimizer.{slot}", array, self.shard, read, reads_all)
 
 
 @dataclass(frozen=True)

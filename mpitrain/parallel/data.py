@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from mpitrain._errors import InputError
 from mpitrain._options import check_kind
-from mpitrain.arrays import Allocator, FlatBuffer, GradientBuffer, Layout, plain
+from mpitrain.arrays import Allocator, FlatBuffer, GradientBuffer, Layout
 from mpitrain.comm import Communicator
 from mpitrain.comm.codecs import Codec, CompressedSum, make_codec
 from mpitrain.method.precision import Precision
@@ -39,8 +39,9 @@ class DataParallel(Synchronous):
         Largest piece in which gradients are reduced; a codec reduces all at once.
     codec : str or Codec, optional
         How gradients are compressed on the wire: a codec, or the name of one; None: not at all.
-    allocator : Allocator
-        Where parameters, gradients and optimizer state live.
+    allocator : Allocator, optional
+        Where parameters, gradients and optimizer state of this rank's own replica live; None: in ordinary memory, or
+        in that of the node (Notes).
     across : Communicator, optional
         The ranks that divide the model, see `Synchronous`; no codec then.
     precision : Precision, optional
@@ -55,7 +56,9 @@ class DataParallel(Synchronous):
     On one node that shares memory, with up to 16 ranks, an `Elementwise` optimizer, and neither clipping, codec,
     precision nor an allocator, the ranks have one replica: n bytes of parameters and kn of optimizer state on all of
     them together, and n of gradients each.  A rank sums a shard of the gradients from where they lie, and updates that
-    shard for all; no byte is sent.  The bits are those of replicas, and `state` is divided among the ranks.
+    shard for all; no byte is sent.  The bits are those of replicas.  What is shared is read-only but for that update:
+    `load_parameters` sets it.  Each rank gives a shard of `state`, and `load` and `load_parameters` read all tensors on
+    all ranks, as replicas do.
     """
 
     reads_in_place: ClassVar[bool] = True
@@ -71,7 +74,7 @@ class DataParallel(Synchronous):
         microbatches: int = 1,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         codec: str | Codec | None = None,
-        allocator: Allocator = plain,
+        allocator: Allocator | None = None,
         across: Communicator | None = None,
         precision: Precision | None = None,
     ) -> None:
@@ -110,12 +113,17 @@ class DataParallel(Synchronous):
 
     def _common_gradients(self, layout: Layout) -> CommonGradients | None:
         """Return the gradients of a replica that the ranks of a node share, where that is possible."""
-        if self.codec or self.precision or self._allocator is not plain or not self.reads_in_place:
+        if self.codec or self.precision or self._private or not self.reads_in_place:
             return None
         return common_gradients(self.comm, self.across, layout, self.optimizer, self.plan)
 
     def _initialise(self) -> None:
-        self._agreement.check_parameters(self.comm, [self._begin(self.params.layout, 0, self.parts)])
+        initial = self.params
+        if isinstance(initial, GatheredParameters):
+            initial = self._begin(initial.layout, 0, self.parts)
+        else:
+            self._draw(initial)
+        self._agreement.check_parameters(self.comm, [initial])
         self._hand_out()
 
     @property
@@ -159,6 +167,6 @@ class DataParallel(Synchronous):
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""
         if isinstance(self.params, GatheredParameters):
-            self.comm.barrier()  # a rank may still predict with what is there now
-        super().load_parameters(read)
-        self._hand_out()
+            self._load_shared(read)
+        else:
+            super().load_parameters(read)

@@ -52,10 +52,13 @@ class CommonGradients(GradientBuffer):
         """Begin a step: every gradient is zero; so is the padding, to which nothing is ever written."""
         self._unset.update(segment.name for segment in self.layout.segments)
 
-    def terms(self, count: float, parameters_are_read: bool) -> Terms:
-        """Return all ranks' gradients of the shard, as they are from `reduce` until one of them writes again."""
+    def terms(self, count: float) -> Terms:
+        """Return all ranks' gradients of the shard, as they are from `reduce` until one of them writes again.
+
+        They are for parameters that all ranks read.
+        """
         terms = tuple(row[self._own] for row in self._rows.arrays)
-        return Terms(terms, count, self._comm.rank, parameters_are_read)
+        return Terms(terms, count, self._comm.rank, parameters_are_read=True)
 
 
 def common_gradients(

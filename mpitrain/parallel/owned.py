@@ -6,6 +6,7 @@ What methods share that divide optimizer state: where parameters lie, who owns w
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 from mpitrain._typing import Array
 from mpitrain.arrays import FlatBuffer, Layout, Shard
@@ -27,6 +28,7 @@ class OwnedParameters(Synchronous):
     """
 
     kind: Kind = "sharded"
+    reads_all: ClassVar[bool] = False
 
     params: GatheredParameters | ShardedParameters
     stage: int = 1
@@ -100,6 +102,4 @@ class OwnedParameters(Synchronous):
 
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""
-        self._owners.barrier()  # a rank may still predict with what is there now
-        super().load_parameters(read)
-        self._publish()
+        self._load_shared(read)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -77,6 +77,9 @@ class Synchronous(Method):
 
     kind: Kind = "replicated"
     """What the parts of a rank are to the others."""
+
+    reads_all: ClassVar[bool] = True
+    """Whether each rank asks for all tensors when it loads, also for those of which others update all."""
 
     grads: Gradients
     parts: tuple[Part, ...]
@@ -237,7 +240,7 @@ class Synchronous(Method):
     def _update(self, count: float) -> None:
         """Sum where that is left to do, divide, clip and update; in one pass where nothing is clipped."""
         if isinstance(self.grads, CommonGradients):
-            self._update_mean(self.parts[0], self.grads.terms(count, self._parameters_are_read))
+            self._update_mean(self.parts[0], self.grads.terms(count))
             return
         if in_place.sums_while_updating(self.optimizer, self.plan) and not is_cupy(self.parts[0].params):
             for part in self.parts:
@@ -298,7 +301,7 @@ class Synchronous(Method):
         if not isinstance(self.grads, CommonGradients):
             return self.parts
         (part,) = self.parts
-        return (replace(part, grads=self.grads.terms(1.0, self._parameters_are_read).sum()),)
+        return (replace(part, grads=self.grads.terms(1.0).sum()),)
 
     def _update_mean(self, part: Part, terms: Terms) -> None:
         number = self.updates + 1
@@ -381,7 +384,7 @@ class Synchronous(Method):
     def load(self, scalars: Mapping[str, Any], read: Read) -> None:
         """See `Method.load`."""
         for part in self.parts:
-            part.load_state(read)
+            part.load_state(read, self.reads_all)
         self.load_parameters(read)
         self.step, self.skipped = int(scalars["step"]), int(scalars.get("skipped", 0))
         if self._passes.scaler and "loss_scale" in scalars:
@@ -390,4 +393,14 @@ class Synchronous(Method):
     def load_parameters(self, read: Read) -> None:
         """See `Method.load_parameters`."""
         for part in self.parts:
-            part.load_parameters(read)
+            part.load_parameters(read, self.reads_all)
+
+    def _load_shared(self, read: Read) -> None:
+        """Load parameters that are written when no rank reads what is there now, for ``read`` or to predict."""
+        found = [replace(part, params=part.params.copy()) for part in self.parts]
+        for each in found:
+            each.load_parameters(read, self.reads_all)
+        self._owners.barrier()
+        for part, each in zip(self.parts, found, strict=True):
+            part.params[...] = each.params
+        self._hand_out()

@@ -16,7 +16,7 @@ import numpy as np
 
 from mpitrain import optim
 from mpitrain._errors import JobError
-from mpitrain.arrays import Batch, Key, device, plain
+from mpitrain.arrays import Batch, Key, device
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.codecs import make_codec
 from mpitrain.data import Batches
@@ -203,16 +203,13 @@ def _method(job: Job, axes: Axes, model: Model, facts: Facts, feed: Batches) -> 
         made = ReproducibleGradientParallel if section.kind == "gradient" else ReproducibleDataParallel
         return made(axes.data, lanes=job.lanes, microbatches=section.microbatches, precision=precision)
     options: dict[str, Any] = {"microbatches": section.microbatches, "bucket_bytes": section.bucket_bytes}
-    comm, options["precision"] = axes.data, precision
+    options |= {"precision": precision, "allocator": device if on_gpu else None}
     if section.kind == "gradient":
-        return GradientParallel(
-            comm, across=axes.tensor, stage=section.stage, allocator=device if on_gpu else None, **options
-        )
+        return GradientParallel(axes.data, across=axes.tensor, stage=section.stage, **options)
     options["codec"] = make_codec(section.codec.kind, **section.codec.arguments()) if section.codec else None
-    options["allocator"] = device if on_gpu else plain
     if section.average_every:
-        return ModelAveraging(comm, average_every=section.average_every, **options)
-    return DataParallel(comm, across=axes.tensor, **options)
+        return ModelAveraging(axes.data, average_every=section.average_every, **options)
+    return DataParallel(axes.data, across=axes.tensor, **options)
 
 
 def _precision(job: Job, facts: Facts, batch_size: int) -> Precision | None:

@@ -15,7 +15,7 @@ from feeds import UnevenFeed  # noqa: E402
 from mpitrain import Batch, DataParallel, GradientParallel, Key, Plan, nn, optim  # noqa: E402
 from mpitrain._errors import DataError, DtypeError, InputError, MismatchError  # noqa: E402
 from mpitrain.adapters import TorchLoss, TorchModel  # noqa: E402
-from mpitrain.arrays import FlatBuffer, GradientBuffer  # noqa: E402
+from mpitrain.arrays import FlatBuffer, GradientBuffer, plain  # noqa: E402
 from mpitrain.comm import LocalWorld  # noqa: E402
 
 METHODS = {
@@ -464,3 +464,39 @@ def test_a_reproducible_job_has_the_bits_of_one_rank(world, tmp_path, monkeypatc
     found = train_job(job, world, run_dir=folder / "run")
     (serial,) = LocalWorld(1).run(lambda comm: train_job(job, comm, run_dir=tmp_path / "serial"))
     assert found["weights_sha256"] == serial["weights_sha256"]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("make", [DataParallel, GradientParallel])
+def test_what_is_written_to_parameters_that_ranks_share_is_refused(world, make):
+    model, feed = TorchModel(seeded(mlp), "cross_entropy"), feed_of("mlp")
+    method, _, _ = trained(make, model, world, feed)
+    method.predict(feed.inputs)
+    with torch.no_grad():
+        model.module[0].weight.mul_(0.5)
+    if world.size > 1:
+        with pytest.raises(InputError, match=r"a parameter of the module was written to.*'0.weight'.*load_parameters"):
+            method.predict(feed.inputs)
+
+
+@pytest.mark.mpi
+def test_each_ranks_own_replica_may_be_written_to(world):
+    model, feed = TorchModel(seeded(mlp), "cross_entropy"), feed_of("mlp")
+    method, _, _ = trained(partial(DataParallel, allocator=plain), model, world, feed)
+    before = method.params.views["0.weight"].copy()
+    method.predict(feed.inputs)
+    with torch.no_grad():
+        model.module[0].weight.mul_(0.5)
+    method.predict(feed.inputs)
+    np.testing.assert_array_equal(method.params.views["0.weight"], before * 0.5)
+
+
+def test_parameters_may_lie_in_a_file_that_is_only_read(tmp_path):
+    model, inputs = TorchModel(seeded(mlp), "cross_entropy"), feed_of("mlp").inputs
+    params = FlatBuffer(model.layout)
+    model.initialise(params, Key(0))
+    np.save(tmp_path / "flat.npy", params.flat)
+    read = FlatBuffer(model.layout, lambda *_: np.load(tmp_path / "flat.npy", mmap_mode="r"))
+    with pytest.warns(UserWarning, match="not writable"):
+        found = model.predict(read, inputs)
+    np.testing.assert_array_equal(found, model.predict(params, inputs))

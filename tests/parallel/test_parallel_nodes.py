@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from parallel_cases import METHODS, Make, RowsFeed, by_label, cnn, plan, random_
 from parallel_reference import assert_close
 
 from mpitrain import nn
+from mpitrain._errors import CheckpointError
+from mpitrain.arrays import plain
 from mpitrain.comm import Communicator
 from mpitrain.data import Dataset
 from mpitrain.nn import Network
@@ -112,6 +116,71 @@ def test_no_rank_loads_parameters_while_another_reads_the_old_ones(world: Commun
     method.load_parameters(others.__getitem__)
     same_on_all(world, seen)
     assert seen != method.params.sha256()
+
+
+def test_what_is_loaded_is_read_before_anything_is_written(world: Communicator) -> None:
+    """Also where it follows from what is there: all ranks write when the last has read."""
+    method = DataParallel(world)
+    method.setup(cnn(), make_optimizer("adam"), plan(1))
+    views = method.params.views
+    expected = {name: view / np.linalg.norm(view) if view.any() else view.copy() for name, view in views.items()}
+
+    def normalised(name: str) -> np.ndarray:
+        if world.rank == 0:
+            time.sleep(0.005)
+        view = views[name.removeprefix("params/")]
+        return view / np.linalg.norm(view) if view.any() else view.copy()
+
+    method.load_parameters(normalised)
+    for name, view in method.params.views.items():
+        np.testing.assert_array_equal(view, expected[name])
+
+
+def test_data_parallel_ranks_ask_for_all_tensors_in_one_order(world: Communicator) -> None:
+    """So that one of them may read, and tell the others."""
+    method = DataParallel(world)
+    method.setup(cnn(), make_optimizer("adam"), plan(1))
+    method.advance(RowsFeed(owner=by_label), until=1)
+    saved = {f"params/{name}": view + 1 for name, view in method.params.views.items()}
+    saved |= {name.replace("params", f"optimizer.{slot}"): 2 * array for name, array in saved.items() for slot in "mv"}
+    method.load(
+        {"step": 1}, lambda name: world.broadcast(saved[name] if world.rank == 0 else np.empty_like(saved[name]))
+    )
+    held = [piece for rank in world.allgather_object(method.state().pieces) for piece in rank]
+    assert {piece.name for piece in held} == saved.keys()
+    for piece in held:
+        start, stop = piece.span
+        np.testing.assert_array_equal(piece.array, saved[piece.name].reshape(-1)[start:stop])
+
+
+def test_a_tensor_that_does_not_fit_is_refused_by_all_data_parallel_ranks(world: Communicator) -> None:
+    method = DataParallel(world)
+    method.setup(cnn(), make_optimizer("adam"), plan(1))
+    before, *_, last = method.weights_sha256(), *method.params.views
+    tensors = {f"params/{name}": np.zeros_like(view) for name, view in method.params.views.items()}
+    tensors[f"params/{last}"] = np.zeros(1)
+    with pytest.raises(CheckpointError, match=rf"{last}'.*wrong shape"):
+        method.load_parameters(tensors.__getitem__)
+    assert method.weights_sha256() == before
+
+
+def test_copies_of_what_ranks_share_are_their_owners(world: Communicator) -> None:
+    method = DataParallel(world)
+    method.setup(cnn(), make_optimizer("adam"), plan(1))
+    for made in (copy.deepcopy(method.params), pickle.loads(pickle.dumps(method.params))):
+        assert made.sha256() == method.params.sha256()
+        made.flat[...] = 0
+        assert not any(view.any() for view in made.views.values())
+        assert made.sha256() != method.params.sha256()
+
+
+def test_with_an_allocator_each_rank_has_a_replica(world: Communicator) -> None:
+    method = DataParallel(world, allocator=plain)
+    method.setup(cnn(), make_optimizer("adam"), plan(1))
+    method.params.flat[0] = world.rank
+    world.barrier()
+    assert method.params.flat[0] == world.rank
+    assert {piece.kind for piece in method.state().pieces} == {"replicated"}
 
 
 def test_in_stage_3_a_node_has_the_passages_once_and_all_ranks_the_shards(comm: Communicator) -> None:

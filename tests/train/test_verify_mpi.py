@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,9 @@ def first_difference(world: Communicator, path: Path, method: str) -> Difference
 def test_a_rank_that_leaves_out_the_others_gradients_is_found(world, tmp_path, monkeypatch, method):
     whole = CommonGradients.terms
 
-    def own(self: CommonGradients, count: float, parameters_are_read: bool) -> Terms:
-        found = whole(self, count, parameters_are_read)
-        return Terms((found.arrays[found.own],), count, 0, parameters_are_read)
+    def own(self: CommonGradients, count: float) -> Terms:
+        found = whole(self, count)
+        return replace(found, arrays=(found.arrays[found.own],), own=0)
 
     # written once: a rank may be behind, and still read its files
     path = world.broadcast_object(write_job(tmp_path) if world.rank == 0 else None)

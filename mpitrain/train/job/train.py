@@ -47,11 +47,11 @@ class MethodSection(Section):
 
     kind: Literal["data_parallel", "gradient", "pipeline"] = Field(
         "data_parallel",
-        description="`data_parallel`: each rank holds the model and computes a share of each batch. `gradient`: the "
-        "same steps, with optimizer state, from stage 2 on gradients, and in stage 3 parameters, divided among the "
-        "ranks. `pipeline`: each rank holds some of the layers, through which microbatches flow; so it is where "
-        "`mesh.pipe` is more than 1, with `data_parallel`, and with `gradient`, which divides each stage's optimizer "
-        "state over `mesh.data`.",
+        description="`data_parallel`: each rank computes a share of each batch by a replica of the model, its own or "
+        "its node's. `gradient`: the same steps, with optimizer state, from stage 2 on gradients, and in stage 3 "
+        "parameters, divided among the ranks. `pipeline`: each rank holds some of the layers, through which "
+        "microbatches flow; so it is where `mesh.pipe` is more than 1, with `data_parallel`, and with `gradient`, "
+        "which divides each stage's optimizer state over `mesh.data`.",
     )
     stage: int = Field(
         1,
