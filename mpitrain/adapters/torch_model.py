@@ -250,7 +250,7 @@ class TorchModel(Model):
             if self._parameters[name]._version != version:
                 raise InputError(
                     "a parameter of the module was written to, which is one for all ranks of the node",
-                    operation="TorchModel", got=name,
+                    operation="TorchModel", got=repr(name),
                     remedy="set it by the method's load_parameters(read) on all ranks, or give DataParallel an "
                     "allocator, e.g. mpitrain.arrays.plain: then each rank has its own",
                 )  # fmt: skip

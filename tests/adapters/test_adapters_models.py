@@ -469,7 +469,7 @@ def test_a_reproducible_job_has_the_bits_of_one_rank(world, tmp_path, monkeypatc
 @pytest.mark.mpi
 @pytest.mark.parametrize("make", [DataParallel, GradientParallel])
 def test_what_is_written_to_parameters_that_ranks_share_is_refused(world, make):
-    model, feed = TorchModel(seeded(mlp), "cross_entropy"), feed_of("mlp")
+    model, feed = TorchModel(seeded(mlp), nn.CrossEntropy()), feed_of("mlp")
     method, _, _ = trained(make, model, world, feed)
     method.predict(feed.inputs)
     with torch.no_grad():
@@ -481,7 +481,7 @@ def test_what_is_written_to_parameters_that_ranks_share_is_refused(world, make):
 
 @pytest.mark.mpi
 def test_each_ranks_own_replica_may_be_written_to(world):
-    model, feed = TorchModel(seeded(mlp), "cross_entropy"), feed_of("mlp")
+    model, feed = TorchModel(seeded(mlp), nn.CrossEntropy()), feed_of("mlp")
     method, _, _ = trained(partial(DataParallel, allocator=plain), model, world, feed)
     before = method.params.views["0.weight"].copy()
     method.predict(feed.inputs)
@@ -492,7 +492,7 @@ def test_each_ranks_own_replica_may_be_written_to(world):
 
 
 def test_parameters_may_lie_in_a_file_that_is_only_read(tmp_path):
-    model, inputs = TorchModel(seeded(mlp), "cross_entropy"), feed_of("mlp").inputs
+    model, inputs = TorchModel(seeded(mlp), nn.CrossEntropy()), feed_of("mlp").inputs
     params = FlatBuffer(model.layout)
     model.initialise(params, Key(0))
     np.save(tmp_path / "flat.npy", params.flat)
