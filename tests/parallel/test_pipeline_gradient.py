@@ -335,7 +335,8 @@ def check_memory(comm: Communicator) -> None:
 
 def is_common(method: GradientPipelineParallel) -> bool:
     """Tell whether what one of a stage's ranks writes to its parameters, the others read."""
-    flat, group = method.params.flat, method.data
+    flat, group = method.params.flat.view(), method.data
+    flat.flags.writeable = True  # what is shared is not to be written to
     before = flat[0]
     group.barrier()
     if group.rank == 0:
