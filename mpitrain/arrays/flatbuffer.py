@@ -72,6 +72,10 @@ class FlatBuffer:
         self.views = views(layout, self.flat)
         self.tree = nest(self.views)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy, or pickle, layout and values: a plain buffer, whose tensors are views of its own memory."""
+        return _copied, (self.layout, self.flat)
+
     @property
     def xp(self) -> Any:
         """The library of the arrays: ``numpy`` or ``cupy``."""
@@ -94,6 +98,10 @@ class FlatBuffer:
     def sha256(self) -> str:
         """Return a hash of the values of all tensors, in the order of their names; padding does not count."""
         return sha256(self.views[name] for name in sorted(segment.name for segment in self.layout))
+
+
+def _copied(layout: Layout, values: Array) -> FlatBuffer:
+    return FlatBuffer(layout, lambda *_: values.copy())
 
 
 def sha256(arrays: Iterable[Array]) -> str:
