@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collectives
 import numpy as np
+import training
 from collectives_tables import Row, goals, left_to_the_library, rows, table
 
 from mpitrain.comm.bench.results import Launch, Measurement, Quantiles, Report, Rivalry
@@ -23,6 +24,13 @@ def test_the_page_of_the_collectives_shows_what_was_measured() -> None:
     assert head.startswith("# ")
     assert shown.strip() == collectives.page().strip(), "run python tests/collectives.py page"
     assert shown.count("## ") == len(list(collectives.FOLDER.rglob("*.json")))
+
+
+def test_the_page_of_training_steps_shows_what_was_measured() -> None:
+    head, _, shown = training.PAGE.read_text().partition(training.MARKER)
+    assert head.startswith("# ")
+    assert shown.strip() == training.page().strip(), "run python tests/training.py page"
+    assert shown.count("## All models: ") == len(list(training.FOLDER.glob("*.json"))) > 0
 
 
 def test_rows_have_the_best_of_all_rivals() -> None:
