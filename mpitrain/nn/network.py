@@ -179,7 +179,7 @@ class Network(MixedModel):
         if inputs.dtype.kind not in "fiub":
             raise DataError("network: the inputs are not numbers", got=inputs.dtype, expected="floats or integers")
         dtype = inputs.dtype if self.layer.takes_indices else params.layout.dtype
-        found: Array = xp.ascontiguousarray(inputs, dtype=dtype)
+        found: Array = xp.ascontiguousarray(xp.asarray(inputs), dtype=dtype)
         return found
 
 

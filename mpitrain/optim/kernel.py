@@ -69,7 +69,7 @@ def spares_lines() -> bool:
 def _loop(name: str, arguments: str, written: tuple[Array, ...], terms: Terms) -> Loop | None:
     """Return a loop for arrays that it may write to."""
     found = LIBRARY.loop_over(name, arguments, *written, *terms.arrays)
-    return found if all(each.flags.writeable for each in written) else None
+    return found if found is not None and all(each.flags.writeable for each in written) else None
 
 
 def _sources(terms: Terms) -> _Sources:

@@ -18,24 +18,6 @@ from mpitrain.parallel import DataParallel
 STEPS = 5
 
 
-@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
-def xp(request):
-    """The array library, NumPy or CuPy."""
-    if request.param == "numpy":
-        return np
-    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"no GPU: {error}")
-    return cupy
-
-
-@pytest.fixture
-def allocator(xp):
-    return plain if xp is np else device
-
-
 def test_random_bits_are_the_same(xp):
     key = Key(7, "here", 3)
     assert np.array_equal(to_host(key.bits(xp.arange(9), (1, 11))), key.bits(np.arange(9), (1, 11)))

@@ -26,19 +26,6 @@ STEPS = 6
 EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
-@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
-def xp(request):
-    """The array library, NumPy or CuPy."""
-    if request.param == "numpy":
-        return np
-    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"no GPU: {error}")
-    return cupy
-
-
 @pytest.fixture(params=EPS)
 def precision(request, xp):
     """A precision for this library; where it lacks bfloat16, the test is skipped."""
@@ -49,11 +36,6 @@ def precision(request, xp):
     except DtypeError as error:
         pytest.skip(str(error))
     return made
-
-
-@pytest.fixture
-def allocator(xp):
-    return plain if xp is np else device
 
 
 def test_products_are_summed_in_float32(xp, precision):
