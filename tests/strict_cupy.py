@@ -75,6 +75,13 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801  # as CuPy calls it
     def data(self) -> Any:
         return SimpleNamespace(ptr=self._host.__array_interface__["data"][0])
 
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape, "typestr": self.dtype.str, "data": (self.data.ptr, False), "version": 3,
+            "strides": None if self.flags.c_contiguous else self.strides, "stream": 1,
+        }  # fmt: skip
+
     def get(self) -> np.ndarray:
         return self._host.copy()
 
