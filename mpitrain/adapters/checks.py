@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpitrain._errors import DataError
+from mpitrain._errors import DataError, InputError
+from mpitrain._typing import Array
+from mpitrain.arrays import is_cupy
 
 
 def array(model: str, inputs: Any) -> None:
@@ -19,4 +21,19 @@ def array(model: str, inputs: Any) -> None:
         raise DataError(
             "the inputs are no array", operation=model, got=type(inputs).__name__, expected="an array of shape (n, …)",
             remedy="convert them with numpy.asarray",
+        )  # fmt: skip
+
+
+def on_host(model: str, parameters: Array) -> None:
+    """Require that a model's parameters lie in host memory; ``model`` is who says so.
+
+    Raises
+    ------
+    InputError
+        They lie on a GPU.
+    """
+    if is_cupy(parameters):
+        raise InputError(
+            "such a model is trained on the CPU", operation=model, got="parameters in a GPU's memory",
+            expected="host memory", remedy='set device = "cpu", or give the method no allocator',
         )  # fmt: skip

@@ -94,6 +94,7 @@ class JaxModel(Model):
                 "the first values were let go when the model was trained fully sharded", operation="JaxModel",
                 remedy="make the model again",
             )  # fmt: skip
+        checks.on_host("JaxModel", params.flat)
         for segment in params.layout.segments:
             params.views[segment.name][...] = self._initial[segment.name]
 

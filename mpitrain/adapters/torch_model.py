@@ -108,6 +108,7 @@ class TorchModel(Model):
                 "the module's first values were let go when it was trained fully sharded", operation="TorchModel",
                 remedy="build the module again",
             )  # fmt: skip
+        checks.on_host("TorchModel", params.flat)
         for segment in params.layout.segments:
             params.views[segment.name][...] = self._initial[segment.name].numpy()
 
@@ -233,8 +234,7 @@ class TorchModel(Model):
         if params.flat is self._bound:
             self._check_unwritten()
             return
-        if not isinstance(params.flat, np.ndarray):
-            raise InputError("a PyTorch module is trained on the CPU", operation="TorchModel", remedy='device = "cpu"')
+        checks.on_host("TorchModel", params.flat)
         for name, parameter in self._parameters.items():
             parameter.data = _tensor(params.views[name])
         for path, layer in self._statistics.items():
