@@ -102,14 +102,14 @@ class BatchNorm(Layer):
         sums[:-1] = column_sums(x, call)
         sums[-1] = prod(x.shape[:-1])
         sums = call.summed(sums)
-        count = max(float(sums[-1]), 1.0)
+        count = call.xp.maximum(sums[-1], 1.0)  # stays where it is: to fetch it would be to wait for a GPU
         mean = sums[:-1] / count
         call.xp.subtract(x, mean.astype(x.dtype), out=centred)
         squares = call.take(x.shape, x.dtype)
         call.xp.multiply(centred, centred, out=squares)
         total = call.summed(column_sums(squares, call).astype(np.float64))
         call.give(squares)
-        context["count"], context["mean"], context["unbiased"] = count, mean, total / max(count - 1.0, 1.0)
+        context["count"], context["mean"], context["unbiased"] = count, mean, total / call.xp.maximum(count - 1.0, 1.0)
         variance: Array = total / count
         return variance
 
