@@ -17,6 +17,7 @@ import numpy as np
 from mpitrain import optim
 from mpitrain._errors import JobError
 from mpitrain.arrays import Batch, Key, device
+from mpitrain.arrays.gpus import use_gpu
 from mpitrain.comm import Communicator, ProcessMesh
 from mpitrain.comm.codecs import make_codec
 from mpitrain.data import Batches
@@ -98,12 +99,15 @@ def assemble(job: Job, comm: Communicator, optimizer: optim.Optimizer | None = N
     MismatchError
         Ranks have read different rows or weights: a file differs between nodes, or ``data.build`` draws at random.
     MpitrainError
-        The job and its data do not fit together.
+        The job and its data do not fit together; or it is for a GPU, and there is none.
 
     Notes
     -----
-    Collective: all ranks must have read the same data, and the method verifies that they hold the same parameters.
+    Collective: all ranks must have read the same data, and the method verifies that they hold the same parameters.  Of
+    the GPUs that the ranks of a node see, they take one each in turn.
     """
+    if job.device == "gpu":
+        use_gpu(comm.node.rank)
     samples = load_samples(job)
     check_same(comm, _read(samples.facts), "ranks have read different data", "data")
     feed, axes = global_batches(job, samples), axes_of(job, comm)
