@@ -1,4 +1,4 @@
-"""Stands for CuPy's mathematics where there is no GPU: NumPy's, over arrays that mix with NumPy's no more than CuPy's do.
+"""Stands for CuPy's mathematics where there is no GPU: NumPy's, over arrays that are kept apart from NumPy's own.
 
 A NumPy array among the arguments of a function, an operator or an assignment is a TypeError; only `asarray` and `array`
 take one.  Items and reductions are arrays without axes, not scalars.  Names and keywords that CuPy 14 lacks are lacking
@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-_LACKING = frozenset(
-    "block busday_count einsum_path errstate frompyfunc geomspace geterr histogram_bin_edges insert isnat matvec memmap "
-    "nanpercentile nanquantile ndenumerate nditer polyder polydiv polyint seterr spacing unstack vecdot vecmat".split()
-)
-_LACKING_METHODS = frozenset("ctypes getfield resize setfield setflags to_device".split())
-_KEYWORDS = frozenset("device extobj initial like mode order signature subok where".split())
+_LACKING = frozenset((
+    "block", "busday_count", "einsum_path", "errstate", "frompyfunc", "geomspace", "geterr", "histogram_bin_edges",
+    "insert", "isnat", "matvec", "memmap", "nanpercentile", "nanquantile", "ndenumerate", "nditer", "polyder",
+    "polydiv", "polyint", "seterr", "spacing", "unstack", "vecdot", "vecmat",
+))  # fmt: skip
+"""Of NumPy's functions, as CuPy 14.2 has no such names."""
+_LACKING_METHODS = frozenset(["ctypes", "getfield", "resize", "setfield", "setflags", "to_device"])
+_KEYWORDS = frozenset(["device", "extobj", "initial", "like", "mode", "order", "signature", "subok", "where"])
 """Of NumPy's, which CuPy's functions and methods lack, but for these."""
 
 _WITH_KEYWORDS = {"array": "order", "asarray": "order", "copy": "order", "copyto": "where", "pad": "mode"}
@@ -123,6 +125,14 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801  # as CuPy calls it
         return repr(self._host)
 
 
+class Shown:
+    """Memory of an object that NumPy looks at: its arrays keep the object alive."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.__array_interface__ = {**owner.__cuda_array_interface__, "version": 3}
+
+
 def _host_of(x: Any, what: str) -> Any:
     """Return arguments as NumPy takes them."""
     if isinstance(x, ndarray):
@@ -137,7 +147,9 @@ def _host_of(x: Any, what: str) -> Any:
 def _wrapped(x: Any) -> Any:
     if isinstance(x, np.ndarray | np.generic):
         return ndarray(np.asarray(x))
-    return type(x)(map(_wrapped, x)) if type(x) in (tuple, list) else x
+    if isinstance(x, tuple | list):
+        return [*map(_wrapped, x)] if isinstance(x, list) else tuple(map(_wrapped, x))
+    return x
 
 
 def _run(name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -267,8 +279,10 @@ class Cupy(ModuleType):
 
     @staticmethod
     def asarray(x: Any, dtype: Any = None) -> ndarray:
-        """Copy from the host; leave alone what is on the device."""
+        """Copy from the host; leave alone what is on the device, and look at memory that another object shows."""
         same = isinstance(x, ndarray) and (dtype is None or x.dtype == dtype)
+        if not isinstance(x, ndarray) and hasattr(x, "__cuda_array_interface__"):
+            return ndarray(np.asarray(Shown(x)))
         return x if same else Cupy.array(x, dtype)
 
     @staticmethod
@@ -295,6 +309,7 @@ def module() -> Any:
     found.__version__ = "14.0.0"
     as_strided = partial(_run, "as_strided", np.lib.stride_tricks.as_strided)
     found.lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=as_strided))
+    found.linalg = SimpleNamespace(qr=partial(_run, "qr", np.linalg.qr))
     default = Stream(null=True)
     runtime = SimpleNamespace(
         memcpyAsync=lambda to, of, nbytes, kind, stream: ctypes.memmove(to, of, nbytes),

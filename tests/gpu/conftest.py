@@ -13,6 +13,8 @@ import strict_cupy
 from mpitrain.arrays import device, plain
 from mpitrain.arrays.devices import cuda
 
+_CUPY = pytest.param("cupy", marks=pytest.mark.gpu)
+
 
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
@@ -23,19 +25,27 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     cuda._bfloat16.cache_clear()
 
 
-@pytest.fixture(params=["numpy", "strict", pytest.param("cupy", marks=pytest.mark.gpu)])
+@pytest.fixture
+def cupy() -> Any:
+    """CuPy, where there is a GPU."""
+    found = pytest.importorskip("cupy", reason="CuPy is not installed")
+    try:
+        found.cuda.runtime.getDeviceCount()
+    except found.cuda.runtime.CUDARuntimeError as error:
+        pytest.skip(f"no GPU: {error}")
+    return found
+
+
+@pytest.fixture(params=["strict", _CUPY])
+def gpu(request: pytest.FixtureRequest) -> Any:
+    """A library for arrays on a GPU."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["numpy", "strict", _CUPY])
 def xp(request: pytest.FixtureRequest) -> Any:
     """The array library."""
-    if request.param == "numpy":
-        return np
-    if request.param == "strict":
-        return request.getfixturevalue("strict")
-    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"no GPU: {error}")
-    return cupy
+    return np if request.param == "numpy" else request.getfixturevalue(request.param)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpitrain import data, nn, optim
-from mpitrain.arrays import Batch, FlatBuffer, Key, device, is_cupy, plain, to_host
+from mpitrain.arrays import Batch, FlatBuffer, Key, is_cupy, plain, to_host
 from mpitrain.comm import LocalWorld
 from mpitrain.method import Plan
 from mpitrain.nn import CrossEntropy, Network

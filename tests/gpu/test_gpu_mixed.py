@@ -14,7 +14,7 @@ pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
 
 from mpitrain import data, nn, optim
 from mpitrain._errors import DtypeError
-from mpitrain.arrays import Batch, FlatBuffer, Key, device, is_cupy, plain, to_host
+from mpitrain.arrays import Batch, FlatBuffer, Key, is_cupy, plain, to_host
 from mpitrain.arrays.products import half_products
 from mpitrain.comm import LocalWorld
 from mpitrain.data.windows import windows
@@ -102,7 +102,7 @@ PIPELINES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["mlp", "gpt"])
+@pytest.mark.parametrize("kind", ["mlp", pytest.param("gpt", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES.keys())
 def test_a_pipeline_sends_16_bits_and_skips_the_same_steps(xp, allocator, precision, make, kind):
     samples = data.load("digits")
