@@ -41,11 +41,18 @@ class Flags:
 
 
 class ndarray(NDArrayOperatorsMixin):  # noqa: N801  # as CuPy calls it
-    """An array of the device, whose values lie in a NumPy array that nobody else sees."""
+    """An array of the device, whose values lie in a NumPy array that nobody else sees.
+
+    Attributes
+    ----------
+    fetched : int
+        How often values of any array were asked for, for which the host waits.
+    """
 
     __module__ = "cupy"
     __imatmul__ = None  # type: ignore[assignment]
     __hash__ = None  # type: ignore[assignment]
+    fetched = 0
 
     def __init__(self, host: np.ndarray) -> None:
         self._host = host
@@ -85,13 +92,14 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801  # as CuPy calls it
         }  # fmt: skip
 
     def get(self) -> np.ndarray:
+        ndarray.fetched += 1
         return self._host.copy()
 
     def item(self, *where: int) -> Any:
-        return self._host.item(*where)
+        return self.get().item(*where)
 
     def tolist(self) -> Any:
-        return self._host.tolist()
+        return self.get().tolist()
 
     def __getitem__(self, where: Any) -> ndarray:
         where = _host_of(where, "an index")
@@ -113,13 +121,13 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801  # as CuPy calls it
         return len(self._host)
 
     def __float__(self) -> float:
-        return float(self._host)
+        return float(self.get())
 
     def __int__(self) -> int:
-        return int(self._host)
+        return int(self.get())
 
     def __bool__(self) -> bool:
-        return bool(self._host)
+        return bool(self.get())
 
     def __repr__(self) -> str:
         return repr(self._host)

@@ -177,6 +177,26 @@ def test_ranks_of_a_node_take_one_gpu_each(strict, monkeypatch, tmp_path):
     assert sorted(used[:3]) == [0, 0, 1]
 
 
+@pytest.mark.parametrize("name", ["adam", "lamb"])
+def test_a_step_fetches_no_more_values_from_a_larger_model(strict, name):
+    def fetched(layers):
+        def run(comm):
+            method = DataParallel(comm, allocator=device)
+            layer = nn.MODELS["mlp"](64, 10, hidden=[8] * layers, batch_norm=True, dropout=0.1)
+            plan = Plan(Key(0), optim.Constant(lr=1e-3), 4, clip_norm=1e-3, clip_value=1.0)
+            method.setup(Network(layer, CrossEntropy()), optim.make_optimizer(name), plan)
+            feed, found = data.Batches(data.load("digits"), 32, seed=0), []
+            for step in (1, 2, 4):
+                method.advance(feed, step)
+                found.append(strict.ndarray.fetched)
+            assert found[2] - found[1] == 2 * (found[1] - found[0])
+            return found[1] - found[0]
+
+        return LocalWorld(1).run(run)[0]
+
+    assert fetched(1) == fetched(4) <= 6
+
+
 def test_the_stand_in_is_as_strict_as_cupy(strict):
     values = strict.arange(3.0)
     for mix in (
