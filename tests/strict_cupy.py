@@ -182,7 +182,8 @@ def _run_ufunc(ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> An
         (out,) = out
         options["out"] = out
     where = {} if options.get("where") is None else {"where": _host_of(options.pop("where"), "where")}
-    function = getattr(ufunc, method) if ufunc is not np.matmul else _matmul
+    function = {(np.matmul, "__call__"): _matmul, (np.add, "reduceat"): _add_reduceat}.get((ufunc, method))
+    function = function or getattr(ufunc, method)
     return _run(ufunc.__name__, partial(function, **where), *inputs, **options)
 
 
@@ -197,6 +198,14 @@ def _matmul(left: np.ndarray, right: np.ndarray, out: np.ndarray | None = None) 
         return found
     out[...] = found
     return out
+
+
+def _add_reduceat(x: np.ndarray, indices: np.ndarray, axis: int = 0, dtype: Any = None) -> np.ndarray:
+    """Take differences of running sums, with their rounding, as CuPy does."""
+    sums = np.concatenate([np.zeros_like(x, dtype, shape=(1, *x.shape[1:])), x.cumsum(axis=axis, dtype=dtype)])
+    assert axis == 0, "not needed so far"
+    assert (np.diff(indices) > 0).all(), "not needed so far"
+    return sums[np.append(indices[1:], len(x))] - sums[indices]
 
 
 class Ufunc:

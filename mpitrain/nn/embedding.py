@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from mpitrain._errors import DataError
 from mpitrain._typing import Array, Tree
 from mpitrain.arrays import Group, is_cupy
@@ -94,7 +96,8 @@ def add_rows(table: Array, numbers: Array, values: Array, call: Call) -> None:
     starts = xp.flatnonzero(starts_run)
     rows = call.take(values.shape, values.dtype)
     gather_rows(values, order, rows)
-    table[ordered[starts]] += xp.add.reduceat(rows, starts, axis=0, dtype=accumulator(rows.dtype))
+    wide = np.float64 if is_cupy(rows) else accumulator(rows.dtype)  # CuPy takes differences of running sums
+    table[ordered[starts]] += xp.add.reduceat(rows, starts, axis=0, dtype=wide)
     call.give(rows)
 
 

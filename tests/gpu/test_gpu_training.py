@@ -142,6 +142,18 @@ def test_what_is_not_finite_is_found(gpu, make):
         LocalWorld(2).run(run)
 
 
+def test_the_gradient_of_an_embedding_keeps_its_digits(gpu):
+    layer, rng = nn.Embedding(50, 3), np.random.default_rng(0)
+    numbers, dy = rng.integers(0, 50, (64, 128)), 1 + rng.random((64, 128, 3), np.float32)
+    expected = np.zeros((50, 3))
+    np.add.at(expected, numbers, dy)
+    params, grads = {"weight": gpu.zeros((50, 3), np.float32)}, {"weight": gpu.zeros((50, 3), np.float32)}
+    call = nn.Call(gpu)
+    _, context = layer.forward(params, gpu.asarray(numbers), call)
+    layer.backward_weight(grads, context, gpu.asarray(dy), call)
+    np.testing.assert_allclose(to_host(grads["weight"]), expected, rtol=1e-6)
+
+
 WRONG = {
     "label": (CrossEntropy(), np.array([0, 5, 1]), "position 1 is out of range; got 5"),
     "target": (BinaryCrossEntropy(), np.array([[0, 1, 3]] * 3), r"position \(0, 2\) is wrong; got .*3"),
