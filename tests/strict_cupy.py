@@ -1,8 +1,9 @@
 """Stands for CuPy's mathematics where there is no GPU: NumPy's, over arrays that are kept apart from NumPy's own.
 
 A NumPy array among the arguments of a function, an operator or an assignment is a TypeError; only `asarray` and `array`
-take one.  Items and reductions are arrays without axes, not scalars.  Names and keywords that CuPy 14 lacks are lacking
-here.  All work is done at once; `standin_cupy` stands for the order of work on streams instead.
+take one.  So is one as an index, which CuPy would copy to the device without a word.  Items and reductions are arrays
+without axes, not scalars.  Names and keywords that CuPy 14 lacks are lacking here.  All work is done at once;
+`standin_cupy` stands for the order of work on streams instead.
 """
 
 from __future__ import annotations
