@@ -6,6 +6,9 @@ will write is poison (all bits set: NaN, or −1), on the device and in page-loc
 read only when it takes effect.  So a missing wait shows: the host reads poison, a stream reads what another one has not
 written yet, or the host writes over what a copy still needs.  Streams never wait for each other by themselves.
 
+What one process shares with others is real shared memory, and what it does there takes effect some milliseconds later
+at the earliest, unless it waits for that itself.
+
 Memory that nobody has any more is handed out again on the stream that it was made on, while work anywhere may
 still use it.  It has addresses that MPI can use, through ``__cuda_array_interface__`` as with CuPy's arrays.
 """
@@ -14,10 +17,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import mmap
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +36,10 @@ _STREAMS: dict[int, Stream] = {}
 _KEPT: list[np.ndarray] = []
 _POOLS: dict[tuple[Stream, int], list[np.ndarray]] = {}
 _PINNED: list[np.ndarray] = []
+_SHARED: WeakValueDictionary[int, Shared] = WeakValueDictionary()  # by address
+_OPENED: dict[int, Shared] = {}
+_EVENTS: dict[int, Event | PeerEvent] = {}
+_LATE_S = 2e-3
 
 
 class Work:
@@ -51,12 +62,116 @@ class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
         self.stream: Stream | None = None
         self.position = 0
+        self.ptr = next(_NUMBERS)
+        self.clock = Clock(Shared(16)) if interprocess else None
+        if interprocess:
+            _EVENTS[self.ptr] = self
 
     def synchronize(self) -> None:
         assert self.stream is not None, "the event was never recorded"
         self.stream._run_to(self.position)
 
     run = synchronize  # as an item of another stream, which waits
+
+
+class Shared:
+    """Memory that other processes can map, of this process or of another one."""
+
+    def __init__(self, nbytes: int, name: bytes | None = None) -> None:
+        if name is None:
+            self.fd = os.memfd_create("standin")
+            os.ftruncate(self.fd, nbytes)
+            self.name = f"{os.getpid()} {self.fd} {nbytes}".encode().ljust(64)
+        else:
+            pid, fd, size = map(int, name.split())
+            if pid == os.getpid():
+                raise CUDARuntimeError("cudaErrorInvalidDevice: it is this process's own")
+            self.fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
+            self.name, nbytes = name, size
+        self.memory = np.frombuffer(mmap.mmap(self.fd, nbytes), np.uint8)
+        self.ptr = self.memory.__array_interface__["data"][0]
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Memory(Shared):
+    """Memory of the device apart from the pool; freeing it spoils it for whoever still reads it."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(nbytes)
+        _poison(self.memory)
+        _SHARED[self.ptr] = self
+
+    def __del__(self) -> None:
+        _poison(self.memory)
+        super().__del__()
+
+
+class Clock:
+    """How often an event was recorded, and how often a stream came there, for all processes."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared, self.counts = shared, shared.memory.view(np.int64)
+
+    def record(self, stream: Stream) -> None:
+        self.counts[0] += 1
+        stream._items.append(Tick(self, int(self.counts[0])))
+        late = threading.Timer(_LATE_S, stream._run_to, (len(stream._items),))
+        late.daemon = True
+        late.start()
+
+
+class Tick:
+    """A stream comes to an event that other processes wait for."""
+
+    def __init__(self, clock: Clock, number: int) -> None:
+        self.clock, self.number = clock, number
+
+    def run(self) -> None:
+        self.clock.counts[1] = self.number
+
+    def touches(self, memory: np.ndarray) -> bool:
+        return False
+
+
+class PeerEvent:
+    """An event of another process."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+
+class Wait(Tick):
+    """A stream waits for the event of another process."""
+
+    def run(self) -> None:
+        while self.clock.counts[1] < self.number:
+            time.sleep(1e-5)
+
+
+def ipc_open_mem_handle(name: bytes, flags: int) -> int:
+    opened = Shared(0, name)
+    _SHARED[opened.ptr] = _OPENED[opened.ptr] = opened
+    return opened.ptr
+
+
+def ipc_open_event_handle(name: bytes) -> int:
+    number = next(_NUMBERS)
+    _EVENTS[number] = PeerEvent(Clock(Shared(0, name)))
+    return number
+
+
+def event_record(event: int, stream: int) -> None:
+    clock = _EVENTS[event].clock
+    assert clock is not None
+    clock.record(external_stream(stream))
+
+
+def stream_wait_event(stream: int, event: int, flags: int = 0) -> None:
+    clock = _EVENTS[event].clock
+    assert clock is not None
+    external_stream(stream)._items.append(Wait(clock, int(clock.counts[0])))
 
 
 class Stream:
@@ -68,6 +183,10 @@ class Stream:
         self._done = 0
         self._outer: list[Stream] = []
         _STREAMS[self.ptr] = self
+
+    @staticmethod
+    def from_external(other: Any) -> Stream:
+        return external_stream(other.__cuda_stream__()[1])
 
     def record(self, event: Event | None = None) -> Event:
         event = event or Event()
@@ -93,6 +212,8 @@ class Stream:
         with _LOCK:
             if any(work.touches(out) for work in self._pending()):
                 self.synchronize()
+            if any(np.may_share_memory(each.memory, out) for each in _SHARED.values()):
+                self.synchronize()  # others may read there what this stream is behind
             own = [each.copy() if np.may_share_memory(each, out) else each for each in reads]
             _poison(out)
             self._items.append(Work(kernel, out, own))
@@ -150,7 +271,10 @@ class ndarray:  # noqa: N801  # as CuPy calls it
 
     __array_ufunc__ = None  # NumPy must not look inside
 
-    def __init__(self, memory: np.ndarray, owner: object = None) -> None:
+    def __init__(self, memory: np.ndarray | tuple[int], owner: object = None, memptr: Shared | None = None) -> None:
+        if memptr is not None:  # as CuPy has it: shape, dtype, memory
+            memory, owner = memptr.memory, memptr
+        assert isinstance(memory, np.ndarray)
         self.memory, self._owner = memory, owner
         self.dtype, self.shape, self.size, self.ndim = memory.dtype, memory.shape, memory.size, memory.ndim
         self.nbytes, self.itemsize, self.strides, self.flags = (
@@ -296,10 +420,16 @@ def module() -> ModuleType:
         memcpyAsync=memcpy_async, memcpyHostToDevice=1, memcpyDeviceToHost=2, CUDARuntimeError=CUDARuntimeError,
         getDeviceCount=lambda: 1, getDeviceProperties=lambda index: {"name": b"stand-in"},
         runtimeGetVersion=lambda: 13000, driverGetVersion=lambda: 13000,
+        ipcGetMemHandle=lambda ptr: _SHARED[ptr].name, ipcOpenMemHandle=ipc_open_mem_handle,
+        ipcCloseMemHandle=_OPENED.pop, cudaIpcMemLazyEnablePeerAccess=1, eventRecord=event_record,
+        ipcGetEventHandle=lambda event: _EVENTS[event].clock.shared.name, ipcOpenEventHandle=ipc_open_event_handle,
+        streamWaitEvent=stream_wait_event,
     )  # fmt: skip
     found.cuda = SimpleNamespace(
-        Stream=Stream, ExternalStream=external_stream, Event=Event, Device=Device, runtime=runtime,
+        Stream=Stream, Event=Event, Device=Device, runtime=runtime,
         get_current_stream=get_current_stream, alloc_pinned_memory=alloc_pinned_memory,
+        Memory=Memory, MemoryPointer=lambda memory, offset: memory,
+        UnownedMemory=lambda ptr, nbytes, owner, device: _SHARED[ptr],
     )  # fmt: skip
     return found
 
@@ -310,3 +440,5 @@ def forget() -> None:
     _POOLS.clear()
     _PINNED.clear()
     _STREAMS.clear()
+    _EVENTS.clear()
+    _OPENED.clear()

@@ -144,7 +144,10 @@ class Communicator(Collectives, Messages):
 
     @property
     def device_transport(self) -> str:
-        """How memory of devices moves: ``"staged"`` through the host, or by a ``"cuda_aware"`` MPI library."""
+        """How memory of devices moves: ``"staged"`` through the host, by a ``"cuda_aware"`` MPI library, or ``"ipc"``.
+
+        With the last, the ranks of a node read each other's.
+        """
         return self._device_way.name
 
     @property

@@ -160,10 +160,16 @@ class Engine(ABC):
         """Return the transport, which is chosen at the first use.  Collective then."""
         found = self._transport
         if found is None:
-            with self.ledger.unchanged(), self._checker.inside() if self._checker else nullcontext():
+            with self._aside():
                 found = self._choose_transport()
             self._use(found)
         return found
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Leave what the block communicates out of what is counted and shown, for it is not the program's."""
+        with self.ledger.unchanged(), self._checker.inside() if self._checker else nullcontext():
+            yield
 
     def _use(self, transport: Transport) -> None:
         """Reduce by a transport from now on; all ranks do so."""
@@ -257,8 +263,10 @@ class Engine(ABC):
             self._under_way.clear()
             for made in reversed(self._made):
                 made.free()
+            if self._devices is not None:
+                self._devices.release()
+                self._devices = None  # and its page-locked memory
             self._watch.freed = True
-            self._devices = None  # and its page-locked memory
             self._shorten()
             for entry in self._entries:
                 entry.close()

@@ -21,6 +21,7 @@ from mpitrain.comm.machine import gpus
 from mpitrain.comm.probing import program
 from mpitrain.comm.transports import device_choice
 
+RIGHT = {"ipc": "refused", "cuda_aware": ""}
 TESTS = Path(__file__).resolve().parent.parent
 
 RANK = """
@@ -44,7 +45,14 @@ def faulty(comm, call):
             wait, handle.wait = handle.wait, lambda: (wait(), call.recv.memory.fill(0))
     return handle
 
+def unreachable(*arguments):
+    raise standin_cupy.CUDARuntimeError("cudaErrorPeerAccessUnsupported")
+
 MpiCommunicator._begin = faulty
+if fault == "unreachable":
+    sys.modules["cupy"].cuda.runtime.ipcOpenMemHandle = unreachable
+    if os.environ["MPITRAIN_DEVICE_TRANSPORT"] == "cuda_aware":
+        sys.exit("error: no such transport here")
 program.main(step, float(sys.argv[2]))
 """
 
@@ -68,13 +76,14 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, fl
     return judge
 
 
-def test_a_library_that_does_it_right_is_used(judged: Callable[..., Any], cache: Path) -> None:
+def test_what_does_it_right_is_used(judged: Callable[..., Any], cache: Path) -> None:
     finding = judged("none")
-    assert (finding.status, finding.found) == (
-        "ok", f"MPI moves memory of GPUs rightly: send, broadcast, allreduce; kept in {next(cache.glob('*.json'))}",
-    )  # fmt: skip
-    assert device_choice.choose(library().version).name == "cuda_aware"
-    assert "memory of GPUs cuda_aware (probed on 20" in devices.transport().found
+    assert finding.status == "ok"
+    assert finding.found.startswith("probed on 20")
+    assert finding.found.endswith(f": ipc: right; cuda_aware: right; kept in {next(cache.glob('*.json'))}")
+    way = device_choice.choose(library().version)
+    assert (way.name, way.rest, way.between_nodes().name) == ("ipc", "cuda_aware", "cuda_aware")
+    assert "memory of GPUs ipc (probed on 20" in devices.transport().found
 
 
 @pytest.mark.parametrize(
@@ -87,14 +96,23 @@ def test_a_library_that_does_it_right_is_used(judged: Callable[..., Any], cache:
 )
 def test_a_library_that_does_not_is_not(judged: Callable[..., Any], cache: Path, fault: str, words: str) -> None:
     finding = judged(fault, 6 if fault == "hang" else 60)
-    assert finding.status == "warn"
-    assert finding.found.startswith(f"MPI is not trusted with memory of GPUs, which is staged: {words}")
-    assert "docs/gpu.md" in finding.remedy
-    assert Path(finding.remedy.rpartition(" ")[2]).read_text()
-    assert json.loads(next(cache.glob("*.json")).read_text())["problem"].startswith(words)
+    assert finding.status == "ok"  # ranks can still read each other's memory
+    assert f"ipc: right; cuda_aware: {words}" in finding.found
+    assert Path(finding.found.rpartition(" ")[2]).read_text()
+    assert json.loads(next(cache.glob("*.json")).read_text())["problems"]["cuda_aware"].startswith(words)
     way = device_choice.choose(library().version)
-    assert way.name == "staged"
+    assert (way.name, way.rest) == ("ipc", "staged")
     assert words in way.why
+
+
+def test_memory_that_cannot_be_reached_is_staged(judged: Callable[..., Any], cache: Path) -> None:
+    finding = judged("unreachable")
+    assert finding.status == "warn"
+    assert "docs/gpu.md" in finding.remedy
+    assert finding.found.startswith("memory of GPUs is staged: probed on 20")
+    for name in ("ipc: broadcast", "cuda_aware: send"):
+        assert f"{name}: exit code 1" in finding.found
+    assert device_choice.choose(library().version)[:1] == ("staged",)
 
 
 @pytest.mark.parametrize("step", program.STEPS)
@@ -117,8 +135,8 @@ def test_wrong_values_on_one_rank_are_found(step: str, monkeypatch: pytest.Monke
 
 def test_ranks_that_end_without_a_word_have_not_passed() -> None:
     for output in ("", '{"step": "send", "transport": "staged", "problem": ""}'):
-        assert devices._problem(devices.Ended(0, 1.0, output), "send") == "the ranks formed no world"
-    assert "no end after 9 s" in devices._problem(devices.Ended(None, 9.0, ""), "send")
+        assert devices._problem(devices.Ended(0, 1.0, output), "ipc", "send") == "the ranks formed no world"
+    assert "no end after 9 s" in devices._problem(devices.Ended(None, 9.0, ""), "ipc", "send")
 
 
 def test_nothing_is_probed_or_kept_without_a_gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,10 +155,10 @@ def test_nothing_is_probed_or_kept_without_a_gpu(cache: Path, monkeypatch: pytes
 
 def test_only_the_same_setting_is_trusted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = probing.setting("Some MPI 1")
-    path = probing.save(probing.Verdict.now(here, ""))
+    path = probing.save(probing.Verdict.now(here, RIGHT))
     assert probing.known("Some MPI 1").verdict == probing.Verdict.from_json(path.read_text())
     assert device_choice.choose("Some MPI 1").name == "cuda_aware"
-    assert device_choice.choose("Some MPI 2") == ("staged", probing.known("Some MPI 2").note, False)
+    assert device_choice.choose("Some MPI 2") == ("staged", probing.known("Some MPI 2").note, False, "staged")
     for damage in ("", "{}", path.read_text().replace("Some MPI 1", "Some MPI 3"), path.read_text()[:-3]):
         path.write_text(damage)
         way = device_choice.choose("Some MPI 1")
@@ -148,7 +166,7 @@ def test_only_the_same_setting_is_trusted(cache: Path, monkeypatch: pytest.Monke
         assert "counts as not probed" in way.why
     path.write_bytes(b"\xff")
     assert device_choice.choose("Some MPI 1").name == "staged"
-    probing.save(probing.Verdict.now(here, ""))
+    probing.save(probing.Verdict.now(here, RIGHT))
     monkeypatch.setattr(probing.verdict, "_cupy", lambda: "cupy-cuda13x 99")
     assert device_choice.choose("Some MPI 1").name == "staged"
     monkeypatch.setenv("MPITRAIN_DEVICE_TRANSPORT", "staged")
@@ -165,7 +183,7 @@ def test_gpus_are_named_without_cuda(tmp_path: Path) -> None:
 
 def test_a_verdict_of_another_form_is_refused() -> None:
     with pytest.raises(InputError, match="verdict on device memory: of another version"):
-        probing.Verdict.from_json('{"version": 0, "setting": {}, "problem": "", "date": ""}')
+        probing.Verdict.from_json('{"version": 1, "setting": {}, "problems": {}, "date": ""}')
 
 
 @pytest.mark.mpi
@@ -173,7 +191,7 @@ def test_ranks_do_as_rank_0_knows(world: Communicator, monkeypatch: pytest.Monke
     from mpi4py import MPI
 
     if world.rank == 0:
-        probing.save(probing.Verdict.now(probing.setting(world.library), ""))
+        probing.save(probing.Verdict.now(probing.setting(world.library), RIGHT))
     else:
         monkeypatch.setenv("MPITRAIN_DEVICE_TRANSPORT", "staged")  # which is for rank 0 to say
     with mpitrain.comm.Communicator.from_mpi(MPI.COMM_WORLD) as comm:

@@ -244,6 +244,17 @@ def results_on_another_stream_outlive_the_memory_they_were_made_of(comm: Communi
 
 
 @check
+def a_longer_call_before_the_result_of_a_short_one_is_there(comm: Communicator, xp: Any) -> None:
+    """Memory that is replaced by more is still read."""
+    given = [late(xp, own(comm, n, "float32")) for n in (5, 33, 113)]
+    for x in given:
+        same(xp, x, own(comm, x.size, "float32"))  # from here on only the calls are still to be done
+    delay()
+    for total in [comm.allreduce(x) for x in given]:
+        same(xp, total, folded(comm.size, total.shape, "float32", "sum"))
+
+
+@check
 def trees_and_buckets(comm: Communicator, xp: Any) -> None:
     shapes = {"a": (40,), "b": (3, 5), "c": (), "d": (0,)}
 

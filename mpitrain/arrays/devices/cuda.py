@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from mpitrain._errors import CommunicationError
 from mpitrain._typing import Array, DType
-from mpitrain.arrays.devices.stream import Event, Stream
+from mpitrain.arrays.devices.stream import Beacon, Event, Stream
 from mpitrain.arrays.dtypes import is_bfloat16
 from mpitrain.arrays.namespace import by_device
 
@@ -55,7 +56,10 @@ class CudaStream(Stream):
     @classmethod
     def external(cls, device: int, pointer: int) -> CudaStream:
         """Return a stream of another library."""
-        return cls(device, pointer, by_device("gpu").cuda.ExternalStream(pointer, device))
+        cuda = by_device("gpu").cuda
+        if hasattr(cuda.Stream, "from_external"):  # CuPy 14 and newer
+            return cls(device, pointer, cuda.Stream.from_external(_Foreign(pointer)))
+        return cls(device, pointer, cuda.ExternalStream(pointer, device))
 
     def fork(self) -> CudaStream:
         """Return a new stream, which does not wait for the default stream either."""
@@ -91,6 +95,41 @@ class CudaStream(Stream):
         with self._current() as cupy:
             memory = cupy.cuda.alloc_pinned_memory(max(nbytes, 1))
         return np.frombuffer(memory, np.uint8, nbytes)
+
+    def share(self, nbytes: int) -> tuple[Array, bytes]:
+        """Allocate apart from CuPy's pool, for the driver shares whole allocations, and only plain ones."""
+        with self._current() as cupy:
+            memory = cupy.cuda.Memory(nbytes)
+            return _bytes(memory, nbytes), cupy.cuda.runtime.ipcGetMemHandle(memory.ptr)
+
+    def open(self, name: bytes, nbytes: int) -> Array:
+        """Map memory of a process that works on this device, or on one that this device can read."""
+        with self._current() as cupy:
+            runtime = cupy.cuda.runtime
+            try:
+                pointer = runtime.ipcOpenMemHandle(name, runtime.cudaIpcMemLazyEnablePeerAccess)
+            except runtime.CUDARuntimeError as error:
+                raise CommunicationError(
+                    "memory of another rank's GPU cannot be reached", got=str(error),
+                    remedy="set MPITRAIN_DEVICE_TRANSPORT=staged",
+                ) from error  # fmt: skip
+            return _bytes(cupy.cuda.UnownedMemory(pointer, nbytes, None, self.device), nbytes)
+
+    def close(self, opened: Array) -> None:
+        """Unmap it."""
+        with self._current() as cupy:
+            cupy.cuda.runtime.ipcCloseMemHandle(_address(opened))
+
+    def beacon(self) -> tuple[Beacon, bytes]:
+        """Make an event that other processes can open."""
+        with self._current() as cupy:
+            event = cupy.cuda.Event(disable_timing=True, interprocess=True)
+            return _CudaBeacon(event.ptr, event), cupy.cuda.runtime.ipcGetEventHandle(event.ptr)
+
+    def sight(self, name: bytes) -> Beacon:
+        """Open the event."""
+        with self._current() as cupy:
+            return _CudaBeacon(cupy.cuda.runtime.ipcOpenEventHandle(name))
 
     def copy(self, values: Array, into: Array, dtype: DType) -> None:
         """Copy by CuPy's kernels."""
@@ -135,6 +174,43 @@ class CudaStream(Stream):
         cupy = by_device("gpu")
         with cupy.cuda.Device(self.device), self.handle:
             yield cupy
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """A stream of another library, as CuPy asks for one."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+@dataclass(frozen=True)
+class _CudaBeacon:
+    """An event of CUDA's, of this process (``owner`` keeps it) or of another."""
+
+    pointer: int
+    owner: Any = None
+
+    def light(self, stream: Stream) -> None:
+        with _of_cuda(stream)._current() as cupy:
+            cupy.cuda.runtime.eventRecord(self.pointer, _of_cuda(stream).pointer)
+
+    def follow(self, stream: Stream) -> None:
+        with _of_cuda(stream)._current() as cupy:
+            cupy.cuda.runtime.streamWaitEvent(_of_cuda(stream).pointer, self.pointer)
+
+
+def _of_cuda(stream: Stream) -> CudaStream:
+    assert isinstance(stream, CudaStream)
+    return stream
+
+
+def _bytes(memory: Any, nbytes: int) -> Array:
+    cupy = by_device("gpu")
+    words: Array = cupy.ndarray((nbytes,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
+    return words
 
 
 def _address(words: Array) -> int:

@@ -23,6 +23,18 @@ class Event(Protocol):
         ...
 
 
+class Beacon(Protocol):
+    """A point in a stream of one process that streams of other processes can wait for; another one at each `light`."""
+
+    def light(self, stream: Stream) -> None:
+        """Set it to where a stream of this process is now."""
+        ...
+
+    def follow(self, stream: Stream) -> None:
+        """Let what a stream is given from now on take effect after the point to which it was set last."""
+        ...
+
+
 class Stream(ABC):
     """A queue of work on one device.
 
@@ -66,6 +78,34 @@ class Stream(ABC):
     @abstractmethod
     def pinned(self, nbytes: int) -> Array:
         """Return page-locked host memory, as bytes: a NumPy array of uint8."""
+
+    # What other processes see.
+
+    @abstractmethod
+    def share(self, nbytes: int) -> tuple[Array, bytes]:
+        """Return new memory, as words of uint8, and the name by which other processes `open` it."""
+
+    @abstractmethod
+    def open(self, name: bytes, nbytes: int) -> Array:
+        """Return memory of another process, as words of uint8.
+
+        Raises
+        ------
+        CommunicationError
+            The device cannot reach it.
+        """
+
+    @abstractmethod
+    def close(self, opened: Array) -> None:
+        """Let go of another process's memory, which nothing that is queued uses any more; before that frees it."""
+
+    @abstractmethod
+    def beacon(self) -> tuple[Beacon, bytes]:
+        """Return a beacon of this process, and the name by which others `sight` it."""
+
+    @abstractmethod
+    def sight(self, name: bytes) -> Beacon:
+        """Return a beacon of another process."""
 
     # Work.
 

@@ -1,4 +1,4 @@
-"""How memory of GPUs moves between ranks, and whether MPI may be trusted with it: tried, not guessed."""
+"""How memory of GPUs moves between ranks, and which ways may be trusted: tried, not guessed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from mpitrain.comm import probing
 from mpitrain.comm.launch import launch_command, library
 from mpitrain.comm.transports.cuda_aware import CudaAwareTransport
 from mpitrain.comm.transports.device_choice import choose
+from mpitrain.comm.transports.ipc import IpcTransport
 
 LIMIT_S = 60.0
 """For each job: CuPy compiles its kernels at their first use."""
 
 _RANKS = 2
 _EARLIER_S = 5.0
-_STEPS = ("send", "broadcast", "allreduce")
+_STEPS = {IpcTransport.name: ("broadcast", "allreduce"), CudaAwareTransport.name: ("send", "broadcast", "allreduce")}
 _PROGRAM = (sys.executable, "-m", "mpitrain.comm.probing.program")
-_REMEDY = "docs/gpu.md tells how to get an MPI library that takes device memory"
+_REMEDY = "docs/gpu.md tells what they need"
 
 
 def transport() -> Finding:
@@ -35,7 +36,7 @@ def transport() -> Finding:
 
 
 def probe(survey: Survey) -> Finding:
-    """Whether MPI takes memory of GPUs, tried in jobs of their own; the verdict is kept."""
+    """Whether ranks may read each other's GPUs, and MPI takes their memory: tried in jobs, and the verdict kept."""
     if survey.comm is not None or survey.problem is not None:
         return warn("not probed: ranks start no ranks", "mpitrain doctor --probe-gpu, without mpirun or srun")
     obstacle = _obstacle()
@@ -45,7 +46,7 @@ def probe(survey: Survey) -> Finding:
 
 
 def judge(program: Sequence[str], limit_s: float = LIMIT_S) -> Finding:
-    """Try each step until one fails, and keep the verdict.
+    """Try each step of each transport until one fails, and keep the verdict.
 
     Parameters
     ----------
@@ -54,17 +55,18 @@ def judge(program: Sequence[str], limit_s: float = LIMIT_S) -> Finding:
     limit_s : float
         For each job.
     """
-    problem, details = "", ""
-    for step in _STEPS:
-        ended = _try(program, step, limit_s)
-        problem = _problem(ended, step)
-        if problem:
-            problem, details = f"{step}: {problem}", f"; read {keep(ended)}"
-            break
-    path = probing.save(probing.Verdict.now(probing.setting(library().version), problem))
-    if problem:
-        return warn(f"MPI is not trusted with memory of GPUs, which is staged: {problem} ({path})", _REMEDY + details)
-    return ok(f"MPI moves memory of GPUs rightly: {', '.join(_STEPS)}; kept in {path}")
+    problems, outputs = dict.fromkeys(_STEPS, ""), list[str]()
+    for transport, steps in _STEPS.items():
+        for step in steps:
+            ended = _try(program, transport, step, limit_s)
+            problem = _problem(ended, transport, step)
+            if problem:
+                problems[transport] = f"{step}: {problem}"
+                outputs.append(str(keep(ended)))
+                break
+    verdict = probing.Verdict.now(probing.setting(library().version), problems)
+    told = f"{verdict}; kept in {probing.save(verdict)}" + "".join(f"; read {path}" for path in outputs)
+    return ok(told) if verdict.right else warn(f"memory of GPUs is staged: {told}", _REMEDY)
 
 
 def _obstacle() -> str:
@@ -76,15 +78,15 @@ def _obstacle() -> str:
     return "" if found.names else f"CuPy {found.cupy} sees no GPU"
 
 
-def _try(program: Sequence[str], step: str, limit_s: float) -> Ended:
+def _try(program: Sequence[str], transport: str, step: str, limit_s: float) -> Ended:
     argv, env = launch_command(_RANKS, [*program, step, str(max(limit_s - _EARLIER_S, limit_s / 2))])
-    return run_limited(argv, env | {_env.DEVICE_TRANSPORT: CudaAwareTransport.name}, limit_s)
+    return run_limited(argv, env | {_env.DEVICE_TRANSPORT: transport}, limit_s)
 
 
-def _problem(ended: Ended, step: str) -> str:
+def _problem(ended: Ended, transport: str, step: str) -> str:
     """Return what was wrong with a job; empty if nothing was."""
     told = [json.loads(line) for line in ended.output.splitlines() if line.startswith('{"step"')]
-    if ended.code == 0 and told == [{"step": step, "transport": CudaAwareTransport.name, "problem": ""}]:
+    if ended.code == 0 and told == [{"step": step, "transport": transport, "problem": ""}]:
         return ""
     found = next((each["problem"] for each in told if each["problem"]), "")
     return found or (ended.ending if ended.code != 0 else "the ranks formed no world")

@@ -10,12 +10,14 @@ from mpitrain.comm.buffers.operands import accept, apart, outgoing, wire
 from mpitrain.comm.buffers.packing import Fused, pack
 from mpitrain.comm.buffers.parcels import Parcel
 from mpitrain.comm.buffers.staging import Passage, Staging, chunks
+from mpitrain.comm.buffers.window import Window
 
 __all__ = [
     "Fused",
     "Parcel",
     "Passage",
     "Staging",
+    "Window",
     "accept",
     "apart",
     "chunks",

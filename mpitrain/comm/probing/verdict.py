@@ -17,7 +17,7 @@ from mpitrain.comm import cache
 from mpitrain.comm.machine import gpus, machine
 
 _KIND = "devices"
-_VERSION = 1
+_VERSION = 2
 _PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy")
 
 
@@ -48,20 +48,30 @@ class Verdict:
     ----------
     setting : Setting
         Where that was tried.
-    problem : str
-        What went wrong, in a line; empty if nothing did.
+    problems : dict of str to str
+        By transport: what went wrong, in a line; empty if nothing did.
     date : str
         When, to the second, UTC.
     """
 
     setting: Setting
-    problem: str
+    problems: dict[str, str]
     date: str
 
     @classmethod
-    def now(cls, where: Setting, problem: str) -> Verdict:
+    def now(cls, where: Setting, problems: dict[str, str]) -> Verdict:
         """Return a verdict of today's."""
-        return cls(where, problem, datetime.now(UTC).isoformat(timespec="seconds"))
+        return cls(where, problems, datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def right(self) -> list[str]:
+        """The transports with which everything was right."""
+        return [name for name, problem in self.problems.items() if not problem]
+
+    def __str__(self) -> str:
+        """Say what came of it in a line."""
+        told = "; ".join(f"{name}: {problem or 'right'}" for name, problem in self.problems.items())
+        return f"probed on {self.date}: {told}"
 
     def to_json(self) -> str:
         """Return it as text for people and programs."""
@@ -76,9 +86,10 @@ class Verdict:
         InputError
             The text is anything else.
         """
-        found = cache.parse(text, _VERSION, {"setting": dict, "problem": str, "date": str}, _WHAT)
+        found = cache.parse(text, _VERSION, {"setting": dict, "problems": dict, "date": str}, _WHAT)
         where = cache.typed(found["setting"], {field.name: str for field in fields(Setting)}, "the setting", _WHAT)
-        return cls(Setting(**where), found["problem"], found["date"])
+        problems = cache.typed(found["problems"], dict.fromkeys(found["problems"], str), "the problems", _WHAT)
+        return cls(Setting(**where), problems, found["date"])
 
 
 _WHAT = "verdict on device memory"
@@ -116,7 +127,7 @@ def save(verdict: Verdict) -> Path:
 
 def known(library: str) -> Known:
     """Return what was found for this machine, MPI library and CuPy."""
-    nothing = Known(None, "not probed here: mpitrain doctor --probe-gpu finds out whether MPI takes device memory")
+    nothing = Known(None, "not probed here: mpitrain doctor --probe-gpu finds out what may be used")
     if not cache.files(_KIND):  # the common case, at the cost of looking for the folder
         return nothing
     where = setting(library)
@@ -129,9 +140,7 @@ def known(library: str) -> Known:
         return Known(None, f"{path} cannot be read, which counts as not probed: {error}")
     if verdict.setting != where:
         return Known(None, f"{path} is of another setting, which counts as not probed")
-    if verdict.problem:
-        return Known(verdict, f"probed on {verdict.date}: {verdict.problem}")
-    return Known(verdict, f"probed on {verdict.date}: MPI moves device memory rightly")
+    return Known(verdict, str(verdict))
 
 
 def _path(where: Setting) -> Path:

@@ -51,6 +51,9 @@ class DeviceTransport(ABC):
     def begin(self, call: Call) -> Handle:
         """Begin a call, which names no algorithm.  Once it is complete, every stream sees the result."""
 
+    def release(self) -> None:  # noqa: B027
+        """Let go of what other ranks see of this one's device, where they do.  Collective."""
+
     def _staging(self, stream: Stream) -> Staging:
         if stream.device not in self._stagings:
             self._stagings[stream.device] = Staging(stream)

@@ -9,24 +9,52 @@ from mpitrain._errors import InputError
 from mpitrain.comm import probing
 from mpitrain.comm.transports.cuda_aware import CudaAwareTransport
 from mpitrain.comm.transports.device import DeviceTransport
+from mpitrain.comm.transports.ipc import IpcTransport
 from mpitrain.comm.transports.staged import StagedTransport
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
 
-_TRANSPORTS: dict[str, type[DeviceTransport]] = {each.name: each for each in (StagedTransport, CudaAwareTransport)}
+_MOVERS: dict[str, type[StagedTransport | CudaAwareTransport]] = {
+    each.name: each for each in (StagedTransport, CudaAwareTransport)
+}
+_NAMES = (*_MOVERS, IpcTransport.name)
 
 
 class Way(NamedTuple):
-    """How memory of devices moves, why so in a few words, and whether that was probed, on rank 0's kind of machine."""
+    """How memory of devices moves.
+
+    Parameters
+    ----------
+    name : str
+        Of the transport.
+    why : str
+        Why so, in a few words.
+    probed : bool
+        Whether that was probed, on rank 0's kind of machine.
+    rest : str
+        What moves messages where ``name`` is ``ipc``, and everything between nodes.
+    """
 
     name: str
     why: str
     probed: bool = False
+    rest: str = StagedTransport.name
 
     def transport(self, comm: Communicator) -> DeviceTransport:
         """Make the transport of a communicator.  Communicates nothing."""
-        return _TRANSPORTS[self.name](comm)
+        if self.within_nodes:
+            return IpcTransport(comm, _MOVERS[self.rest](comm))
+        return _MOVERS[self.name](comm)
+
+    @property
+    def within_nodes(self) -> bool:
+        """Whether it is only for ranks of one node."""
+        return self.name == IpcTransport.name
+
+    def between_nodes(self) -> Way:
+        """Return the way for ranks of several nodes."""
+        return self._replace(name=self.rest, why=f"{self.why}; between nodes, ipc cannot be used")
 
 
 class Ranks(Protocol):
@@ -53,10 +81,10 @@ def agree(ranks: Ranks, rank: int, library: str) -> Way:
         On all ranks: rank 0's ``MPITRAIN_DEVICE_TRANSPORT`` names none.
     """
     way: Way = ranks.bcast(choose(library) if rank == 0 else None)
-    if way.name not in _TRANSPORTS:
+    if way.name not in _NAMES:
         raise InputError(
             "unknown transport", operation="MPITRAIN_DEVICE_TRANSPORT", got=way.name,
-            expected=" or ".join(_TRANSPORTS),
+            expected=" or ".join(_NAMES),
         )  # fmt: skip
     if way.probed and len(set(ranks.allgather(probing.setting(library)))) > 1:
         return Way(StagedTransport.name, "ranks run on machines of several kinds, and one kind was probed")
@@ -64,7 +92,7 @@ def agree(ranks: Ranks, rank: int, library: str) -> Way:
 
 
 def choose(library: str) -> Way:
-    """Return what a rank chooses: what ``MPITRAIN_DEVICE_TRANSPORT`` asks for, or what was probed; else ``staged``.
+    """Return what a rank chooses: what ``MPITRAIN_DEVICE_TRANSPORT`` asks for, or was found right; else ``staged``.
 
     Parameters
     ----------
@@ -75,6 +103,7 @@ def choose(library: str) -> Way:
     if wish is not None:
         return Way(wish, f"MPITRAIN_DEVICE_TRANSPORT={wish}")
     verdict, note = probing.known(library)
-    if verdict is not None and not verdict.problem:
-        return Way(CudaAwareTransport.name, note, probed=True)
-    return Way(StagedTransport.name, note)
+    right = () if verdict is None else verdict.right
+    rest = CudaAwareTransport.name if CudaAwareTransport.name in right else StagedTransport.name
+    name = IpcTransport.name if IpcTransport.name in right else rest
+    return Way(name, note, probed=bool(right), rest=rest)

@@ -1,0 +1,227 @@
+"""Ranks of a node, or of one GPU, that read each other's device memory: collectives without the host or MPI.
+
+Arrays are copied to a window that all ranks have mapped (`mpitrain.comm.buffers.Window`), and kernels of the device
+fold them, always in the order of the ranks.  Messages, nonblocking calls, scatters, exchanges of unequal shares, and
+calls that name an algorithm go another way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from mpitrain._errors import InputError
+from mpitrain._typing import Array
+from mpitrain.arrays.devices import Stream
+from mpitrain.comm import algorithms
+from mpitrain.comm.buffers import Window
+from mpitrain.comm.calls import Call, Handle
+from mpitrain.comm.transports.device import DeviceTransport
+
+if TYPE_CHECKING:
+    from mpitrain.comm.communicator import Communicator
+
+WINDOW_BYTES = 64 * 1024 * 1024
+"""A rank's part of the window, at most: longer arrays go through it piece by piece."""
+
+LEAST_BYTES = 1024 * 1024
+"""And at least: a window is replaced by a larger one where it has to be."""
+
+SHORT_BYTES = 256 * 1024
+"""Up to here every rank folds whole arrays, which takes one fence; above, its shard, which takes two and moves fewer
+bytes where there are more than two ranks.  Not measured on several GPUs."""
+
+
+class IpcTransport(DeviceTransport):
+    """Windows between processes, reductions by the device.
+
+    Parameters
+    ----------
+    rest : DeviceTransport
+        For all other calls.
+    """
+
+    name: ClassVar[str] = "ipc"
+
+    def __init__(self, comm: Communicator, rest: DeviceTransport) -> None:
+        super().__init__(comm)
+        self._rest = rest
+        self._window: Window | None = None
+        self._ways = {
+            "allreduce": self._reduce, "reduce": self._reduce, "broadcast": self._broadcast,
+            "allgather": self._gather, "gather": self._gather,
+            "reduce_scatter": self._exchange, "alltoall": self._exchange,
+        }  # fmt: skip
+
+    def assign(self, call: Call) -> Call:
+        """Say that the call goes this way, or let the rest choose."""
+        free = call.algorithm in (None, algorithms.DEFAULT) and call.recv_counts is None and self._comm.size > 1
+        if free and call.operation in self._ways:
+            return replace(call, algorithm=self.name)
+        return self._rest.assign(call)
+
+    def run(self, call: Call) -> None:
+        """Perform a call; its values are there when its stream comes so far."""
+        if call.algorithm != self.name:
+            self._rest.run(call)
+            return
+        assert call.stream is not None
+        nbytes = self._extent(call)
+        if nbytes:
+            window = self._open(call, min(nbytes, WINDOW_BYTES))
+            with window.behind(call.stream):
+                self._ways[call.operation](window, call)
+
+    def begin(self, call: Call) -> Handle:
+        """Leave it to the rest."""
+        return self._rest.begin(call)
+
+    def release(self) -> None:
+        """Close the window.  Collective."""
+        if self._window is not None:
+            self._window.close()
+            self._window = None
+        self._rest.release()
+
+    def _extent(self, call: Call) -> int:
+        """Return the bytes of the longest part of the window that a rank could fill; the same on all ranks."""
+        if call.operation in ("allgather", "gather"):
+            assert call.send is not None
+            return max(self._counts(call)) * call.send.itemsize
+        if call.operation in ("reduce_scatter", "alltoall"):
+            assert call.send is not None
+            return max(self._counts(call)) * self._comm.size * call.send.itemsize
+        assert call.recv is not None
+        return call.recv.nbytes
+
+    def _counts(self, call: Call) -> Sequence[int]:
+        """Return how many elements each rank's share has."""
+        assert call.send is not None
+        shares = 1 if call.operation in ("allgather", "gather") else self._comm.size
+        return call.counts or [call.send.size // shares] * self._comm.size
+
+    def _open(self, call: Call, nbytes: int) -> Window:
+        """Return the window, with room for parts of so many bytes."""
+        stream = call.stream
+        assert stream is not None
+        found = self._window
+        if found is not None and found.stream.device != stream.device:
+            raise InputError(
+                "arrays of one rank are on several GPUs", operation=call.operation,
+                got=f"GPU {stream.device} after GPU {found.stream.device}", expected="one GPU for each rank",
+                remedy="set MPITRAIN_DEVICE_TRANSPORT=staged",
+            )  # fmt: skip
+        if found is None or found.nbytes < nbytes:
+            if found is not None:
+                found.close()
+            room = 1 << (max(nbytes, LEAST_BYTES) - 1).bit_length()
+            with self._comm._aside():
+                self._window = found = Window(stream, self._comm, self._meet, room)
+        return found
+
+    def _meet(self) -> None:
+        self._comm._run(Call("barrier"))
+
+    def _reduce(self, window: Window, call: Call) -> None:
+        """Reduce to all ranks, or to the root."""
+        assert call.recv is not None
+        assert call.op is not None
+        receives = call.root in (None, self._comm.rank)
+        for begin, end in _slices(call.recv.size, window.nbytes // call.recv.itemsize):
+            part = call.recv[begin:end]
+            if self._comm.size > 2 and part.nbytes > SHORT_BYTES:
+                self._reduce_by_shards(window, part, call.op, receives)
+            else:
+                self._show(window, part)
+                if receives:
+                    _fold(window.stream, call.op, self._parts(window, part, 0, part.size), part)
+
+    def _reduce_by_shards(self, window: Window, part: Array, op: str, receives: bool) -> None:
+        """Each rank folds its shard, and shows it in the place of its own values there, which nobody else reads."""
+        size, rank = self._comm.size, self._comm.rank
+        edges = [part.size * each // size for each in range(size + 1)]
+        own = slice(edges[rank], edges[rank + 1])
+        self._show(window, part)
+        _fold(window.stream, op, self._parts(window, part, own.start, own.stop), part[own])
+        _copy(window.stream, part[own], window.words(rank, own.start, own.stop, part.dtype))
+        window.fence()
+        for each in range(size) if receives else ():
+            if each != rank:
+                begin, end = edges[each], edges[each + 1]
+                _copy(window.stream, window.words(each, begin, end, part.dtype), part[begin:end])
+
+    def _broadcast(self, window: Window, call: Call) -> None:
+        assert call.recv is not None
+        assert call.root is not None
+        for begin, end in _slices(call.recv.size, window.nbytes // call.recv.itemsize):
+            part = call.recv[begin:end]
+            self._show(window, part if self._comm.rank == call.root else part[:0])
+            if self._comm.rank != call.root:
+                _copy(window.stream, window.words(call.root, 0, part.size, part.dtype), part)
+
+    def _gather(self, window: Window, call: Call) -> None:
+        """Collect every rank's share on all ranks, or on the root."""
+        assert call.send is not None
+        counts = self._counts(call)
+        for begin, end in _slices(max(counts), window.nbytes // call.send.itemsize):
+            self._show(window, call.send[begin:end])
+            if call.recv is not None:
+                for rank, place in enumerate(_places(call.recv, counts)):
+                    into = place[begin:end]
+                    _copy(window.stream, window.words(rank, 0, into.size, into.dtype), into)
+
+    def _exchange(self, window: Window, call: Call) -> None:
+        """Give every rank its share of what each has: folded to one, or side by side."""
+        assert call.send is not None
+        assert call.recv is not None
+        size, rank, dtype, counts = self._comm.size, self._comm.rank, call.send.dtype, self._counts(call)
+        stride = window.nbytes // dtype.itemsize // size
+        for begin, end in _slices(max(counts), stride):
+            window.turn()
+            for each, share in enumerate(_places(call.send, counts)):
+                given = share[begin:end]
+                _copy(window.stream, given, window.words(rank, each * stride, each * stride + given.size, dtype))
+            window.fence()
+            if call.op is not None:
+                into = call.recv[begin:end]
+                _fold(window.stream, call.op, self._parts(window, into, rank * stride, rank * stride + into.size), into)
+            else:
+                for each, place in enumerate(_places(call.recv, counts)):
+                    into = place[begin:end]
+                    found = window.words(each, rank * stride, rank * stride + into.size, dtype)
+                    _copy(window.stream, found, into)
+
+    def _show(self, window: Window, words: Array) -> None:
+        """Let all ranks see words of this one."""
+        window.turn()
+        _copy(window.stream, words, window.words(self._comm.rank, 0, words.size, words.dtype))
+        window.fence()
+
+    def _parts(self, window: Window, like: Array, begin: int, end: int) -> list[Array]:
+        return [window.words(rank, begin, end, like.dtype) for rank in range(self._comm.size)]
+
+
+def _slices(elements: int, most: int) -> Iterator[tuple[int, int]]:
+    return ((begin, min(begin + most, elements)) for begin in range(0, elements, most))
+
+
+def _places(words: Array, counts: Sequence[int]) -> Iterator[Array]:
+    """Yield each rank's share."""
+    begin = 0
+    for count in counts:
+        yield words[begin : begin + count]
+        begin += count
+
+
+def _copy(stream: Stream, words: Array, into: Array) -> None:
+    if words.size:
+        stream.copy(words, into, words.dtype)
+
+
+def _fold(stream: Stream, op: str, terms: Sequence[Array], out: Array) -> None:
+    """Reduce words from left to right."""
+    if out.size:
+        stream.combine(op, terms[0], terms[1], out)
+        for term in terms[2:]:
+            stream.combine(op, out, term, out)
