@@ -36,6 +36,8 @@ test-all: $(VENV)/.with-test
 
 test-gpu:
 	$(PYTHON) -m pytest -m 'gpu and not mpi' -rs tests/gpu
+	if $(PYTHON) -c 'import mpi4py.MPI'; then PYTHONPATH=. $(PYTHON) tests/run.py --ranks 1 2 -k over_mpi tests/gpu; \
+	else echo 'no MPI library: what runs between processes was left out'; exit 1; fi
 
 lint: $(VENV)/.with-lint
 	$(BIN)/ruff check

@@ -117,9 +117,14 @@ class Clock:
     def record(self, stream: Stream) -> None:
         self.counts[0] += 1
         stream._items.append(Tick(self, int(self.counts[0])))
-        late = threading.Timer(_LATE_S, stream._run_to, (len(stream._items),))
-        late.daemon = True
-        late.start()
+        _later(stream)
+
+
+def _later(stream: Stream) -> None:
+    """Let a stream come so far after a while, for other processes wait for it."""
+    late = threading.Timer(_LATE_S, stream._run_to, (len(stream._items),))
+    late.daemon = True
+    late.start()
 
 
 class Tick:
@@ -172,6 +177,104 @@ def stream_wait_event(stream: int, event: int, flags: int = 0) -> None:
     clock = _EVENTS[event].clock
     assert clock is not None
     external_stream(stream)._items.append(Wait(clock, int(clock.counts[0])))
+
+
+class NcclError(RuntimeError):
+    """As NCCL says that something failed."""
+
+
+class NcclCommunicator:
+    """Ranks that exchange what they hand in through shared memory; each call takes effect some milliseconds later."""
+
+    SLOT_BYTES = 1 << 23
+
+    def __init__(self, size: int, name: bytes, rank: int) -> None:
+        self._size, self._rank, self._calls = size, rank, 0
+        self._shared = _OWN.get(name) or Shared(0, name)
+        words = self._shared.memory.view(np.int64)
+        self._given, self._taken = words[:size], words[size : 2 * size]
+        slots = self._shared.memory[4096 : 4096 + size * self.SLOT_BYTES]
+        self._slots = slots.reshape(size, self.SLOT_BYTES)
+
+    def allReduce(self, send: int, recv: int, n: int, kind: str, op: str, stream: int) -> None:  # noqa: N802
+        self._queue(send, n, recv, n, kind, stream, lambda all_: _REDUCE[op](all_, axis=0, dtype=all_.dtype))
+
+    def reduce(self, send: int, recv: int, n: int, kind: str, op: str, root: int, stream: int) -> None:
+        if self._rank == root:
+            self.allReduce(send, recv, n, kind, op, stream)
+        else:
+            self._queue(send, n, recv, 0, kind, stream, lambda all_: all_[0, :0])
+
+    def reduceScatter(self, send: int, recv: int, n: int, kind: str, op: str, stream: int) -> None:  # noqa: N802
+        own = slice(self._rank * n, (self._rank + 1) * n)
+        take = lambda all_: _REDUCE[op](all_, axis=0, dtype=all_.dtype)[own]  # noqa: E731
+        self._queue(send, n * self._size, recv, n, kind, stream, take)
+
+    def broadcast(self, send: int, recv: int, n: int, kind: str, root: int, stream: int) -> None:
+        self._queue(send, n, recv, n, kind, stream, lambda all_: all_[root])
+
+    def allGather(self, send: int, recv: int, n: int, kind: str, stream: int) -> None:  # noqa: N802
+        self._queue(send, n, recv, n * self._size, kind, stream, lambda all_: all_.reshape(-1))
+
+    def send(self, at: int, n: int, kind: str, peer: int, stream: int) -> None:
+        _HERE.sent.append((self, at, n, kind, stream))
+
+    def recv(self, at: int, n: int, kind: str, peer: int, stream: int) -> None:
+        _HERE.received.append(at)
+
+    def exchange(self, send: int, recv: int, n: int, kind: str, stream: int) -> None:
+        """All rows to all ranks, from which each takes its own."""
+        own = slice(self._rank * n, (self._rank + 1) * n)
+        size = self._size
+        self._queue(send, n * size, recv, n * size, kind, stream, lambda all_: all_[:, own].reshape(-1))
+
+    def destroy(self) -> None:
+        self._size = 0
+
+    def _queue(
+        self, send: int, n: int, recv: int, m: int, kind: str, pointer: int, take: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
+        stream, dtype = external_stream(pointer), np.dtype(kind)
+        assert self._size, "it was destroyed"
+        given, into = (_at(at, count * dtype.itemsize).view(dtype) for at, count in ((send, n), (recv, m)))
+        self._calls += 1
+        call = self._calls
+
+        def run(out: np.ndarray, *reads: np.ndarray) -> None:
+            _until(self._taken, call - 1)
+            self._slots[self._rank, : n * dtype.itemsize].view(dtype)[:] = given
+            self._given[self._rank] = call
+            _until(self._given, call)
+            out[:] = take(self._slots[:, : n * dtype.itemsize].view(dtype))
+            self._taken[self._rank] = call
+
+        stream._items.append(Work(run, into, [given]))
+        _later(stream)
+
+
+_REDUCE = {"sum": np.sum, "prod": np.prod, "min": lambda a, axis, dtype: a.min(axis),
+           "max": lambda a, axis, dtype: a.max(axis)}  # fmt: skip
+_OWN: dict[bytes, Shared] = {}
+
+
+def _until(counts: np.ndarray, number: int) -> None:
+    while counts.min() < number:
+        time.sleep(1e-5)
+
+
+def nccl_unique_id() -> bytes:
+    made = Shared(4096 + 8 * NcclCommunicator.SLOT_BYTES)
+    _OWN[made.name] = made
+    return made.name
+
+
+def group_start() -> None:
+    _HERE.sent, _HERE.received = [], []
+
+
+def group_end() -> None:
+    group, at, n, kind, stream = _HERE.sent[0]
+    group.exchange(at, _HERE.received[0], n, kind, stream)
 
 
 class Stream:
@@ -418,17 +521,23 @@ def module() -> ModuleType:
         setattr(found, name, _ufunc(name))
     runtime = SimpleNamespace(
         memcpyAsync=memcpy_async, memcpyHostToDevice=1, memcpyDeviceToHost=2, CUDARuntimeError=CUDARuntimeError,
-        getDeviceCount=lambda: 1, getDeviceProperties=lambda index: {"name": b"stand-in"},
+        getDeviceCount=lambda: 1,
+        getDeviceProperties=lambda index: {"name": b"stand-in", "uuid": str(os.getpid()).encode()},
         runtimeGetVersion=lambda: 13000, driverGetVersion=lambda: 13000,
         ipcGetMemHandle=lambda ptr: _SHARED[ptr].name, ipcOpenMemHandle=ipc_open_mem_handle,
         ipcCloseMemHandle=_OPENED.pop, cudaIpcMemLazyEnablePeerAccess=1, eventRecord=event_record,
         ipcGetEventHandle=lambda event: _EVENTS[event].clock.shared.name, ipcOpenEventHandle=ipc_open_event_handle,
         streamWaitEvent=stream_wait_event,
     )  # fmt: skip
+    kinds = ("int8", "int32", "int64", "uint8", "uint32", "uint64", "float32", "float64", *_REDUCE)
+    nccl = SimpleNamespace(
+        available=True, NcclCommunicator=NcclCommunicator, NcclError=NcclError, get_unique_id=nccl_unique_id,
+        groupStart=group_start, groupEnd=group_end, **{f"NCCL_{kind.upper()}": kind for kind in kinds},
+    )  # fmt: skip
     found.cuda = SimpleNamespace(
         Stream=Stream, Event=Event, Device=Device, runtime=runtime,
         get_current_stream=get_current_stream, alloc_pinned_memory=alloc_pinned_memory,
-        Memory=Memory, MemoryPointer=lambda memory, offset: memory,
+        nccl=nccl, Memory=Memory, MemoryPointer=lambda memory, offset: memory,
         UnownedMemory=lambda ptr, nbytes, owner, device: _SHARED[ptr],
     )  # fmt: skip
     return found
@@ -442,3 +551,4 @@ def forget() -> None:
     _STREAMS.clear()
     _EVENTS.clear()
     _OPENED.clear()
+    _OWN.clear()

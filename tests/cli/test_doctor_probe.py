@@ -51,6 +51,7 @@ def unreachable(*arguments):
 MpiCommunicator._begin = faulty
 if fault == "unreachable":
     sys.modules["cupy"].cuda.runtime.ipcOpenMemHandle = unreachable
+    sys.modules["cupy"].cuda.nccl.available = False
     if os.environ["MPITRAIN_DEVICE_TRANSPORT"] == "cuda_aware":
         sys.exit("error: no such transport here")
 program.main(step, float(sys.argv[2]))
@@ -80,10 +81,10 @@ def test_what_does_it_right_is_used(judged: Callable[..., Any], cache: Path) -> 
     finding = judged("none")
     assert finding.status == "ok"
     assert finding.found.startswith("probed on 20")
-    assert finding.found.endswith(f": ipc: right; cuda_aware: right; kept in {next(cache.glob('*.json'))}")
+    assert finding.found.endswith(f": nccl: right; ipc: right; cuda_aware: right; kept in {next(cache.glob('*.json'))}")
     way = device_choice.choose(library().version)
-    assert (way.name, way.rest, way.between_nodes().name) == ("ipc", "cuda_aware", "cuda_aware")
-    assert "memory of GPUs ipc (probed on 20" in devices.transport().found
+    assert (way.name, way.rest) == ("nccl", "cuda_aware")
+    assert "memory of GPUs nccl (probed on 20" in devices.transport().found
 
 
 @pytest.mark.parametrize(
@@ -97,11 +98,11 @@ def test_what_does_it_right_is_used(judged: Callable[..., Any], cache: Path) -> 
 def test_a_library_that_does_not_is_not(judged: Callable[..., Any], cache: Path, fault: str, words: str) -> None:
     finding = judged(fault, 6 if fault == "hang" else 60)
     assert finding.status == "ok"  # ranks can still read each other's memory
-    assert f"ipc: right; cuda_aware: {words}" in finding.found
+    assert f"nccl: right; ipc: right; cuda_aware: {words}" in finding.found
     assert Path(finding.found.rpartition(" ")[2]).read_text()
     assert json.loads(next(cache.glob("*.json")).read_text())["problems"]["cuda_aware"].startswith(words)
     way = device_choice.choose(library().version)
-    assert (way.name, way.rest) == ("ipc", "staged")
+    assert (way.name, way.rest) == ("nccl", "staged")
     assert words in way.why
 
 
@@ -110,8 +111,8 @@ def test_memory_that_cannot_be_reached_is_staged(judged: Callable[..., Any], cac
     assert finding.status == "warn"
     assert "docs/gpu.md" in finding.remedy
     assert finding.found.startswith("memory of GPUs is staged: probed on 20")
-    for name in ("ipc: broadcast", "cuda_aware: send"):
-        assert f"{name}: exit code 1" in finding.found
+    for name in ("nccl: broadcast", "ipc: broadcast", "cuda_aware: send"):
+        assert f"{name}: exit code " in finding.found
     assert device_choice.choose(library().version)[:1] == ("staged",)
 
 

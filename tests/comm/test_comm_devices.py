@@ -20,7 +20,7 @@ from device_suite import late, own, same
 from test_comm_any_array import CHECKS
 
 import mpitrain
-from mpitrain._errors import InputError, MismatchError
+from mpitrain._errors import CommunicationError, InputError, MismatchError
 from mpitrain.arrays import libraries
 from mpitrain.arrays.devices.cuda import CudaStream
 from mpitrain.arrays.libraries.cuda_arrays import CupyArrays
@@ -29,10 +29,14 @@ from mpitrain.comm import Communicator, LocalWorld, pieces, trace
 from mpitrain.comm.buffers import staging
 from mpitrain.comm.calls import Call
 from mpitrain.comm.transports import ipc
+from mpitrain.comm.transports.device import one_gpu
 from mpitrain.comm.transports.shared import SMALLEST_BYTES
 
 WINDOW_BYTES = {"WINDOW_BYTES": 256, "LEAST_BYTES": 64, "SHORT_BYTES": 64}
 """To which the suite lowers what goes through a window at a time, at least, and what is folded whole."""
+
+OWN = {"cuda_aware": "doubling", "ipc": "ipc", "nccl": "nccl"}
+"""As what debug mode shows the way of a short sum."""
 
 STANDIN = Kind("stand-in", standin_cupy.asarray, standin_cupy.asnumpy, lambda: standin_cupy.ndarray)
 
@@ -150,7 +154,7 @@ def test_a_host_array_beside_a_long_device_array_is_told(cupy: Any) -> None:
         LocalWorld(2).run(run)
 
 
-@pytest.fixture(params=["staged", "cuda_aware", "ipc"])
+@pytest.fixture(params=["staged", "cuda_aware", "ipc", "nccl"])
 def comm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Communicator]:
     """The world, with each transport of device memory."""
     from mpi4py import MPI
@@ -182,7 +186,7 @@ def test_a_host_array_is_told_from_one_that_the_device_reduces(comm: Communicato
         return
     comm.debug = True
     x = own(comm, 5, "float32")
-    with pytest.raises(MismatchError, match=f"algorithm={'ipc' if comm.device_transport == 'ipc' else 'doubling'}"):
+    with pytest.raises(MismatchError, match=f"algorithm={OWN.get(comm.device_transport)}"):
         comm.allreduce(late(cupy, x) if comm.rank else x)
     comm.debug = False
     got = comm.allreduce(late(cupy, x) if comm.rank else x, algorithm="doubling")  # which both sides can perform
@@ -228,6 +232,52 @@ def test_large_chunks_pass_through_shared_memory(
     monkeypatch.setattr(staging, "CHUNK_BYTES", 4 * SMALLEST_BYTES)
     n = 9 * SMALLEST_BYTES // 4 + 3
     same(cupy, comm.allreduce(late(cupy, own(comm, n, "float32"))), folded(comm.size, (n,), "float32", "sum"))
+
+
+@pytest.mark.mpi
+def test_memory_that_one_rank_cannot_reach_is_an_error_on_all(
+    cupy: Any, monkeypatch: pytest.MonkeyPatch, world: Communicator
+) -> None:
+    from mpi4py import MPI
+
+    def refuse(*_: object) -> None:
+        raise standin_cupy.CUDARuntimeError("peer access is not supported")
+
+    monkeypatch.setenv("MPITRAIN_DEVICE_TRANSPORT", "ipc")
+    if world.rank == 0:
+        monkeypatch.setattr(cupy.cuda.runtime, "ipcOpenMemHandle", refuse)
+    comm = Communicator.from_mpi(MPI.COMM_WORLD)
+    if comm.size > 1:
+        with pytest.raises(CommunicationError, match=r"cannot be reached; got peer access is not supported; .*=staged"):
+            comm.allreduce(late(cupy, own(comm, 5, "float32")))
+    comm.free()
+
+
+@pytest.mark.mpi
+def test_nccl_wants_a_gpu_for_each_rank(cupy: Any, monkeypatch: pytest.MonkeyPatch, world: Communicator) -> None:
+    from mpi4py import MPI
+
+    monkeypatch.setenv("MPITRAIN_DEVICE_TRANSPORT", "nccl")
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", lambda index: {"uuid": b"the only one"})
+    with Communicator.from_mpi(MPI.COMM_WORLD) as comm:
+        if comm.size > 1:
+            with pytest.raises(InputError, match="ranks 0 and 1 are on the same GPU"):
+                comm.allreduce(late(cupy, own(comm, 5, "float32")))
+
+
+def test_arrays_of_one_rank_on_several_gpus_are_refused() -> None:
+    first, second = CudaStream(0, 0, None), CudaStream(1, 0, None)
+    one_gpu("allreduce", first, first)
+    with pytest.raises(InputError, match="allreduce: arrays of one rank are on several GPUs; got GPU 1 after GPU 0"):
+        one_gpu("allreduce", first, second)
+
+
+def test_streams_of_other_libraries_in_older_versions_of_cupy(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = cupy.cuda.Stream()
+    assert CudaStream.external(0, stream.ptr).handle is stream
+    monkeypatch.delattr(standin_cupy.Stream, "from_external")
+    cupy.cuda.ExternalStream = standin_cupy.external_stream
+    assert CudaStream.external(0, stream.ptr).handle is stream
 
 
 @pytest.mark.mpi

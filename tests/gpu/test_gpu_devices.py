@@ -1,8 +1,7 @@
 """Collectives on CuPy arrays and PyTorch tensors on a GPU, on the default stream and on others: `make test-gpu`.
 
 The suites are those that run over a stand-in everywhere else; here the streams are kept busy, so that what does not
-wait comes too early.  Ranks are threads, which share the GPU; or those of ``python tests/run.py -- tests/gpu``, with
-the transport that `mpitrain doctor --probe-gpu` found to work.
+wait comes too early.  Ranks are threads, which share the GPU; or processes, with each transport that can be used there.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ import device_suite
 from array_kinds import DTYPES, Kind, _make_torch, _read_torch
 from test_comm_any_array import CHECKS
 
+from mpitrain.arrays.gpus import use_gpu
 from mpitrain.comm import Communicator, LocalWorld
 from mpitrain.comm.buffers import staging
+from mpitrain.comm.support import support
 
 pytestmark = pytest.mark.gpu
 
@@ -73,10 +74,40 @@ def test_cupy(check: Callable[..., None], own_stream: bool, cupy: Any, busy: Non
         LocalWorld(size).run(run)
 
 
+@pytest.fixture(params=["staged", "ipc", "nccl", "cuda_aware"])
+def between_processes(request: pytest.FixtureRequest, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Communicator:
+    """The world, with each transport; its windows are not closed, for tests may fail on one rank."""
+    from mpi4py import MPI
+
+    if request.param == "nccl" and MPI.COMM_WORLD.size > cupy.cuda.runtime.getDeviceCount():
+        pytest.skip("NCCL wants one GPU for each rank")
+    if request.param == "cuda_aware" and not support().cuda_aware:
+        pytest.skip("the MPI library does not take memory of GPUs")
+    use_gpu(MPI.COMM_WORLD.rank)
+    monkeypatch.setenv("MPITRAIN_DEVICE_TRANSPORT", request.param)
+    made = Communicator.from_mpi(MPI.COMM_WORLD)
+    assert made.device_transport == request.param
+    return made
+
+
 @pytest.mark.mpi
+@pytest.mark.parametrize("own_stream", [False, True], ids=["default stream", "own stream"])
 @pytest.mark.parametrize("check", device_suite.CHECKS, ids=lambda check: check.__name__)
-def test_cupy_over_mpi(check: Callable[..., None], cupy: Any, busy: None, world: Communicator) -> None:
-    check(world, cupy)
+def test_cupy_over_mpi(
+    check: Callable[..., None], own_stream: bool, cupy: Any, busy: None, between_processes: Communicator
+) -> None:  # fmt: skip
+    stream: AbstractContextManager[Any] = cupy.cuda.Stream(non_blocking=True) if own_stream else nullcontext()
+    with stream:
+        check(between_processes, cupy)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_any_array_of_torch_over_mpi(
+    check: Callable[..., None], torch: Any, between_processes: Communicator
+) -> None:  # fmt: skip
+    if "different" not in check.__name__ or between_processes.device_transport == "staged":
+        check(between_processes, Kind("torch cuda", lambda v: _make_torch(v).cuda(), _read_torch, lambda: torch.Tensor))
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -118,7 +118,7 @@ class CudaStream(Stream):
     def close(self, opened: Array) -> None:
         """Unmap it."""
         with self._current() as cupy:
-            cupy.cuda.runtime.ipcCloseMemHandle(_address(opened))
+            cupy.cuda.runtime.ipcCloseMemHandle(address(opened))
 
     def beacon(self) -> tuple[Beacon, bytes]:
         """Make an event that other processes can open."""
@@ -146,12 +146,12 @@ class CudaStream(Stream):
     def download(self, words: Array, into: Array) -> None:
         """Copy by the device's copy engine."""
         runtime = by_device("gpu").cuda.runtime
-        self._transfer(into.ctypes.data, _address(words), words.nbytes, runtime.memcpyDeviceToHost)
+        self._transfer(into.ctypes.data, address(words), words.nbytes, runtime.memcpyDeviceToHost)
 
     def upload(self, values: Array, into: Array) -> None:
         """Copy by the device's copy engine."""
         runtime = by_device("gpu").cuda.runtime
-        self._transfer(_address(into), values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice)
+        self._transfer(address(into), values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice)
 
     def combine(self, op: str, left: Array, right: Array, out: Array) -> None:
         """Reduce by one kernel."""
@@ -213,7 +213,8 @@ def _bytes(memory: Any, nbytes: int) -> Array:
     return words
 
 
-def _address(words: Array) -> int:
+def address(words: Array) -> int:
+    """Return where words begin, as CUDA counts."""
     return int(words.data.ptr)  # type: ignore[attr-defined]  # of CuPy
 
 

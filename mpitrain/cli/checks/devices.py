@@ -18,13 +18,18 @@ from mpitrain.comm.launch import launch_command, library
 from mpitrain.comm.transports.cuda_aware import CudaAwareTransport
 from mpitrain.comm.transports.device_choice import choose
 from mpitrain.comm.transports.ipc import IpcTransport
+from mpitrain.comm.transports.nccl import NcclTransport
 
 LIMIT_S = 60.0
 """For each job: CuPy compiles its kernels at their first use."""
 
 _RANKS = 2
 _EARLIER_S = 5.0
-_STEPS = {IpcTransport.name: ("broadcast", "allreduce"), CudaAwareTransport.name: ("send", "broadcast", "allreduce")}
+_STEPS = {
+    NcclTransport.name: ("broadcast", "allreduce"),
+    IpcTransport.name: ("broadcast", "allreduce"),
+    CudaAwareTransport.name: ("send", "broadcast", "allreduce"),
+}
 _PROGRAM = (sys.executable, "-m", "mpitrain.comm.probing.program")
 _REMEDY = "docs/gpu.md tells what they need"
 

@@ -5,7 +5,7 @@ stream must come where before whom, copies to the host and back, and what is kep
 backend sees contiguous one-dimensional arrays of types that MPI knows.
 """
 
-from mpitrain.comm.buffers.exposure import settle
+from mpitrain.comm.buffers.exposure import behind, settle
 from mpitrain.comm.buffers.operands import accept, apart, outgoing, wire
 from mpitrain.comm.buffers.packing import Fused, pack
 from mpitrain.comm.buffers.parcels import Parcel
@@ -20,6 +20,7 @@ __all__ = [
     "Window",
     "accept",
     "apart",
+    "behind",
     "chunks",
     "outgoing",
     "pack",

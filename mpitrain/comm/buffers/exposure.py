@@ -1,6 +1,9 @@
-"""Before MPI is shown memory of a device: what was queued there must have taken effect."""
+"""Before others are shown memory of a device: what was queued there must have taken effect, or come first."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mpitrain.arrays.devices import Stream
 
@@ -12,3 +15,13 @@ def settle(stream: Stream) -> None:
     memory.
     """
     stream.synchronize()
+
+
+@contextmanager
+def behind(stream: Stream, work: Stream) -> Iterator[None]:
+    """Queue on ``work`` in the block, behind what a stream was given; what that is given afterwards comes behind it."""
+    work.wait(stream.record())
+    try:
+        yield
+    finally:
+        stream.wait(work.record())

@@ -7,8 +7,7 @@ behind all that was read from the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from mpitrain._errors import CommunicationError
@@ -78,15 +77,6 @@ class Window:
             for turn in range(_BEACONS)
         ]
         _OPEN.append(self)
-
-    @contextmanager
-    def behind(self, stream: Stream) -> Iterator[None]:
-        """Work in the block behind what a stream was given; what it is given afterwards comes behind the block."""
-        self.stream.wait(stream.record())
-        try:
-            yield
-        finally:
-            stream.wait(self.stream.record())
 
     def turn(self) -> None:
         """Begin with the other half."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from mpitrain._errors import InputError
 from mpitrain.arrays.devices import Stream
+from mpitrain.comm import algorithms
 from mpitrain.comm.buffers import Staging
 from mpitrain.comm.calls import Call, Handle
 
@@ -58,3 +61,66 @@ class DeviceTransport(ABC):
         if stream.device not in self._stagings:
             self._stagings[stream.device] = Staging(stream)
         return self._stagings[stream.device]
+
+
+class PartialTransport(DeviceTransport):
+    """A way for some calls, which all ranks go on memory of devices; the rest go another way.
+
+    Parameters
+    ----------
+    rest : DeviceTransport
+        For messages, nonblocking calls, those that name an algorithm, and others that this one leaves to it.
+    """
+
+    def __init__(self, comm: Communicator, rest: DeviceTransport) -> None:
+        super().__init__(comm)
+        self._rest = rest
+
+    @abstractmethod
+    def _takes(self, call: Call) -> bool:
+        """Tell whether this is the way of a call that names no algorithm; the same on all ranks."""
+
+    @abstractmethod
+    def _perform(self, call: Call, stream: Stream) -> None:
+        """Perform a call; what its stream is given afterwards comes behind it."""
+
+    def assign(self, call: Call) -> Call:
+        """Name this way as the algorithm, which debug mode compares, or let the rest choose."""
+        if call.algorithm in (None, algorithms.DEFAULT) and self._takes(call):
+            return replace(call, algorithm=self.name)
+        return self._rest.assign(call)
+
+    def run(self, call: Call) -> None:
+        """Perform a call, this way or by the rest."""
+        if call.algorithm == self.name:
+            assert call.stream is not None
+            self._perform(call, call.stream)
+        else:
+            self._rest.run(call)
+
+    def begin(self, call: Call) -> Handle:
+        """Leave it to the rest."""
+        return self._rest.begin(call)
+
+    def release(self) -> None:
+        """Let the rest go, too."""
+        self._rest.release()
+
+    def _meet(self) -> None:
+        """Return once all ranks have come here: one that does not is told by the watchdog, not by a silent device."""
+        self._comm._run(Call("barrier"))
+
+
+def one_gpu(operation: str, before: Stream, now: Stream) -> None:
+    """Refuse arrays of one rank on several GPUs.
+
+    Raises
+    ------
+    InputError
+        They are.
+    """
+    if before.device != now.device:
+        raise InputError(
+            "arrays of one rank are on several GPUs", operation=operation, expected="one GPU for each rank",
+            got=f"GPU {now.device} after GPU {before.device}", remedy="set MPITRAIN_DEVICE_TRANSPORT=staged",
+        )  # fmt: skip

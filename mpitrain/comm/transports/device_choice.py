@@ -10,15 +10,17 @@ from mpitrain.comm import probing
 from mpitrain.comm.transports.cuda_aware import CudaAwareTransport
 from mpitrain.comm.transports.device import DeviceTransport
 from mpitrain.comm.transports.ipc import IpcTransport
+from mpitrain.comm.transports.nccl import NcclTransport
 from mpitrain.comm.transports.staged import StagedTransport
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
 
-_MOVERS: dict[str, type[StagedTransport | CudaAwareTransport]] = {
+_WHOLE: dict[str, type[StagedTransport | CudaAwareTransport]] = {
     each.name: each for each in (StagedTransport, CudaAwareTransport)
 }
-_NAMES = (*_MOVERS, IpcTransport.name)
+_PARTIAL: dict[str, type[NcclTransport | IpcTransport]] = {each.name: each for each in (NcclTransport, IpcTransport)}
+_NAMES = (*_WHOLE, *_PARTIAL)
 
 
 class Way(NamedTuple):
@@ -33,7 +35,7 @@ class Way(NamedTuple):
     probed : bool
         Whether that was probed, on rank 0's kind of machine.
     rest : str
-        What moves messages where ``name`` is ``ipc``, and everything between nodes.
+        What moves that for which ``ipc`` or ``nccl`` is no way.
     """
 
     name: str
@@ -43,9 +45,9 @@ class Way(NamedTuple):
 
     def transport(self, comm: Communicator) -> DeviceTransport:
         """Make the transport of a communicator.  Communicates nothing."""
-        if self.within_nodes:
-            return IpcTransport(comm, _MOVERS[self.rest](comm))
-        return _MOVERS[self.name](comm)
+        if self.name in _PARTIAL:
+            return _PARTIAL[self.name](comm, _WHOLE[self.rest](comm))
+        return _WHOLE[self.name](comm)
 
     @property
     def within_nodes(self) -> bool:
@@ -103,7 +105,6 @@ def choose(library: str) -> Way:
     if wish is not None:
         return Way(wish, f"MPITRAIN_DEVICE_TRANSPORT={wish}")
     verdict, note = probing.known(library)
-    right = () if verdict is None else verdict.right
+    right = [] if verdict is None else verdict.right
     rest = CudaAwareTransport.name if CudaAwareTransport.name in right else StagedTransport.name
-    name = IpcTransport.name if IpcTransport.name in right else rest
-    return Way(name, note, probed=bool(right), rest=rest)
+    return Way(next((name for name in _PARTIAL if name in right), rest), note, probed=bool(right), rest=rest)

@@ -8,16 +8,13 @@ calls that name an algorithm go another way.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from mpitrain._errors import InputError
 from mpitrain._typing import Array
 from mpitrain.arrays.devices import Stream
-from mpitrain.comm import algorithms
-from mpitrain.comm.buffers import Window
-from mpitrain.comm.calls import Call, Handle
-from mpitrain.comm.transports.device import DeviceTransport
+from mpitrain.comm.buffers import Window, behind
+from mpitrain.comm.calls import Call
+from mpitrain.comm.transports.device import DeviceTransport, PartialTransport, one_gpu
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
@@ -33,20 +30,13 @@ SHORT_BYTES = 256 * 1024
 bytes where there are more than two ranks.  Not measured on several GPUs."""
 
 
-class IpcTransport(DeviceTransport):
-    """Windows between processes, reductions by the device.
-
-    Parameters
-    ----------
-    rest : DeviceTransport
-        For all other calls.
-    """
+class IpcTransport(PartialTransport):
+    """Windows between processes, reductions by the device."""
 
     name: ClassVar[str] = "ipc"
 
     def __init__(self, comm: Communicator, rest: DeviceTransport) -> None:
-        super().__init__(comm)
-        self._rest = rest
+        super().__init__(comm, rest)
         self._window: Window | None = None
         self._ways = {
             "allreduce": self._reduce, "reduce": self._reduce, "broadcast": self._broadcast,
@@ -54,35 +44,22 @@ class IpcTransport(DeviceTransport):
             "reduce_scatter": self._exchange, "alltoall": self._exchange,
         }  # fmt: skip
 
-    def assign(self, call: Call) -> Call:
-        """Say that the call goes this way, or let the rest choose."""
-        free = call.algorithm in (None, algorithms.DEFAULT) and call.recv_counts is None and self._comm.size > 1
-        if free and call.operation in self._ways:
-            return replace(call, algorithm=self.name)
-        return self._rest.assign(call)
-
-    def run(self, call: Call) -> None:
-        """Perform a call; its values are there when its stream comes so far."""
-        if call.algorithm != self.name:
-            self._rest.run(call)
-            return
-        assert call.stream is not None
-        nbytes = self._extent(call)
-        if nbytes:
-            window = self._open(call, min(nbytes, WINDOW_BYTES))
-            with window.behind(call.stream):
-                self._ways[call.operation](window, call)
-
-    def begin(self, call: Call) -> Handle:
-        """Leave it to the rest."""
-        return self._rest.begin(call)
-
     def release(self) -> None:
         """Close the window.  Collective."""
         if self._window is not None:
             self._window.close()
             self._window = None
-        self._rest.release()
+        super().release()
+
+    def _takes(self, call: Call) -> bool:
+        return call.operation in self._ways and call.recv_counts is None and self._comm.size > 1
+
+    def _perform(self, call: Call, stream: Stream) -> None:
+        nbytes = self._extent(call)
+        if nbytes:
+            window = self._open(call.operation, stream, min(nbytes, WINDOW_BYTES))
+            with behind(stream, window.stream):
+                self._ways[call.operation](window, call)
 
     def _extent(self, call: Call) -> int:
         """Return the bytes of the longest part of the window that a rank could fill; the same on all ranks."""
@@ -101,27 +78,18 @@ class IpcTransport(DeviceTransport):
         shares = 1 if call.operation in ("allgather", "gather") else self._comm.size
         return call.counts or [call.send.size // shares] * self._comm.size
 
-    def _open(self, call: Call, nbytes: int) -> Window:
+    def _open(self, operation: str, stream: Stream, nbytes: int) -> Window:
         """Return the window, with room for parts of so many bytes."""
-        stream = call.stream
-        assert stream is not None
         found = self._window
-        if found is not None and found.stream.device != stream.device:
-            raise InputError(
-                "arrays of one rank are on several GPUs", operation=call.operation,
-                got=f"GPU {stream.device} after GPU {found.stream.device}", expected="one GPU for each rank",
-                remedy="set MPITRAIN_DEVICE_TRANSPORT=staged",
-            )  # fmt: skip
-        if found is None or found.nbytes < nbytes:
-            if found is not None:
-                found.close()
-            room = 1 << (max(nbytes, LEAST_BYTES) - 1).bit_length()
-            with self._comm._aside():
-                self._window = found = Window(stream, self._comm, self._meet, room)
+        if found is not None:
+            one_gpu(operation, found.stream, stream)
+            if found.nbytes >= nbytes:
+                return found
+            found.close()
+        room = 1 << (max(nbytes, LEAST_BYTES) - 1).bit_length()
+        with self._comm._aside():
+            self._window = found = Window(stream, self._comm, self._meet, room)
         return found
-
-    def _meet(self) -> None:
-        self._comm._run(Call("barrier"))
 
     def _reduce(self, window: Window, call: Call) -> None:
         """Reduce to all ranks, or to the root."""
