@@ -510,6 +510,12 @@ class CUDARuntimeError(RuntimeError):
     """As CUDA says that something failed."""
 
 
+def modules() -> dict[str, Any]:
+    """Return what stands for CuPy, and for its module of NCCL, by name."""
+    found: Any = module()
+    return {"cupy": found, "cupy.cuda.nccl": found.cuda.nccl}
+
+
 def module() -> ModuleType:
     """Return what stands for CuPy."""
     found: Any = ModuleType("cupy")

@@ -28,7 +28,7 @@ RANK = """
 import os, signal, sys, time
 sys.path.insert(0, {tests!r})
 import standin_cupy
-sys.modules["cupy"] = standin_cupy.module()
+sys.modules.update(standin_cupy.modules())
 from mpitrain.comm.mpi import MpiCommunicator
 from mpitrain.comm.probing import program
 fault, step = {fault!r}, sys.argv[1]

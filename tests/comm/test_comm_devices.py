@@ -46,12 +46,13 @@ DEVICE = pytest.mark.parametrize("check", device_suite.CHECKS, ids=lambda check:
 
 @pytest.fixture(autouse=True)
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    module = standin_cupy.module()
-    monkeypatch.setitem(sys.modules, "cupy", module)
+    modules = standin_cupy.modules()
+    for name, each in modules.items():
+        monkeypatch.setitem(sys.modules, name, each)
     monkeypatch.setattr(staging, "CHUNK_BYTES", device_suite.CHUNK_BYTES)
     for name in ("WINDOW_BYTES", "LEAST_BYTES", "SHORT_BYTES"):
         monkeypatch.setattr(ipc, name, WINDOW_BYTES[name])
-    yield module
+    yield modules["cupy"]
     standin_cupy.forget()
 
 

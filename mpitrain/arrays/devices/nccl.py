@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,8 @@ class NcclGroup:
 
 
 def _nccl() -> Any:
-    nccl = by_device("gpu").cuda.nccl
+    by_device("gpu")  # which says what to do where there is no CuPy
+    nccl = import_module("cupy.cuda.nccl")
     if not nccl.available:
         raise MissingExtraError("CuPy finds no NCCL", remedy="pip install nvidia-nccl-cu13 (or -cu12)")
     return nccl
