@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from mpitrain.arrays.random import philox4x32
+
 _LACKING = frozenset((
     "block", "busday_count", "einsum_path", "errstate", "frompyfunc", "geomspace", "geterr", "histogram_bin_edges",
     "insert", "isnat", "matvec", "memmap", "nanpercentile", "nanquantile", "ndenumerate", "nditer", "polyder",
@@ -308,7 +310,7 @@ class Cupy(ModuleType):
         return x.get() if isinstance(x, ndarray) else np.asarray(x)
 
     @staticmethod
-    def ElementwiseKernel(ins: str, outs: str, code: str, name: str) -> Callable[[ndarray, ndarray], None]:  # noqa: N802
+    def ElementwiseKernel(ins: str, outs: str, code: str, name: str) -> Callable[..., None]:  # noqa: N802
         import ml_dtypes
 
         def widen(x: ndarray, y: ndarray) -> None:
@@ -317,7 +319,13 @@ class Cupy(ModuleType):
         def narrow(x: ndarray, y: ndarray) -> None:
             y._host[...] = x._host.astype(ml_dtypes.bfloat16).view(np.uint16)
 
-        return {"mpitrain_widen": widen, "mpitrain_narrow": narrow}[name]
+        def philox(row: ndarray, block: ndarray, step: int, k0: int, k1: int, *words: ndarray) -> None:
+            rows, blocks = (each._host.astype(np.uint64) for each in (row, block))
+            counter = (blocks, rows & np.uint64(2**32 - 1), rows >> np.uint64(32), np.uint64(step))
+            for word, found in zip(words, philox4x32(counter, (int(k0), int(k1))), strict=True):
+                word._host[...] = found
+
+        return {"mpitrain_widen": widen, "mpitrain_narrow": narrow, "mpitrain_philox": philox}[name]
 
 
 @cache

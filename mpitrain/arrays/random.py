@@ -18,9 +18,9 @@ import numpy as np
 from mpitrain._errors import InputError
 from mpitrain._options import check_whole
 from mpitrain._typing import Array, Shape
-from mpitrain.arrays import kernel
+from mpitrain.arrays import kernel, philox_cuda
 from mpitrain.arrays.box import Box
-from mpitrain.arrays.namespace import namespace
+from mpitrain.arrays.namespace import is_cupy
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -113,7 +113,8 @@ class Key:
         """
         first, last = columns
         low, high = first // 4, -(-last // 4)
-        table = kernel.philox(rows, low, high, self.step, self.words)
+        counters = rows, low, high, self.step, self.words
+        table = philox_cuda.philox(*counters) if is_cupy(rows) else kernel.philox(*counters)
         if table is None:
             table = self._blocks(rows, low, high)
         found: Array = table[:, first - 4 * low : last - 4 * low]
@@ -121,12 +122,11 @@ class Key:
 
     def _blocks(self, rows: Array, low: int, high: int) -> Array:
         """Return the words of blocks of four, shape (n, 4 * (high - low))."""
-        xp = namespace(rows)
-        index = rows.astype(xp.uint64)[:, None]
-        blocks = xp.arange(low, high, dtype=xp.uint64)[None, :]
-        words = philox4x32((blocks, index & _LOW, index >> _SHIFT, xp.uint64(self.step)), self.words)
+        index = rows.astype(np.uint64)[:, None]
+        blocks = np.arange(low, high, dtype=np.uint64)[None, :]
+        words = philox4x32((blocks, index & _LOW, index >> _SHIFT, np.asarray(self.step, np.uint64)), self.words)
         shape = (rows.shape[0], high - low)
-        table: Array = xp.stack([xp.broadcast_to(w, shape) for w in words], axis=-1).astype(xp.uint32)
+        table: Array = np.stack([np.broadcast_to(w, shape) for w in words], axis=-1).astype(np.uint32)
         return table.reshape(shape[0], 4 * (high - low))
 
     def uniform(self, rows: Array, columns: tuple[int, int], dtype: Any = np.float32) -> Array:

@@ -1,4 +1,4 @@
-"""The kernels for bfloat16, compiled for the host: they are C but for two functions of CUDA's."""
+"""The kernels of devices, compiled for the host: they are C but for two functions of CUDA's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mpitrain.arrays import philox_cuda
 from mpitrain.arrays.devices import cuda
 
 SOURCE = """
@@ -25,6 +26,11 @@ void narrow(const float *in, unsigned short *out, long n) {
 void widen(const unsigned short *in, float *out, long n) {
     for (long i = 0; i < n; i++) { unsigned short x = in[i]; float y; %s; out[i] = y; }
 }
+void philox(unsigned long long row, unsigned long long block, unsigned step, unsigned k0, unsigned k1, unsigned *out) {
+    unsigned w0, w1, w2, w3;
+    %s
+    out[0] = w0; out[1] = w1; out[2] = w2; out[3] = w3;
+}
 """
 
 
@@ -32,7 +38,7 @@ void widen(const unsigned short *in, float *out, long n) {
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = shutil.which("cc") or pytest.skip("no C compiler")
     folder: Path = tmp_path_factory.mktemp("kernels")
-    (folder / "kernels.c").write_text(SOURCE % (cuda._NARROW, cuda._WIDEN))
+    (folder / "kernels.c").write_text(SOURCE % (cuda._NARROW, cuda._WIDEN, philox_cuda._ENCRYPT))
     subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "kernels.so", folder / "kernels.c"], check=True)
     return ctypes.CDLL(str(folder / "kernels.so"))
 
@@ -59,3 +65,19 @@ def test_widening_is_exact(kernels: ctypes.CDLL) -> None:
     words = np.arange(2**16, dtype=np.uint16)
     expected = words.view(ml_dtypes.bfloat16).astype(np.float32)
     assert np.array_equal(call(kernels.widen, words, "float32"), expected, equal_nan=True)
+
+
+def test_philox_gives_the_numbers_of_random123(kernels: ctypes.CDLL) -> None:
+    """Its known answers for Philox4x32-10: ``tests/kat_vectors`` of Random123."""
+    ones = 2**32 - 1
+    cases = [
+        ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((ones,) * 4, (ones,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+         "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ]  # fmt: skip
+    for (c0, c1, c2, c3), (k0, k1), expected in cases:
+        found = np.zeros(4, np.uint32)
+        words = (ctypes.c_ulonglong(c1 | c2 << 32), ctypes.c_ulonglong(c0), *map(ctypes.c_uint32, (c3, k0, k1)))
+        kernels.philox(*words, ctypes.c_void_p(found.ctypes.data))
+        assert " ".join(f"{word:08x}" for word in found) == expected
