@@ -1,6 +1,7 @@
-"""Sums of arrays on a GPU: measured, and shown in ``docs/results/gpu.md``.
+"""Sums of arrays on a GPU, and training steps: measured, and shown in ``docs/results/gpu.md``.
 
     python tests/gpu_figures.py measure h100 [FOLDER]     # two ranks, a minute; the name is that of the GPU
+    python tests/gpu_figures.py steps h100 [FOLDER]       # adds training steps, `tests/gpu_steps.py`
     python tests/gpu_figures.py page                      # tables, from what was measured
 
 `measure` leaves ``docs/results/gpu/NAME.json``, or it in FOLDER; `page` writes all below the page's marker anew.
@@ -42,6 +43,16 @@ def measure(machine: str, folder: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     argv, env = launch_command(2, [sys.executable, __file__, "rank", str(file)])
     subprocess.run(argv, check=True, env=env | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
+
+
+def steps(machine: str, folder: Path) -> None:
+    """Add training steps of one process, with PyTorch, to what was measured."""
+    file, added = folder / f"{machine}.json", folder / f"{machine}-steps.json"
+    program = [sys.executable, "tests/gpu_steps.py", str(added)]
+    subprocess.run(program, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ms": json.loads(added.read_text())}, indent=1) + "\n")
+    added.unlink()
+    print(_section(machine, json.loads(file.read_text())))
 
 
 def rank(file: Path) -> None:
@@ -186,15 +197,23 @@ def page(folder: Path = FOLDER) -> str:
 
 
 def _section(name: str, found: dict[str, Any]) -> str:
-    names = list(next(iter(found["us"].values())))
     lines = [f"## {name}", "", ", ".join(f"{what} {which}" for what, which in found["machine"].items()) + ".", ""]
     lines += ["Copies of 64 MiB, GB/s: " + ", ".join(f"{w} {r:.0f}" for w, r in found["copies"].items()) + ".", ""]
-    lines += ["| bytes | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for nbytes, times in found["us"].items():
-        best = min(times.values())
-        cells = (f"**{us:.0f}**" if us == best else f"{us:.0f}" for us in (times[each] for each in names))
-        lines.append(f"| {_bytes(int(nbytes))} | " + " | ".join(cells) + " |")
+    lines += _table("bytes", {_bytes(int(size)): times for size, times in found["us"].items()}, 0)
+    if "ms" in found:
+        lines += ["", "Training steps of GPTs with AdamW, one process, ms:", "", *_table("GPT", found["ms"], 1)]
     return "\n".join(lines) + "\n"
+
+
+def _table(what: str, rows: dict[str, dict[str, float]], digits: int) -> Iterator[str]:
+    """Yield a table whose least figure of each row is bold."""
+    names = list(next(iter(rows.values())))
+    yield f"| {what} | " + " | ".join(names) + " |"
+    yield "|---|" + "---|" * len(names)
+    for label, row in rows.items():
+        cells = (f"**{row[name]:.{digits}f}**" if row[name] == min(row.values()) else f"{row[name]:.{digits}f}"
+                 for name in names)  # fmt: skip
+        yield f"| {label} | " + " | ".join(cells) + " |"
 
 
 def _bytes(count: int) -> str:
@@ -206,8 +225,8 @@ def _bytes(count: int) -> str:
 
 def main() -> None:
     command, *rest = sys.argv[1:] or [""]
-    if command == "measure" and rest:
-        measure(rest[0], Path(rest[1]) if rest[1:] else FOLDER)
+    if command in ("measure", "steps") and rest:
+        {"measure": measure, "steps": steps}[command](rest[0], Path(rest[1]) if rest[1:] else FOLDER)
     elif command == "rank":
         rank(Path(rest[0]))
     elif command == "page":

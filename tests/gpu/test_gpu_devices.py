@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 pytest.importorskip("ml_dtypes", reason="the suites need ml_dtypes")
 
 import device_suite
-from array_kinds import DTYPES, Kind, _make_torch, _read_torch
+from array_kinds import DTYPES, KINDS, Kind, _make_torch, _read_torch
 from test_comm_any_array import CHECKS
 
 from mpitrain.arrays.gpus import use_gpu
@@ -127,6 +128,22 @@ def test_any_array_of_torch(check: Callable[..., None], own_stream: bool, torch:
             check(comm, kind)
 
     LocalWorld(2).run(run)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_any_array_of_jax(check: Callable[..., None], cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied to the host and back, and so where they were before."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or it takes most of the memory
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX finds no GPU")
+    kind = KINDS["jax"]
+
+    def read(array: Any) -> np.ndarray:
+        assert {each.platform for each in array.devices()} == {"gpu"}
+        return kind.read(array)
+
+    LocalWorld(2).run(check, replace(kind, read=read))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
