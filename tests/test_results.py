@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collectives
+import gpu_figures
 import numpy as np
 import training
 from collectives_tables import Row, goals, left_to_the_library, rows, table
@@ -31,6 +32,13 @@ def test_the_page_of_training_steps_shows_what_was_measured() -> None:
     assert head.startswith("# ")
     assert shown.strip() == training.page().strip(), "run python tests/training.py page"
     assert shown.count("## All models: ") == len(list(training.FOLDER.glob("*.json"))) > 0
+
+
+def test_the_page_of_gpus_shows_what_was_measured() -> None:
+    head, _, shown = gpu_figures.PAGE.read_text().partition(gpu_figures.MARKER)
+    assert head.startswith("# ")
+    assert shown.strip() == gpu_figures.page().strip(), "run python tests/gpu_figures.py page"
+    assert shown.count("## ") == len(list(gpu_figures.FOLDER.glob("*.json"))) > 0
 
 
 def test_rows_have_the_best_of_all_rivals() -> None:
