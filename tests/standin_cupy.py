@@ -16,6 +16,7 @@ still use it.  It has addresses that MPI can use, through ``__cuda_array_interfa
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import itertools
 import mmap
 import os
@@ -80,7 +81,7 @@ class Shared:
     def __init__(self, nbytes: int, name: bytes | None = None) -> None:
         if name is None:
             self.fd = os.memfd_create("standin")
-            os.ftruncate(self.fd, nbytes)
+            os.ftruncate(self.fd, nbytes + 8)
             self.name = f"{os.getpid()} {self.fd} {nbytes}".encode().ljust(64)
         else:
             pid, fd, size = map(int, name.split())
@@ -88,8 +89,15 @@ class Shared:
                 raise CUDARuntimeError("cudaErrorInvalidDevice: it is this process's own")
             self.fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
             self.name, nbytes = name, size
-        self.memory = np.frombuffer(mmap.mmap(self.fd, nbytes), np.uint8)
+        words = np.frombuffer(mmap.mmap(self.fd, nbytes + 8), np.uint8)
+        self.memory, self.openers = words[:nbytes], words[nbytes:].view(np.int64)
         self.ptr = self.memory.__array_interface__["data"][0]
+
+    def count(self, more: int) -> None:
+        """Count the processes that have opened it."""
+        fcntl.flock(self.fd, fcntl.LOCK_EX)
+        self.openers += more
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -105,7 +113,9 @@ class Memory(Shared):
 
     def __del__(self) -> None:
         _poison(self.memory)
+        openers = int(self.openers[0])
         super().__del__()
+        assert not openers, f"freed while {openers} other processes have it open"
 
 
 class Clock:
@@ -157,8 +167,13 @@ class Wait(Tick):
 
 def ipc_open_mem_handle(name: bytes, flags: int) -> int:
     opened = Shared(0, name)
+    opened.count(1)
     _SHARED[opened.ptr] = _OPENED[opened.ptr] = opened
     return opened.ptr
+
+
+def ipc_close_mem_handle(pointer: int) -> None:
+    _OPENED.pop(pointer).count(-1)
 
 
 def ipc_open_event_handle(name: bytes) -> int:
@@ -196,33 +211,33 @@ class NcclCommunicator:
         slots = self._shared.memory[4096 : 4096 + size * self.SLOT_BYTES]
         self._slots = slots.reshape(size, self.SLOT_BYTES)
 
-    def allReduce(self, send: int, recv: int, n: int, kind: str, op: str, stream: int) -> None:  # noqa: N802
-        self._queue(send, n, recv, n, kind, stream, lambda all_: _REDUCE[op](all_, axis=0, dtype=all_.dtype))
+    def allReduce(self, send: int, recv: int, n: int, kind: int, op: int, stream: int) -> None:  # noqa: N802
+        self._queue(send, n, recv, n, kind, stream, lambda all_: _REDUCE[_NCCL[op]](all_, axis=0, dtype=all_.dtype))
 
-    def reduce(self, send: int, recv: int, n: int, kind: str, op: str, root: int, stream: int) -> None:
+    def reduce(self, send: int, recv: int, n: int, kind: int, op: int, root: int, stream: int) -> None:
         if self._rank == root:
             self.allReduce(send, recv, n, kind, op, stream)
         else:
             self._queue(send, n, recv, 0, kind, stream, lambda all_: all_[0, :0])
 
-    def reduceScatter(self, send: int, recv: int, n: int, kind: str, op: str, stream: int) -> None:  # noqa: N802
+    def reduceScatter(self, send: int, recv: int, n: int, kind: int, op: int, stream: int) -> None:  # noqa: N802
         own = slice(self._rank * n, (self._rank + 1) * n)
-        take = lambda all_: _REDUCE[op](all_, axis=0, dtype=all_.dtype)[own]  # noqa: E731
+        take = lambda all_: _REDUCE[_NCCL[op]](all_, axis=0, dtype=all_.dtype)[own]  # noqa: E731
         self._queue(send, n * self._size, recv, n, kind, stream, take)
 
-    def broadcast(self, send: int, recv: int, n: int, kind: str, root: int, stream: int) -> None:
+    def broadcast(self, send: int, recv: int, n: int, kind: int, root: int, stream: int) -> None:
         self._queue(send, n, recv, n, kind, stream, lambda all_: all_[root])
 
-    def allGather(self, send: int, recv: int, n: int, kind: str, stream: int) -> None:  # noqa: N802
+    def allGather(self, send: int, recv: int, n: int, kind: int, stream: int) -> None:  # noqa: N802
         self._queue(send, n, recv, n * self._size, kind, stream, lambda all_: all_.reshape(-1))
 
-    def send(self, at: int, n: int, kind: str, peer: int, stream: int) -> None:
+    def send(self, at: int, n: int, kind: int, peer: int, stream: int) -> None:
         _HERE.sent.append((self, at, n, kind, stream))
 
-    def recv(self, at: int, n: int, kind: str, peer: int, stream: int) -> None:
+    def recv(self, at: int, n: int, kind: int, peer: int, stream: int) -> None:
         _HERE.received.append(at)
 
-    def exchange(self, send: int, recv: int, n: int, kind: str, stream: int) -> None:
+    def exchange(self, send: int, recv: int, n: int, kind: int, stream: int) -> None:
         """All rows to all ranks, from which each takes its own."""
         own = slice(self._rank * n, (self._rank + 1) * n)
         size = self._size
@@ -232,9 +247,9 @@ class NcclCommunicator:
         self._size = 0
 
     def _queue(
-        self, send: int, n: int, recv: int, m: int, kind: str, pointer: int, take: Callable[[np.ndarray], np.ndarray]
+        self, send: int, n: int, recv: int, m: int, kind: int, pointer: int, take: Callable[[np.ndarray], np.ndarray]
     ) -> None:
-        stream, dtype = external_stream(pointer), np.dtype(kind)
+        stream, dtype = external_stream(pointer), np.dtype(_NCCL[kind])
         assert self._size, "it was destroyed"
         given, into = (_at(at, count * dtype.itemsize).view(dtype) for at, count in ((send, n), (recv, m)))
         self._calls += 1
@@ -254,6 +269,7 @@ class NcclCommunicator:
 
 _REDUCE = {"sum": np.sum, "prod": np.prod, "min": lambda a, axis, dtype: a.min(axis),
            "max": lambda a, axis, dtype: a.max(axis)}  # fmt: skip
+_NCCL = ("int8", "int32", "int64", "uint8", "uint32", "uint64", "float32", "float64", *_REDUCE)
 _OWN: dict[bytes, Shared] = {}
 
 
@@ -523,6 +539,7 @@ def module() -> ModuleType:
     found.ndarray, found.empty, found.asarray, found.asnumpy = ndarray, empty, asarray, asnumpy
     found.from_dlpack = lambda x: ndarray(x.memory)
     found.ElementwiseKernel = elementwise_kernel
+    found.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)
     for name in ("add", "multiply", "minimum", "maximum", "bitwise_and", "bitwise_or", "divide"):
         setattr(found, name, _ufunc(name))
     runtime = SimpleNamespace(
@@ -531,14 +548,14 @@ def module() -> ModuleType:
         getDeviceProperties=lambda index: {"name": b"stand-in", "uuid": str(os.getpid()).encode()},
         runtimeGetVersion=lambda: 13000, driverGetVersion=lambda: 13000,
         ipcGetMemHandle=lambda ptr: _SHARED[ptr].name, ipcOpenMemHandle=ipc_open_mem_handle,
-        ipcCloseMemHandle=_OPENED.pop, cudaIpcMemLazyEnablePeerAccess=1, eventRecord=event_record,
+        ipcCloseMemHandle=ipc_close_mem_handle, cudaIpcMemLazyEnablePeerAccess=1, eventRecord=event_record,
         ipcGetEventHandle=lambda event: _EVENTS[event].clock.shared.name, ipcOpenEventHandle=ipc_open_event_handle,
-        streamWaitEvent=stream_wait_event,
+        streamWaitEvent=stream_wait_event, eventDestroy=_EVENTS.pop,
     )  # fmt: skip
-    kinds = ("int8", "int32", "int64", "uint8", "uint32", "uint64", "float32", "float64", *_REDUCE)
     nccl = SimpleNamespace(
         available=True, NcclCommunicator=NcclCommunicator, NcclError=NcclError, get_unique_id=nccl_unique_id,
-        groupStart=group_start, groupEnd=group_end, **{f"NCCL_{kind.upper()}": kind for kind in kinds},
+        groupStart=group_start, groupEnd=group_end,
+        **{f"NCCL_{name.upper()}": number for number, name in enumerate(_NCCL)},
     )  # fmt: skip
     found.cuda = SimpleNamespace(
         Stream=Stream, Event=Event, Device=Device, runtime=runtime,

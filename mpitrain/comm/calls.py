@@ -36,7 +36,8 @@ class Call:
     recv_counts : tuple of int, optional
         Of a ragged ``alltoall``: elements that come from each rank (``counts``: that go to each).
     algorithm : str, optional
-        One of `mpitrain.comm.algorithms` that performs it; None: the backend does.
+        One of `mpitrain.comm.algorithms` that performs it, or the transport of device memory that does; None: the
+        backend does.
     stream : Stream, optional
         ``send`` and ``recv`` are memory of a device, and this is where work on it is queued; None: host memory.
     parts : int

@@ -144,9 +144,9 @@ class Communicator(Collectives, Messages):
 
     @property
     def device_transport(self) -> str:
-        """How memory of devices moves: ``"staged"`` through the host, by a ``"cuda_aware"`` MPI library, or ``"ipc"``.
+        """How memory of devices moves: ``"staged"`` through the host, ``"cuda_aware"``, ``"ipc"`` or ``"nccl"``.
 
-        With the last, the ranks of a node read each other's.
+        By MPI with the second; with the third, the ranks of a node read each other's.
         """
         return self._device_way.name
 

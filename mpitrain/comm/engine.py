@@ -261,11 +261,11 @@ class Engine(ABC):
             for handle in self._under_way:
                 handle.wait()
             self._under_way.clear()
-            for made in reversed(self._made):
-                made.free()
             if self._devices is not None:
                 self._devices.release()
                 self._devices = None  # and its page-locked memory
+            for made in reversed(self._made):
+                made.free()
             self._watch.freed = True
             self._shorten()
             for entry in self._entries:

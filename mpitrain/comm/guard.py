@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,7 +23,9 @@ from mpitrain._errors import (
     PeerError,
 )
 from mpitrain.comm.callsite import call_site
-from mpitrain.comm.communicator import Communicator
+
+if TYPE_CHECKING:
+    from mpitrain.comm.communicator import Communicator
 
 
 def exit_code(error: BaseException) -> int:

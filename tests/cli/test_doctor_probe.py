@@ -83,7 +83,8 @@ def test_what_does_it_right_is_used(judged: Callable[..., Any], cache: Path) -> 
     assert finding.found.startswith("probed on 20")
     assert finding.found.endswith(f": nccl: right; ipc: right; cuda_aware: right; kept in {next(cache.glob('*.json'))}")
     way = device_choice.choose(library().version)
-    assert (way.name, way.rest) == ("nccl", "cuda_aware")
+    assert way.names == ("nccl", "ipc", "cuda_aware")
+    assert way.between_nodes().names == ("cuda_aware",)
     assert "memory of GPUs nccl (probed on 20" in devices.transport().found
 
 
@@ -102,7 +103,7 @@ def test_a_library_that_does_not_is_not(judged: Callable[..., Any], cache: Path,
     assert Path(finding.found.rpartition(" ")[2]).read_text()
     assert json.loads(next(cache.glob("*.json")).read_text())["problems"]["cuda_aware"].startswith(words)
     way = device_choice.choose(library().version)
-    assert (way.name, way.rest) == ("nccl", "staged")
+    assert way.names == ("nccl", "ipc", "staged")
     assert words in way.why
 
 
@@ -113,7 +114,7 @@ def test_memory_that_cannot_be_reached_is_staged(judged: Callable[..., Any], cac
     assert finding.found.startswith("memory of GPUs is staged: probed on 20")
     for name in ("nccl: broadcast", "ipc: broadcast", "cuda_aware: send"):
         assert f"{name}: exit code " in finding.found
-    assert device_choice.choose(library().version)[:1] == ("staged",)
+    assert device_choice.choose(library().version).names == ("staged",)
 
 
 @pytest.mark.parametrize("step", program.STEPS)
@@ -159,7 +160,7 @@ def test_only_the_same_setting_is_trusted(cache: Path, monkeypatch: pytest.Monke
     path = probing.save(probing.Verdict.now(here, RIGHT))
     assert probing.known("Some MPI 1").verdict == probing.Verdict.from_json(path.read_text())
     assert device_choice.choose("Some MPI 1").name == "cuda_aware"
-    assert device_choice.choose("Some MPI 2") == ("staged", probing.known("Some MPI 2").note, False, "staged")
+    assert device_choice.choose("Some MPI 2") == (("staged",), probing.known("Some MPI 2").note, False)
     for damage in ("", "{}", path.read_text().replace("Some MPI 1", "Some MPI 3"), path.read_text()[:-3]):
         path.write_text(damage)
         way = device_choice.choose("Some MPI 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,16 +21,18 @@ from device_suite import late, own, same
 from test_comm_any_array import CHECKS
 
 import mpitrain
-from mpitrain._errors import CommunicationError, InputError, MismatchError
+from mpitrain._errors import CommunicationError, InputError, MismatchError, MissingExtraError
 from mpitrain.arrays import libraries
+from mpitrain.arrays.devices import nccl
 from mpitrain.arrays.devices.cuda import CudaStream
 from mpitrain.arrays.libraries.cuda_arrays import CupyArrays
 from mpitrain.arrays.libraries.library import Operand
 from mpitrain.comm import Communicator, LocalWorld, pieces, trace
 from mpitrain.comm.buffers import staging
 from mpitrain.comm.calls import Call
-from mpitrain.comm.transports import ipc
+from mpitrain.comm.transports import device_choice, ipc
 from mpitrain.comm.transports.device import one_gpu
+from mpitrain.comm.transports.device_choice import Way
 from mpitrain.comm.transports.shared import SMALLEST_BYTES
 
 WINDOW_BYTES = {"WINDOW_BYTES": 256, "LEAST_BYTES": 64, "SHORT_BYTES": 64}
@@ -235,23 +238,43 @@ def test_large_chunks_pass_through_shared_memory(
     same(cupy, comm.allreduce(late(cupy, own(comm, n, "float32"))), folded(comm.size, (n,), "float32", "sum"))
 
 
+def refuse(*_: object) -> None:
+    raise standin_cupy.CUDARuntimeError("no such thing")
+
+
+def of(cupy: Any, function: str) -> tuple[Any, str]:
+    """A function of CUDA's, as ``monkeypatch`` wants it."""
+    return (cupy.cuda if function == "Memory" else cupy.cuda.runtime), function
+
+
 @pytest.mark.mpi
-def test_memory_that_one_rank_cannot_reach_is_an_error_on_all(
-    cupy: Any, monkeypatch: pytest.MonkeyPatch, world: Communicator
+@pytest.mark.parametrize("function", ["Memory", "ipcGetMemHandle", "ipcOpenMemHandle", "ipcOpenEventHandle"])
+def test_memory_that_one_rank_cannot_share_or_reach_is_an_error_on_all(
+    function: str, cupy: Any, monkeypatch: pytest.MonkeyPatch, world: Communicator
 ) -> None:
     from mpi4py import MPI
 
-    def refuse(*_: object) -> None:
-        raise standin_cupy.CUDARuntimeError("peer access is not supported")
-
+    before = getattr(*of(cupy, function))
     monkeypatch.setenv("MPITRAIN_DEVICE_TRANSPORT", "ipc")
-    if world.rank == 0:
-        monkeypatch.setattr(cupy.cuda.runtime, "ipcOpenMemHandle", refuse)
-    comm = Communicator.from_mpi(MPI.COMM_WORLD)
-    if comm.size > 1:
-        with pytest.raises(CommunicationError, match=r"cannot be reached; got peer access is not supported; .*=staged"):
-            comm.allreduce(late(cupy, own(comm, 5, "float32")))
-    comm.free()
+    with Communicator.from_mpi(MPI.COMM_WORLD) as comm:
+        same(cupy, comm.allreduce(late(cupy, own(comm, 5, "float32"))), folded(comm.size, (5,), "float32", "sum"))
+        if world.rank == 0:
+            monkeypatch.setattr(*of(cupy, function), refuse)
+        if comm.size > 1:
+            with pytest.raises(CommunicationError, match=r"memory of GPUs cannot be .*; got no such thing; .*=staged"):
+                comm.allreduce(late(cupy, own(comm, 113, "float32")))  # for which the window is too short
+        if world.rank == 0:
+            monkeypatch.setattr(*of(cupy, function), before)
+        same(cupy, comm.allreduce(late(cupy, own(comm, 5, "float32"))), folded(comm.size, (5,), "float32", "sum"))
+
+
+def test_memory_that_the_pool_keeps_is_asked_for(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = ["all of the GPU's"]
+    pool = SimpleNamespace(free_all_blocks=kept.clear)
+    monkeypatch.setattr(cupy, "get_default_memory_pool", lambda: pool)
+    monkeypatch.setattr(cupy.cuda, "Memory", lambda nbytes: refuse() if kept else standin_cupy.Memory(nbytes))
+    words, _ = CudaStream.current(0).share(64)
+    assert words.nbytes == 64
 
 
 @pytest.mark.mpi
@@ -262,8 +285,72 @@ def test_nccl_wants_a_gpu_for_each_rank(cupy: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", lambda index: {"uuid": b"the only one"})
     with Communicator.from_mpi(MPI.COMM_WORLD) as comm:
         if comm.size > 1:
-            with pytest.raises(InputError, match="ranks 0 and 1 are on the same GPU"):
+            with pytest.raises(CommunicationError, match="ranks 0 and 1 are on the same GPU"):
                 comm.allreduce(late(cupy, own(comm, 5, "float32")))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("function", ["getDeviceProperties", "ipcOpenMemHandle"])
+def test_what_was_probed_and_yet_cannot_be_opened_is_given_up(
+    function: str, cupy: Any, monkeypatch: pytest.MonkeyPatch, world: Communicator
+) -> None:
+    from mpi4py import MPI
+
+    monkeypatch.delenv("MPITRAIN_DEVICE_TRANSPORT", raising=False)
+    monkeypatch.setattr(device_choice.probing, "setting", lambda library: None)
+    monkeypatch.setattr(device_choice, "choose", lambda library: Way(("nccl", "ipc", "staged"), "probed", True))
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", lambda index: {"uuid": b"the only one"})
+    if function == "ipcOpenMemHandle" and world.rank == 0:
+        monkeypatch.setattr(cupy.cuda.runtime, function, refuse)
+    left = "staged" if function == "ipcOpenMemHandle" else "ipc"
+    with Communicator.from_mpi(MPI.COMM_WORLD) as comm:
+        assert comm.device_transport == "nccl"
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for n in (5, 113):
+                found = comm.allreduce(late(cupy, own(comm, n, "float32")))
+                same(cupy, found, folded(comm.size, (n,), "float32", "sum"))
+        if comm.size > 1:
+            assert comm.device_transport == left
+            assert "probed; nccl: nccl: NCCL cannot be used; got ranks 0 and 1" in comm.device_transport_reason
+            said = [str(each.message).partition(",")[0] for each in told]
+            expected = ["ipc is used instead of nccl", "staged is used instead of ipc"]
+            assert said == (expected[: 2 - (left == "ipc")] if comm.rank == 0 else [])
+
+
+@pytest.mark.mpi
+def test_ipc_is_for_one_node(cupy: Any, monkeypatch: pytest.MonkeyPatch, world: Communicator) -> None:
+    from mpi4py import MPI
+
+    monkeypatch.setenv("MPITRAIN_RANKS_PER_NODE", "1")
+    monkeypatch.setenv("MPITRAIN_DEVICE_TRANSPORT", "ipc")
+    with Communicator.from_mpi(MPI.COMM_WORLD) as comm:
+        assert comm.device_transport == ("staged" if comm.size > 1 else "ipc")
+        assert ("on several nodes" in comm.device_transport_reason) == (comm.size > 1)
+        assert comm.node.device_transport == "ipc"
+        same(cupy, comm.allreduce(late(cupy, own(comm, 5, "float32"))), folded(comm.size, (5,), "float32", "sum"))
+
+
+@pytest.mark.parametrize("version", ["13.6.0", "14.2.0"])
+def test_names_of_nccl_in_both_forms(version: str, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (-56, 0, 127) if version < "14" else bytes([200, 0, 127])
+    monkeypatch.setattr(cupy, "__version__", version)
+    monkeypatch.setattr(cupy.cuda.nccl, "get_unique_id", lambda: given)
+    name = nccl.unique_id()
+    assert name == bytes([200, 0, 127])
+    assert nccl._as_cupy_wants_it(name) == given
+
+
+def test_nccl_that_is_not_there_or_fails_says_what_to_do(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise standin_cupy.NcclError("unhandled system error")
+
+    monkeypatch.setattr(cupy.cuda.nccl, "get_unique_id", fail)
+    with pytest.raises(CommunicationError, match="NCCL failed; got unhandled system error; look at what NCCL_DEBUG"):
+        nccl.unique_id()
+    monkeypatch.setattr(cupy.cuda.nccl, "available", False)
+    with pytest.raises(MissingExtraError, match="CuPy finds no NCCL; pip install nvidia-nccl"):
+        nccl.unique_id()
 
 
 def test_arrays_of_one_rank_on_several_gpus_are_refused() -> None:

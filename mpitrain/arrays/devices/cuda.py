@@ -98,21 +98,19 @@ class CudaStream(Stream):
 
     def share(self, nbytes: int) -> tuple[Array, bytes]:
         """Allocate apart from CuPy's pool, for the driver shares whole allocations, and only plain ones."""
-        with self._current() as cupy:
-            memory = cupy.cuda.Memory(nbytes)
+        with self._sharing("shared") as cupy:
+            try:
+                memory = cupy.cuda.Memory(nbytes)
+            except cupy.cuda.runtime.CUDARuntimeError:  # what is free may all be in the pool
+                cupy.get_default_memory_pool().free_all_blocks()
+                memory = cupy.cuda.Memory(nbytes)
             return _bytes(memory, nbytes), cupy.cuda.runtime.ipcGetMemHandle(memory.ptr)
 
     def open(self, name: bytes, nbytes: int) -> Array:
         """Map memory of a process that works on this device, or on one that this device can read."""
-        with self._current() as cupy:
+        with self._sharing("reached") as cupy:
             runtime = cupy.cuda.runtime
-            try:
-                pointer = runtime.ipcOpenMemHandle(name, runtime.cudaIpcMemLazyEnablePeerAccess)
-            except runtime.CUDARuntimeError as error:
-                raise CommunicationError(
-                    "memory of another rank's GPU cannot be reached", got=str(error),
-                    remedy="set MPITRAIN_DEVICE_TRANSPORT=staged",
-                ) from error  # fmt: skip
+            pointer = runtime.ipcOpenMemHandle(name, runtime.cudaIpcMemLazyEnablePeerAccess)
             return _bytes(cupy.cuda.UnownedMemory(pointer, nbytes, None, self.device), nbytes)
 
     def close(self, opened: Array) -> None:
@@ -122,13 +120,13 @@ class CudaStream(Stream):
 
     def beacon(self) -> tuple[Beacon, bytes]:
         """Make an event that other processes can open."""
-        with self._current() as cupy:
+        with self._sharing("shared") as cupy:
             event = cupy.cuda.Event(disable_timing=True, interprocess=True)
             return _CudaBeacon(event.ptr, event), cupy.cuda.runtime.ipcGetEventHandle(event.ptr)
 
     def sight(self, name: bytes) -> Beacon:
         """Open the event."""
-        with self._current() as cupy:
+        with self._sharing("reached") as cupy:
             return _CudaBeacon(cupy.cuda.runtime.ipcOpenEventHandle(name))
 
     def copy(self, values: Array, into: Array, dtype: DType) -> None:
@@ -163,6 +161,18 @@ class CudaStream(Stream):
         with self._current() as cupy:
             cupy.divide(words, divisor, out=words)
 
+    @contextmanager
+    def _sharing(self, done: str) -> Iterator[Any]:
+        """As `_current`; say what the driver refuses."""
+        with self._current() as cupy:
+            try:
+                yield cupy
+            except cupy.cuda.runtime.CUDARuntimeError as error:
+                raise CommunicationError(
+                    f"memory of GPUs cannot be {done} between processes", got=str(error),
+                    remedy="set MPITRAIN_DEVICE_TRANSPORT=staged",
+                ) from error  # fmt: skip
+
     def _transfer(self, to: int, of: int, nbytes: int, kind: int) -> None:
         if nbytes:
             with self._current() as cupy:
@@ -196,6 +206,10 @@ class _CudaBeacon:
     def light(self, stream: Stream) -> None:
         with _of_cuda(stream)._current() as cupy:
             cupy.cuda.runtime.eventRecord(self.pointer, _of_cuda(stream).pointer)
+
+    def close(self) -> None:
+        if self.owner is None:
+            by_device("gpu").cuda.runtime.eventDestroy(self.pointer)
 
     def follow(self, stream: Stream) -> None:
         with _of_cuda(stream)._current() as cupy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -33,7 +35,9 @@ def unique_id() -> bytes:
     MissingExtraError
         CuPy finds no NCCL.
     """
-    return bytes(_nccl().get_unique_id())
+    nccl = _nccl()
+    with _translated():
+        return bytes(byte & 0xFF for byte in nccl.get_unique_id())
 
 
 def identity(stream: Stream) -> bytes:
@@ -66,52 +70,71 @@ class NcclGroup:
     def __init__(self, stream: Stream, rank: int, size: int, name: bytes) -> None:
         assert isinstance(stream, CudaStream)
         self.stream = stream.fork()
-        cuda = by_device("gpu").cuda
-        with cuda.Device(stream.device):
-            try:
-                self._group = _nccl().NcclCommunicator(size, name, rank)
-            except _nccl().NcclError as error:
-                raise CommunicationError(
-                    "NCCL does not start", got=str(error), remedy="NCCL_DEBUG=WARN tells more"
-                ) from error
+        self._gpu = by_device("gpu").cuda.Device(stream.device)
+        with self._gpu, _translated():
+            self._group = _nccl().NcclCommunicator(size, _as_cupy_wants_it(name), rank)
 
     def allreduce(self, words: Array, op: str) -> None:
         """Reduce in place."""
-        at = address(words)
-        self._group.allReduce(at, at, words.size, _type(words.dtype), _op(op), self.stream.pointer)
+        self._queue("allReduce", words, words, words.size, _type(words.dtype), _op(op))
 
     def reduce(self, words: Array, op: str, root: int) -> None:
         """Reduce in place, on the root."""
-        at = address(words)
-        self._group.reduce(at, at, words.size, _type(words.dtype), _op(op), root, self.stream.pointer)
+        self._queue("reduce", words, words, words.size, _type(words.dtype), _op(op), root)
 
     def reduce_scatter(self, send: Array, recv: Array, op: str) -> None:
         """Reduce as many shares of equal size as there are ranks, one for each."""
-        to = address(recv)
-        self._group.reduceScatter(address(send), to, recv.size, _type(recv.dtype), _op(op), self.stream.pointer)
+        self._queue("reduceScatter", send, recv, recv.size, _type(recv.dtype), _op(op))
 
     def broadcast(self, words: Array, root: int) -> None:
         """Give the root's words to all."""
-        at = address(words)
-        self._group.broadcast(at, at, words.nbytes, _bytes(), root, self.stream.pointer)
+        self._queue("broadcast", words, words, words.nbytes, _bytes(), root)
 
     def allgather(self, send: Array, recv: Array) -> None:
         """Collect words of equal size."""
-        self._group.allGather(address(send), address(recv), send.nbytes, _bytes(), self.stream.pointer)
+        self._queue("allGather", send, recv, send.nbytes, _bytes())
 
     def alltoall(self, send: Array, recv: Array, size: int) -> None:
         """Exchange shares of equal size."""
-        share, pointer = send.nbytes // size, self.stream.pointer
+        share = send.size // size
         _nccl().groupStart()
-        for peer in range(size):
-            self._group.send(address(send) + peer * share, share, _bytes(), peer, pointer)
-            self._group.recv(address(recv) + peer * share, share, _bytes(), peer, pointer)
-        _nccl().groupEnd()
+        try:
+            for peer in range(size):
+                part = slice(peer * share, (peer + 1) * share)
+                self._queue("send", send[part], send[part].nbytes, _bytes(), peer)
+                self._queue("recv", recv[part], recv[part].nbytes, _bytes(), peer)
+        finally:
+            with self._gpu, _translated():
+                _nccl().groupEnd()
 
     def close(self) -> None:
         """Release it, once all that is queued is done."""
         self.stream.synchronize()
         self._group.destroy()
+
+    def _queue(self, name: str, *arguments: Array | int) -> None:
+        """Call a function of NCCL's, with addresses of words, and the stream."""
+        given = [each if isinstance(each, int) else address(each) for each in arguments]
+        with self._gpu, _translated():
+            getattr(self._group, name)(*given, self.stream.pointer)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Say what NCCL refuses."""
+    try:
+        yield
+    except _nccl().NcclError as error:
+        raise CommunicationError(
+            "NCCL failed", got=str(error),
+            remedy="look at what NCCL_DEBUG=WARN tells, or set MPITRAIN_DEVICE_TRANSPORT=staged",
+        ) from error  # fmt: skip
+
+
+def _as_cupy_wants_it(name: bytes) -> bytes | tuple[int, ...]:
+    """Return a name as it is from CuPy 14 on, and as signed numbers before."""
+    major = int(by_device("gpu").__version__.partition(".")[0])
+    return name if major >= 14 else tuple(np.frombuffer(name, np.int8).tolist())
 
 
 def _nccl() -> Any:

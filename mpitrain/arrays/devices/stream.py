@@ -34,6 +34,10 @@ class Beacon(Protocol):
         """Let what a stream is given from now on take effect after the point to which it was set last."""
         ...
 
+    def close(self) -> None:
+        """Let go of another process's."""
+        ...
+
 
 class Stream(ABC):
     """A queue of work on one device.
@@ -79,7 +83,7 @@ class Stream(ABC):
     def pinned(self, nbytes: int) -> Array:
         """Return page-locked host memory, as bytes: a NumPy array of uint8."""
 
-    # What other processes see.
+    # What other processes see.  CommunicationError: the driver refuses.
 
     @abstractmethod
     def share(self, nbytes: int) -> tuple[Array, bytes]:
@@ -87,13 +91,7 @@ class Stream(ABC):
 
     @abstractmethod
     def open(self, name: bytes, nbytes: int) -> Array:
-        """Return memory of another process, as words of uint8.
-
-        Raises
-        ------
-        CommunicationError
-            The device cannot reach it.
-        """
+        """Return memory of another process, which the device can reach, as words of uint8."""
 
     @abstractmethod
     def close(self, opened: Array) -> None:

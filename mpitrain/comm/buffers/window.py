@@ -7,26 +7,24 @@ behind all that was read from the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import atexit
+from collections.abc import Sequence
+from functools import cache
+from itertools import chain
+from typing import TYPE_CHECKING
 
-from mpitrain._errors import CommunicationError
 from mpitrain._typing import Array, DType
-from mpitrain.arrays.devices import Stream
+from mpitrain.arrays.devices import Beacon, Stream
+from mpitrain.comm.calls import Call
+from mpitrain.comm.guard import agree
 
-_HALVES = _BEACONS = 2
+if TYPE_CHECKING:
+    from mpitrain.comm.communicator import Communicator
+
+_HALVES = 2
+_BEACONS = 2  # in turn too, but by the fences, of which there may be two between one half and the other
 _OPEN: list[Window] = []
 """Those that were not closed: other processes may still read what is here when nobody here holds it any more."""
-
-
-class Ranks(Protocol):
-    """What a window needs of the ranks of a node."""
-
-    rank: int
-
-    def allgather_object(self, obj: Any) -> list[Any]:
-        """Collect the objects of all ranks."""
-        ...
 
 
 class Window:
@@ -36,47 +34,56 @@ class Window:
     ----------
     stream : Stream
         Any of this rank's device.
-    ranks : Ranks
-        They work on one device, or on several that can read each other's memory.
-    barrier : callable
-        Returns once all ranks have come there; for the host.
+    comm : Communicator
+        For the meetings of the window's ranks, and nothing else.  They work on one device, or on several that can read
+        each other's memory.
     nbytes : int
         Of a part, at most; the same on all ranks.
 
     Raises
     ------
-    CommunicationError
-        On all ranks: one cannot reach another's memory.
+    CommunicationError, PeerError
+        On all ranks: one cannot share its memory, or reach another's.
 
     Notes
     -----
-    Collective, as are `turn`, `fence` and `close`.  Memory: twice ``nbytes`` on each device.  All work is queued on one
-    stream; the host waits for other ranks to queue theirs, not for devices.
+    Collective, as are `fence` and `close`; `turn` must be called alike.  Memory: twice ``nbytes`` on each device.  All
+    work is queued on one stream; the host waits for other ranks to queue theirs, not for devices.
     """
 
-    def __init__(self, stream: Stream, ranks: Ranks, barrier: Callable[[], None], nbytes: int) -> None:
+    def __init__(self, stream: Stream, comm: Communicator, nbytes: int) -> None:
         self.stream, self.nbytes = stream.fork(), nbytes
-        self._rank, self._barrier = ranks.rank, barrier
+        self._comm = comm
         self._turn = self._fences = 0
-        own, name = stream.share(_HALVES * nbytes)
-        lit = [stream.beacon() for _ in range(_BEACONS)]
-        names = ranks.allgather_object((name, [each for _, each in lit]))
-        self._parts, problem = {self._rank: own}, ""
-        try:
-            for rank, (name, _) in enumerate(names):
-                if rank != self._rank:
-                    self._parts[rank] = stream.open(name, own.size)
-        except CommunicationError as error:
-            problem = str(error)
-        found = next(filter(None, ranks.allgather_object(problem)), None)
-        if found is not None:
-            raise CommunicationError(found)
-        self._lit = [beacon for beacon, _ in lit]
-        self._sighted = [
-            [stream.sight(each[turn]) for rank, (_, each) in enumerate(names) if rank != self._rank]
-            for turn in range(_BEACONS)
-        ]
+        self._parts: dict[int, Array] = {}
+        self._lit: list[Beacon] = []
+        self._sighted: list[list[Beacon]] = [[] for _ in range(_BEACONS)]
         _OPEN.append(self)
+        _settle_at_exit()
+        try:
+            with agree(comm):
+                names = self._offer()
+            offered = comm.allgather_object(names)
+            with agree(comm):
+                self._open(offered)
+        except Exception:  # on all ranks
+            self.close()
+            raise
+
+    def _offer(self) -> tuple[bytes, list[bytes]]:
+        """Make this rank's part and beacons; return by which names they are found."""
+        self._parts[self._comm.rank], name = self.stream.share(_HALVES * self.nbytes)
+        made = [self.stream.beacon() for _ in range(_BEACONS)]
+        self._lit = [beacon for beacon, _ in made]
+        return name, [each for _, each in made]
+
+    def _open(self, offered: Sequence[tuple[bytes, list[bytes]]]) -> None:
+        """Open what the others have made."""
+        for rank, (name, beacons) in enumerate(offered):
+            if rank != self._comm.rank:
+                self._parts[rank] = self.stream.open(name, _HALVES * self.nbytes)
+                for sighted, each in zip(self._sighted, beacons, strict=True):
+                    sighted.append(self.stream.sight(each))
 
     def turn(self) -> None:
         """Begin with the other half."""
@@ -91,18 +98,29 @@ class Window:
         """Put what is queued from now on behind all that all ranks have read and written so far."""
         turn = self._fences = (self._fences + 1) % _BEACONS
         self._lit[turn].light(self.stream)
-        self._barrier()  # all have set theirs, and follow those of the last fence
+        self._meet()  # all have set theirs, and follow those of the last fence
         for beacon in self._sighted[turn]:
             beacon.follow(self.stream)
 
     def close(self) -> None:
         """Give the memory back, once no rank uses it any more."""
         self.stream.synchronize()
-        self._barrier()
-        own = self._parts.pop(self._rank)
-        for part in self._parts.values():
-            self.stream.close(part)
-        self._parts.clear()
-        self._barrier()  # all have let go of this rank's
+        self._meet()
+        own = self._parts.pop(self._comm.rank, None)
+        while self._parts:
+            self.stream.close(self._parts.popitem()[1])
+        for beacon in chain(*self._sighted):
+            beacon.close()
+        self._meet()  # all have let go of this rank's
         del own
         _OPEN.remove(self)
+
+    def _meet(self) -> None:
+        """Return once all ranks have come here: one that does not is told by the watchdog, not by a silent device."""
+        self._comm._run(Call("barrier"))
+
+
+@cache
+def _settle_at_exit() -> None:
+    """At the end of the program, read what others have in their windows before they may be gone."""
+    atexit.register(lambda: [window.stream.synchronize() for window in _OPEN])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from mpitrain._errors import InputError
+from mpitrain._errors import CommunicationError, InputError, MissingExtraError
 from mpitrain.arrays.devices import Stream
 from mpitrain.comm import algorithms
 from mpitrain.comm.buffers import Staging
@@ -32,8 +33,7 @@ class DeviceTransport(ABC):
 
     Notes
     -----
-    Making one communicates nothing.  Calls other than reductions and broadcasts exchange the same messages as those on
-    host memory, so that there one rank's array may be on a device and another's not.
+    Making one communicates nothing.
     """
 
     name: ClassVar[str]
@@ -69,16 +69,25 @@ class PartialTransport(DeviceTransport):
     Parameters
     ----------
     rest : DeviceTransport
-        For messages, nonblocking calls, those that name an algorithm, and others that this one leaves to it.
+        For messages, nonblocking calls, those that name an algorithm, and others that this one leaves to it; and for
+        all where this one cannot be opened.
+    insists : bool
+        Let what cannot be opened be an error.
     """
 
-    def __init__(self, comm: Communicator, rest: DeviceTransport) -> None:
+    def __init__(self, comm: Communicator, rest: DeviceTransport, insists: bool) -> None:
         super().__init__(comm)
-        self._rest = rest
+        self._rest, self._insists = rest, insists
+        self._works = True
+        self._private: Communicator | None = None
 
     @abstractmethod
     def _takes(self, call: Call) -> bool:
         """Tell whether this is the way of a call that names no algorithm; the same on all ranks."""
+
+    @abstractmethod
+    def _open(self, call: Call, stream: Stream) -> None:
+        """Make ready what a call needs.  Collective; an error is one on all ranks."""
 
     @abstractmethod
     def _perform(self, call: Call, stream: Stream) -> None:
@@ -86,17 +95,21 @@ class PartialTransport(DeviceTransport):
 
     def assign(self, call: Call) -> Call:
         """Name this way as the algorithm, which debug mode compares, or let the rest choose."""
-        if call.algorithm in (None, algorithms.DEFAULT) and self._takes(call):
+        if self._works and call.algorithm in (None, algorithms.DEFAULT) and self._takes(call):
             return replace(call, algorithm=self.name)
         return self._rest.assign(call)
 
     def run(self, call: Call) -> None:
         """Perform a call, this way or by the rest."""
-        if call.algorithm == self.name:
-            assert call.stream is not None
+        if call.algorithm != self.name:
+            self._rest.run(call)
+            return
+        assert call.stream is not None
+        self._make_ready(call, call.stream)
+        if self._works:
             self._perform(call, call.stream)
         else:
-            self._rest.run(call)
+            self._rest.run(self._rest.assign(replace(call, algorithm=None)))
 
     def begin(self, call: Call) -> Handle:
         """Leave it to the rest."""
@@ -106,9 +119,26 @@ class PartialTransport(DeviceTransport):
         """Let the rest go, too."""
         self._rest.release()
 
-    def _meet(self) -> None:
-        """Return once all ranks have come here: one that does not is told by the watchdog, not by a silent device."""
-        self._comm._run(Call("barrier"))
+    def _make_ready(self, call: Call, stream: Stream) -> None:
+        """Open this way; if it was probed and yet cannot be opened, give it up and say so."""
+        try:
+            self._open(call, stream)
+        except (CommunicationError, MissingExtraError) as error:
+            if self._insists:
+                raise
+            self._works = False
+            self._comm._device_way = self._comm._device_way.without(self.name, str(error))
+            if self._comm.rank == 0:
+                instead = f"{self._rest.name} is used instead of {self.name}"
+                warnings.warn(f"{instead}, which was probed, but: {error}", RuntimeWarning, stacklevel=2)
+
+    def _meetings(self) -> Communicator:
+        """Return a communicator for this way alone: who makes another call must not be taken for one who meets here."""
+        if self._private is None:
+            self._private = self._comm.split(0, axis=self.name)
+            self._comm._keep(self._private)
+        assert self._private is not None
+        return self._private
 
 
 def one_gpu(operation: str, before: Stream, now: Stream) -> None:

@@ -28,35 +28,42 @@ class Way(NamedTuple):
 
     Parameters
     ----------
-    name : str
-        Of the transport.
+    names : tuple of str
+        Of transports: the first takes what it can, the next what that leaves, and the last all else.
     why : str
         Why so, in a few words.
     probed : bool
         Whether that was probed, on rank 0's kind of machine.
-    rest : str
-        What moves that for which ``ipc`` or ``nccl`` is no way.
     """
 
-    name: str
+    names: tuple[str, ...]
     why: str
     probed: bool = False
-    rest: str = StagedTransport.name
+
+    @property
+    def name(self) -> str:
+        """The first transport's."""
+        return self.names[0]
 
     def transport(self, comm: Communicator) -> DeviceTransport:
         """Make the transport of a communicator.  Communicates nothing."""
-        if self.name in _PARTIAL:
-            return _PARTIAL[self.name](comm, _WHOLE[self.rest](comm))
-        return _WHOLE[self.name](comm)
+        *partial, last = self.names
+        made: DeviceTransport = _WHOLE[last](comm)
+        for name in reversed(partial):
+            made = _PARTIAL[name](comm, made, insists=not self.probed)
+        return made
 
-    @property
-    def within_nodes(self) -> bool:
-        """Whether it is only for ranks of one node."""
-        return self.name == IpcTransport.name
+    def without(self, name: str, problem: str) -> Way:
+        """Return the way without a transport that could not be opened."""
+        return self._replace(names=tuple(n for n in self.names if n != name), why=f"{self.why}; {name}: {problem}")
 
     def between_nodes(self) -> Way:
-        """Return the way for ranks of several nodes."""
-        return self._replace(name=self.rest, why=f"{self.why}; between nodes, ipc cannot be used")
+        """Return the way for ranks of several nodes: without ``ipc``, and without NCCL unless it was asked for.
+
+        NCCL was probed within a node.
+        """
+        left = tuple(n for n in self.names if n in _WHOLE or (n == NcclTransport.name and not self.probed))
+        return self if left == self.names else self._replace(names=left, why=f"{self.why}; ranks are on several nodes")
 
 
 class Ranks(Protocol):
@@ -71,7 +78,7 @@ class Ranks(Protocol):
         ...
 
 
-BETWEEN_THREADS = Way(StagedTransport.name, "ranks are threads, with no MPI library between them")
+BETWEEN_THREADS = Way((StagedTransport.name,), "ranks are threads, with no MPI library between them")
 
 
 def agree(ranks: Ranks, rank: int, library: str) -> Way:
@@ -89,7 +96,7 @@ def agree(ranks: Ranks, rank: int, library: str) -> Way:
             expected=" or ".join(_NAMES),
         )  # fmt: skip
     if way.probed and len(set(ranks.allgather(probing.setting(library)))) > 1:
-        return Way(StagedTransport.name, "ranks run on machines of several kinds, and one kind was probed")
+        return Way((StagedTransport.name,), "ranks run on machines of several kinds, and one kind was probed")
     return way
 
 
@@ -103,8 +110,8 @@ def choose(library: str) -> Way:
     """
     wish = _env.device_transport()
     if wish is not None:
-        return Way(wish, f"MPITRAIN_DEVICE_TRANSPORT={wish}")
+        return Way((wish, StagedTransport.name) if wish in _PARTIAL else (wish,), f"MPITRAIN_DEVICE_TRANSPORT={wish}")
     verdict, note = probing.known(library)
     right = [] if verdict is None else verdict.right
-    rest = CudaAwareTransport.name if CudaAwareTransport.name in right else StagedTransport.name
-    return Way(next((name for name in _PARTIAL if name in right), rest), note, probed=bool(right), rest=rest)
+    whole = next((name for name in _WHOLE if name in right), StagedTransport.name)
+    return Way((*(name for name in _PARTIAL if name in right), whole), note, probed=bool(right))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from mpitrain._typing import Array
+from mpitrain._typing import Array, DType
 from mpitrain.arrays.devices import Stream
 from mpitrain.comm.buffers import Window, behind
 from mpitrain.comm.calls import Call
@@ -35,8 +35,8 @@ class IpcTransport(PartialTransport):
 
     name: ClassVar[str] = "ipc"
 
-    def __init__(self, comm: Communicator, rest: DeviceTransport) -> None:
-        super().__init__(comm, rest)
+    def __init__(self, comm: Communicator, rest: DeviceTransport, insists: bool = True) -> None:
+        super().__init__(comm, rest, insists)
         self._window: Window | None = None
         self._ways = {
             "allreduce": self._reduce, "reduce": self._reduce, "broadcast": self._broadcast,
@@ -46,20 +46,33 @@ class IpcTransport(PartialTransport):
 
     def release(self) -> None:
         """Close the window.  Collective."""
-        if self._window is not None:
-            self._window.close()
-            self._window = None
+        self._close()
         super().release()
 
     def _takes(self, call: Call) -> bool:
         return call.operation in self._ways and call.recv_counts is None and self._comm.size > 1
 
+    def _open(self, call: Call, stream: Stream) -> None:
+        """Make a window that has room for parts as long as the call's, or as long as they may be."""
+        if self._window is not None:
+            one_gpu(call.operation, self._window.stream, stream)
+        nbytes = min(self._extent(call), WINDOW_BYTES)
+        if self._window is None or self._window.nbytes < nbytes:
+            room = 1 << (max(nbytes, LEAST_BYTES) - 1).bit_length()
+            with self._comm._aside():
+                self._close()
+                self._window = Window(stream, self._meetings(), room)
+
+    def _close(self) -> None:
+        window, self._window = self._window, None
+        if window is not None:
+            window.close()
+
     def _perform(self, call: Call, stream: Stream) -> None:
-        nbytes = self._extent(call)
-        if nbytes:
-            window = self._open(call.operation, stream, min(nbytes, WINDOW_BYTES))
-            with behind(stream, window.stream):
-                self._ways[call.operation](window, call)
+        if self._extent(call):
+            assert self._window is not None
+            with behind(stream, self._window.stream):
+                self._ways[call.operation](self._window, call)
 
     def _extent(self, call: Call) -> int:
         """Return the bytes of the longest part of the window that a rank could fill; the same on all ranks."""
@@ -78,19 +91,6 @@ class IpcTransport(PartialTransport):
         shares = 1 if call.operation in ("allgather", "gather") else self._comm.size
         return call.counts or [call.send.size // shares] * self._comm.size
 
-    def _open(self, operation: str, stream: Stream, nbytes: int) -> Window:
-        """Return the window, with room for parts of so many bytes."""
-        found = self._window
-        if found is not None:
-            one_gpu(operation, found.stream, stream)
-            if found.nbytes >= nbytes:
-                return found
-            found.close()
-        room = 1 << (max(nbytes, LEAST_BYTES) - 1).bit_length()
-        with self._comm._aside():
-            self._window = found = Window(stream, self._comm, self._meet, room)
-        return found
-
     def _reduce(self, window: Window, call: Call) -> None:
         """Reduce to all ranks, or to the root."""
         assert call.recv is not None
@@ -103,7 +103,7 @@ class IpcTransport(PartialTransport):
             else:
                 self._show(window, part)
                 if receives:
-                    _fold(window.stream, call.op, self._parts(window, part, 0, part.size), part)
+                    _fold(window.stream, call.op, self._parts(window, 0, part.size, part.dtype), part)
 
     def _reduce_by_shards(self, window: Window, part: Array, op: str, receives: bool) -> None:
         """Each rank folds its shard, and shows it in the place of its own values there, which nobody else reads."""
@@ -111,7 +111,7 @@ class IpcTransport(PartialTransport):
         edges = [part.size * each // size for each in range(size + 1)]
         own = slice(edges[rank], edges[rank + 1])
         self._show(window, part)
-        _fold(window.stream, op, self._parts(window, part, own.start, own.stop), part[own])
+        _fold(window.stream, op, self._parts(window, own.start, own.stop, part.dtype), part[own])
         _copy(window.stream, part[own], window.words(rank, own.start, own.stop, part.dtype))
         window.fence()
         for each in range(size) if receives else ():
@@ -152,8 +152,8 @@ class IpcTransport(PartialTransport):
                 _copy(window.stream, given, window.words(rank, each * stride, each * stride + given.size, dtype))
             window.fence()
             if call.op is not None:
-                into = call.recv[begin:end]
-                _fold(window.stream, call.op, self._parts(window, into, rank * stride, rank * stride + into.size), into)
+                into, first = call.recv[begin:end], rank * stride
+                _fold(window.stream, call.op, self._parts(window, first, first + into.size, dtype), into)
             else:
                 for each, place in enumerate(_places(call.recv, counts)):
                     into = place[begin:end]
@@ -166,8 +166,8 @@ class IpcTransport(PartialTransport):
         _copy(window.stream, words, window.words(self._comm.rank, 0, words.size, words.dtype))
         window.fence()
 
-    def _parts(self, window: Window, like: Array, begin: int, end: int) -> list[Array]:
-        return [window.words(rank, begin, end, like.dtype) for rank in range(self._comm.size)]
+    def _parts(self, window: Window, begin: int, end: int, dtype: DType) -> list[Array]:
+        return [window.words(rank, begin, end, dtype) for rank in range(self._comm.size)]
 
 
 def _slices(elements: int, most: int) -> Iterator[tuple[int, int]]:

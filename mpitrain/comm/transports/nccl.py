@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from mpitrain._errors import InputError, MpitrainError
+from mpitrain._errors import CommunicationError
 from mpitrain.arrays.devices import Stream
 from mpitrain.arrays.devices.nccl import NcclGroup, can_reduce, identity, unique_id
 from mpitrain.comm.buffers import behind
 from mpitrain.comm.calls import Call
+from mpitrain.comm.guard import agree
 from mpitrain.comm.transports.device import DeviceTransport, PartialTransport, one_gpu
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ class NcclTransport(PartialTransport):
 
     name: ClassVar[str] = "nccl"
 
-    def __init__(self, comm: Communicator, rest: DeviceTransport) -> None:
-        super().__init__(comm, rest)
+    def __init__(self, comm: Communicator, rest: DeviceTransport, insists: bool = True) -> None:
+        super().__init__(comm, rest, insists)
         self._group: NcclGroup | None = None
 
     def release(self) -> None:
@@ -38,12 +39,33 @@ class NcclTransport(PartialTransport):
         equal = call.counts is None and call.recv_counts is None
         return equal and (call.operation in _OTHERS or self._reduces(call))
 
+    def _open(self, call: Call, stream: Stream) -> None:
+        """Make the group at the first use, of ranks that have a GPU each."""
+        if self._group is not None:
+            one_gpu(call.operation, self._group.stream, stream)
+            return
+        with self._comm._aside():
+            self._group = self._gathered(self._meetings(), stream)
+
+    def _gathered(self, comm: Communicator, stream: Stream) -> NcclGroup:
+        with agree(comm):
+            name = unique_id() if comm.rank == 0 else b""
+            gpu = identity(stream)
+        told = comm.allgather_object((gpu, name))
+        shared = _shared_gpu([each for each, _ in told])
+        if shared:
+            raise CommunicationError(
+                "NCCL cannot be used", operation="nccl", got=shared, remedy="set MPITRAIN_DEVICE_TRANSPORT=staged"
+            )
+        with agree(comm):
+            return NcclGroup(stream, comm.rank, comm.size, told[0][1])
+
     def _perform(self, call: Call, stream: Stream) -> None:
-        group = self._open(call.operation, stream)
-        self._meet()
+        assert self._group is not None
+        self._meetings()._run(Call("barrier"))  # who does not come is told by the watchdog, not by a silent device
         if any(side is not None and side.size for side in (call.send, call.recv)):
-            with behind(stream, group.stream):
-                self._queue(group, call)
+            with behind(stream, self._group.stream):
+                self._queue(self._group, call)
 
     def _reduces(self, call: Call) -> bool:
         """Tell whether NCCL has the reduction, of the words that travel."""
@@ -54,45 +76,26 @@ class NcclTransport(PartialTransport):
             and can_reduce(call.recv.dtype, call.op)
         )
 
-    def _open(self, operation: str, stream: Stream) -> NcclGroup:
-        """Return the group, made at the first use."""
-        if self._group is None:
-            with self._comm._aside():
-                self._group = self._gathered(stream)
-        one_gpu(operation, self._group.stream, stream)
-        return self._group
-
-    def _gathered(self, stream: Stream) -> NcclGroup:
-        comm, problem, name = self._comm, "", b""
-        try:
-            name = unique_id()
-        except MpitrainError as error:
-            problem = str(error)
-        told = comm.allgather_object((problem, identity(stream), name))
-        found = next((each for each, _, _ in told if each), "") or _shared_gpu([gpu for _, gpu, _ in told])
-        if found:
-            raise InputError(
-                "NCCL cannot be used", operation="nccl", got=found, remedy="set MPITRAIN_DEVICE_TRANSPORT=staged"
-            )
-        return NcclGroup(stream, comm.rank, comm.size, told[0][2])
-
     def _queue(self, group: NcclGroup, call: Call) -> None:
-        send, recv = call.send, call.recv
+        send, recv, op, root = call.send, call.recv, call.op, call.root
         assert recv is not None
-        match call.operation:
-            case "allreduce":
-                group.allreduce(recv, call.op or "")
-            case "reduce":
-                group.reduce(recv, call.op or "", call.root or 0)
-            case "broadcast":
-                group.broadcast(recv, call.root or 0)
-            case _ if send is None:
-                raise AssertionError(call.operation)
-            case "reduce_scatter":
-                group.reduce_scatter(send, recv, call.op or "")
-            case "allgather":
+        if call.operation == "broadcast":
+            assert root is not None
+            group.broadcast(recv, root)
+        elif call.operation == "allreduce":
+            assert op is not None
+            group.allreduce(recv, op)
+        elif call.operation == "reduce":
+            assert op is not None
+            assert root is not None
+            group.reduce(recv, op, root)
+        else:
+            assert send is not None
+            if op is not None:
+                group.reduce_scatter(send, recv, op)
+            elif call.operation == "allgather":
                 group.allgather(send, recv)
-            case "alltoall":
+            else:
                 group.alltoall(send, recv, self._comm.size)
 
 
