@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import strict_cupy
 
-from mpitrain.arrays import device, plain
+from mpitrain.arrays import device, philox_cuda, plain
 from mpitrain.arrays.devices import cuda
 
 _CUPY = pytest.param("cupy", marks=pytest.mark.gpu)
@@ -20,9 +20,12 @@ _CUPY = pytest.param("cupy", marks=pytest.mark.gpu)
 def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """What stands for CuPy's mathematics, in its place."""
     monkeypatch.setitem(sys.modules, "cupy", strict_cupy.module())
-    cuda._bfloat16.cache_clear()
+    kernels = cuda._bfloat16, philox_cuda._kernel
+    for kernel in kernels:
+        kernel.cache_clear()
     yield strict_cupy.module()
-    cuda._bfloat16.cache_clear()
+    for kernel in kernels:
+        kernel.cache_clear()
 
 
 @pytest.fixture
