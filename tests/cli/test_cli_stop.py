@@ -24,7 +24,8 @@ class Slow(nn.Network):
         return super().loss_and_gradients(*arguments)
 
 
-def build(seconds=0.03):
+def build(seconds=0.03, hold=0.0):
+    time.sleep(hold)
     layers = nn.Linear(5, 12), nn.BatchNorm(12), nn.Dropout(0.2), nn.Linear(12, 3)
     model = Slow(nn.Sequential(*layers), nn.CrossEntropy())
     model.seconds, model.begun = seconds, False
@@ -142,7 +143,8 @@ def test_a_stopped_run_says_how_to_go_on(folder):
 
 
 def test_ctrl_c_while_the_ranks_start(folder):
-    with started("run", "-n", "2", "job.toml", "--quiet", "--run-dir", "early", cwd=folder) as running:
+    held = "--set=model.options.hold=3.0"  # on a busy machine the signal may come after a second or two
+    with started("run", "-n", "2", "job.toml", held, "--quiet", "--run-dir", "early", cwd=folder) as running:
         running.wait_for(running.has_ranks)
         running.process.send_signal(signal.SIGINT)
         done = running.end()
