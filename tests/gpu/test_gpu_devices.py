@@ -37,16 +37,6 @@ CYCLES = 1_000_000
 
 
 @pytest.fixture
-def cupy() -> Any:
-    module = pytest.importorskip("cupy", reason="CuPy is not installed")
-    try:
-        module.cuda.runtime.getDeviceCount()
-    except module.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"no GPU: {error}")
-    return module
-
-
-@pytest.fixture
 def torch(cupy: Any) -> Any:
     module = pytest.importorskip("torch", reason="PyTorch is not installed")
     if not module.cuda.is_available():
