@@ -92,10 +92,13 @@ class Running:
 
     def has_ranks(self) -> bool:
         """Tell whether the launcher has started a rank, however far that has come."""
-        lines = [Path(f"/proc/{pid}/cmdline") for pid in _descendants(self.process.pid)]
         mpitrain = "\0".join(MPITRAIN).encode()
-        with suppress(FileNotFoundError):  # one has just ended
-            return any(line.read_bytes().startswith(mpitrain) for line in lines)
+        for pid in _descendants(self.process.pid):
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                line = Path(f"/proc/{pid}/cmdline").read_bytes()
+                # what the command forks has the command's own line, without that file, until it is another program
+                if line.startswith(mpitrain) and b"--exit-code" in line:
+                    return True
         return False
 
     def kill(self) -> None:

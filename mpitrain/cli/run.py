@@ -29,8 +29,9 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 _NOT_BEGUN = "interrupted before the first step; nothing was written"
 
-_BY_SIGUSR1 = (128 + signal.SIGUSR1, signal.SIGUSR1)
-"""What Open MPI's launcher, and MPICH's, return for a rank that the signal ended: one not as far as `take_part`."""
+_BY_SIGUSR1 = (128 + signal.SIGUSR1, signal.SIGUSR1, -signal.SIGUSR1, INTERRUPTED)
+"""How a launcher ends for ranks that SIGUSR1 ended: one not as far as `take_part` (Open MPI's launcher, then MPICH's),
+the launcher itself, which has started none, or a rank on its way into MPI."""
 
 _TWICE = "twice"
 """What is noted of a second Ctrl-C."""
@@ -266,9 +267,10 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         _command(told).write_text("\0".join(_typed(None)))
         argv = [sys.executable, "-m", "mpitrain", *arguments, f"--exit-code={told}"]
         command_line, env = launch_command(ranks, argv)
+        signals = _Forwarding(_interrupted(told))
         # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to stop at the next step.
         with subprocess.Popen(command_line, env=env, start_new_session=True) as child:
-            _forward_signals(child, _interrupted(told))
+            signals.send_to(child)
             code = _wait(child)
         if sys.stderr.isatty():
             sys.stderr.write(_SHOW_CURSOR)  # a rank that was killed had no time to
@@ -297,24 +299,44 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
             return child.wait(1.0)
 
 
-def _forward_signals(child: subprocess.Popen[bytes], interrupted: Path) -> None:
-    """Turn the first Ctrl-C into SIGUSR1, which every launcher passes on; let the second end the job."""
+class _Forwarding:
+    """Turns the first Ctrl-C into SIGUSR1, which every launcher passes on; the second ends the job.
 
-    def end(number: int, frame: FrameType | None) -> None:
-        interrupted.write_text(_TWICE)
-        child.terminate()
+    It listens before the launcher is started, lest a signal end this process and leave the ranks to themselves.  What
+    arrives until `send_to` is sent then.
+    """
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, end)
+    def __init__(self, interrupted: Path) -> None:
+        self._interrupted = interrupted
+        self._child: subprocess.Popen[bytes] | None = None
+        self._early: list[int] = []
+        signal.signal(signal.SIGINT, self._interrupt)
+        signal.signal(signal.SIGUSR1, lambda *_: self._send(signal.SIGUSR1))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, lambda *_: self._send(signal.SIGTERM))
+
+    def send_to(self, child: subprocess.Popen[bytes]) -> None:
+        """Send what has arrived, and from now on what arrives, to the launcher."""
+        self._child = child
+        for number in self._early:
+            child.send_signal(number)
+
+    def _send(self, number: int) -> None:
+        if self._child is None:
+            self._early.append(number)
+        else:
+            self._child.send_signal(number)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, self._end)
         click.echo("stopping at the next step; Ctrl-C again to end at once", err=True)
-        interrupted.touch()
-        child.send_signal(signal.SIGUSR1)
+        self._interrupted.touch()
+        self._send(signal.SIGUSR1)
 
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGUSR1, lambda *_: child.send_signal(signal.SIGUSR1))
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, lambda *_: child.terminate())
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted.write_text(_TWICE)
+        self._send(signal.SIGTERM)
 
 
 def _ended_by_hand(interrupted: Path, code: int) -> bool:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import signal
+import sys
 import time
 
 import pytest
@@ -151,6 +152,35 @@ def test_ctrl_c_while_the_ranks_start(folder):
     assert (done.code, done.out) == (130, "")
     assert done.err.splitlines()[-1] == "interrupted before the first step; nothing was written"
     assert not (folder / "early").exists()
+
+
+EARLY = """
+import os, signal, subprocess, sys
+from mpitrain.cli import main
+
+
+class Popen(subprocess.Popen):
+    def __init__(self, argv, **options):
+        super().__init__(argv, **options)
+        if "start_new_session" in options:
+            os.kill(os.getpid(), signal.{})
+
+
+subprocess.Popen = Popen
+sys.argv[0] = "mpitrain"
+main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 1)])
+def test_a_signal_while_the_launcher_starts_leaves_no_ranks_to_themselves(folder, name, code):
+    program = (sys.executable, "-c", EARLY.format(name))
+    arguments = "run", "-n", "2", "job.toml", "--quiet", "--run-dir", "left"
+    with started(*arguments, program=program, cwd=folder) as running:
+        done = running.end()
+    assert (done.code, done.out) == (code, "")
+    assert (done.err.splitlines()[-1:] == ["interrupted before the first step; nothing was written"]) == (code == 130)
+    assert not (folder / "left").exists()
 
 
 def test_ctrl_c_before_there_are_ranks(folder, monkeypatch):
