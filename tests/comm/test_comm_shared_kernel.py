@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import CDLL
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from rebuilding import rebuild
 
 from mpitrain._typing import Array
 from mpitrain.arrays import plain
+from mpitrain.arrays.compiled import CompiledLibrary
 from mpitrain.comm.transports import kernel
 from mpitrain.comm.transports.kernel import PLACES, Kernel
 from mpitrain.comm.transports.pages import PAGE_BYTES
@@ -42,18 +41,25 @@ static void drain_past_cache(void) {
 """
 
 
-@pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CDLL:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> CompiledLibrary:
     """The loops, with stores past the cache that nobody sees before they are drained."""
-    found = rebuild(kernel.LIBRARY, tmp_path, "-O1", past_cache=HELD_BACK)
-    monkeypatch.setattr(kernel, "LIBRARY", found)
-    assert found.loaded is not None
-    return found.loaded
+    return rebuild(kernel.LIBRARY, tmp_path_factory.mktemp("built"), "-O1", past_cache=HELD_BACK)
 
 
-def test_what_is_written_past_the_cache_is_seen_before_it_is_announced(library: CDLL) -> None:
+@pytest.fixture
+def library(built: CompiledLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "LIBRARY", built)
+    assert built.loaded is not None
+
+
+def rows() -> Array:
     row_bytes = PAGE_BYTES + PLACES * PLACE_BYTES
-    memory = plain(RANKS * row_bytes, np.dtype(np.uint8)).reshape(RANKS, row_bytes)
+    return plain(RANKS * row_bytes, np.dtype(np.uint8)).reshape(RANKS, row_bytes)
+
+
+def test_what_is_written_past_the_cache_is_seen_before_it_is_announced(library: None) -> None:
+    memory = rows()
 
     def reduce(rank: int) -> list[Array]:
         loops, found = Kernel(memory, rank, PAGE_BYTES, 0, lambda: None), []
@@ -69,3 +75,40 @@ def test_what_is_written_past_the_cache_is_seen_before_it_is_announced(library: 
         for results in pool.map(reduce, range(RANKS)):
             for number, found in enumerate(results):
                 np.testing.assert_array_equal(found, 2 * np.arange(found.size) + 1 + 2 * number)
+
+
+@pytest.mark.parametrize("finds", ["both", "first", "second", "neither", "by turns"])
+def test_two_ranks_have_the_same_bits_whichever_finds_lines_slow(
+    library: None, monkeypatch: pytest.MonkeyPatch, finds: str
+) -> None:
+    """Then chunks go past the cache; else they are traded.  Zeros tell which rank's value came first."""
+    monkeypatch.setattr(kernel, "PAST_CACHE_FROM_BYTES", 128 * 1024)
+    memory, values = rows(), (-0.0, 0.0, np.nan, 1.5, -3.0)
+    rng = np.random.default_rng(7)
+    cases = [
+        (op, rng.choice(values, (RANKS, elements)).astype(np.float32), rng.random(RANKS) < 0.5)
+        for op, elements in zip(["min", "sum", "max"] * 14, rng.integers(500, 60_000, 42), strict=True)
+    ]
+    slow = {"both": (True, True), "first": (True, False), "second": (False, True), "neither": (False, False)}
+
+    def reduce(rank: int) -> list[tuple[Array, bool]]:
+        loops, found = Kernel(memory, rank, PAGE_BYTES, 0, lambda: None), []
+        for number, (op, parts, by_turns) in enumerate(cases):
+            x = parts[rank].copy()
+            into = x if number % 4 < 2 else np.empty_like(x)
+            loops._team.to_memory = loops._team.slow = 99 * slow.get(finds, by_turns)[rank]
+            loops._team.writes = loops._team.trades = 1  # the next is not timed
+            assert loops.allreduce(op, x, into, (0, -1, -1, x.size))
+            found.append((into, bool(loops._team.traded)))
+        return found
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        first, second = pool.map(reduce, range(RANKS))
+    folds = {"min": np.minimum, "sum": np.add, "max": np.maximum}
+    for (op, parts, _), (one, traded), (other, too) in zip(cases, first, second, strict=True):
+        assert one.tobytes() == other.tobytes()
+        np.testing.assert_array_equal(one, folds[op](*parts))
+        tied = (parts == 0).all(axis=0) & (op != "sum")
+        np.testing.assert_array_equal(np.signbit(one[tied]), np.signbit(parts[1][tied]))
+        assert traded == too
+        assert finds not in slow or traded == (finds == "neither")

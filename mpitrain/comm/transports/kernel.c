@@ -3,8 +3,8 @@
  * Optional: transports/kernel.py loads it where it was compiled, and the same protocol in NumPy stands beside it.
  *
  * Memory.  Each rank has a row, mapped by all.  It begins with a page of three counters, each in a line of its own with
- * what is posted behind the first, which the row's rank alone writes, and two slots for small arrays; the places for
- * chunks follow.  Every counter only grows.
+ * what is posted behind the first and offers behind the second, which the row's rank alone writes, and two slots for small
+ * arrays; the places for chunks follow.  Every counter only grows.
  *
  * Ordering.  A rank publishes by a store with release order: all that it read and wrote before is complete when the
  * number is seen.  The others look by loads with acquire order: nothing that follows is done before.  Each datum is
@@ -28,10 +28,14 @@
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #define RELAX() _mm_pause()
+#define CLAIM(LINE) __asm__ volatile("prefetchw %0" : : "m"(*(LINE))) /* on processors without it, it does nothing */
 #elif defined(__aarch64__)
 #define RELAX() __asm__ volatile("yield")
 #else
 #define RELAX() ((void)0)
+#endif
+#ifndef CLAIM
+#define CLAIM(LINE) __builtin_prefetch(LINE, 1)
 #endif
 
 #if defined(__x86_64__) && defined(__GLIBC__) && (!defined(__clang__) || __clang_major__ >= 14)
@@ -40,7 +44,8 @@
 #define FOR_THIS_CPU
 #endif
 
-enum { ABI = 4, BLOCK_BYTES = 8192, LINE_BYTES = 128, PLACES = 3, BRIEF_YIELDS = 32 };
+enum { ABI = 5, BLOCK_BYTES = 8192, LINE_BYTES = 128, PLACES = 3, BRIEF_YIELDS = 32 };
+enum { TRADED_BYTES = 512, AHEAD_BYTES = 1024, OFFERS = 2 * PLACES };
 static const int64_t POLITE_NS = 1000000; /* how long to yield before the caller is told to come again */
 
 enum posted { KIND = 0, BLOCK = 1, OFFSET = 2, ELEMENTS = 3, POSTED = 4 }; /* the numbers of a post */
@@ -61,6 +66,7 @@ typedef struct {
   int64_t patience; /* how often it does so before it only looks, as the caller naps between calls */
   int64_t to_memory; /* what others read is written past the cache */
   int64_t slow, writes; /* how often in a row it was slow to write through the cache; how often past it */
+  int64_t traded, trades; /* whether the chunk before was; how many were */
   struct laid_out *laid_out; /* reductions of arrays where they lie, that were performed before */
   int64_t laid_out_count, laid_out_next; /* the next is likely to follow the one before, as it did the last time */
   int64_t brief; /* wait for some microseconds only: the caller holds the interpreter's lock */
@@ -155,6 +161,7 @@ static int late(team *t, enum counter which, int64_t number) {
 typedef struct {
   void (*once)(void *out, const void *left, const void *right, int64_t n);
   void (*twice)(void *out, void *too, const void *left, const void *right, int64_t n);
+  void (*trade)(void *out, void *theirs, const void *own, const void *left, const void *right, int64_t n);
 } fold;
 
 #define FOLD(NAME, T, EXPRESSION)                                                                                \
@@ -172,6 +179,16 @@ typedef struct {
     _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) {                                                       \
       const T a = l[i], b = r[i];                                                                                \
       o[i] = p[i] = (T)(EXPRESSION);                                                                             \
+    }                                                                                                            \
+  }                                                                                                              \
+  FOR_THIS_CPU static void NAME##_trade(                                                                         \
+      void *out, void *theirs, const void *own, const void *left, const void *right, int64_t n) {                \
+    T *o = out, *t = theirs;                                                                                     \
+    const T *l = left, *r = right, *w = own;                                                                     \
+    _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) {                                                       \
+      const T a = l[i], b = r[i];                                                                                \
+      t[i] = w[i];                                                                                               \
+      o[i] = (T)(EXPRESSION);                                                                                    \
     }                                                                                                            \
   }
 
@@ -206,9 +223,9 @@ INTEGER(u64, uint64_t, uint64_t)
 FLOAT(f32, float)
 FLOAT(f64, double)
 
-#define BOTH(NAME) {NAME##_once, NAME##_twice}
-#define FLOATS(NAME) BOTH(sum_##NAME), BOTH(prod_##NAME), BOTH(min_##NAME), BOTH(max_##NAME)
-#define INTEGERS(NAME) FLOATS(NAME), BOTH(and_##NAME), BOTH(or_##NAME)
+#define FOLDS_OF(NAME) {NAME##_once, NAME##_twice, NAME##_trade}
+#define FLOATS(NAME) FOLDS_OF(sum_##NAME), FOLDS_OF(prod_##NAME), FOLDS_OF(min_##NAME), FOLDS_OF(max_##NAME)
+#define INTEGERS(NAME) FLOATS(NAME), FOLDS_OF(and_##NAME), FOLDS_OF(or_##NAME)
 enum { F32 = 8, OPS = 6 };
 static const fold FOLDS[][OPS] = {
     {INTEGERS(i8)},  {INTEGERS(u8)},  {INTEGERS(i16)}, {INTEGERS(u16)}, {INTEGERS(i32)},
@@ -216,6 +233,10 @@ static const fold FOLDS[][OPS] = {
 };
 
 static const fold *fold_of(const operation *op) { return &FOLDS[op->kind / OPS][op->kind % OPS]; }
+
+static void divide(const operation *op, void *values, int64_t n) {
+  if (op->divisor) (op->kind / OPS == F32 ? divide_f32 : divide_f64)(values, n, op->divisor);
+}
 
 static void copy(char *target, const char *source, int64_t nbytes, int64_t past_cache) {
   if (past_cache)
@@ -235,6 +256,12 @@ FOR_THIS_CPU static void copy_through(char *restrict target, const char *restric
   for (int64_t i = 0; i < nbytes; i++) target[i] = source[i];
 }
 
+/* Take note of how long it took, since BEGIN, to have lines that another core holds. */
+static void learn(team *t, int64_t nbytes, int64_t begin) {
+  t->slow = slow_with(t->slow, nbytes, begin);
+  t->to_memory = t->slow >= SLOW_IN_A_ROW;
+}
+
 /* Write what others read next.
  *
  * Where ranks share a cache it stays there.  Where they do not, to write to lines that another core has read takes
@@ -245,10 +272,7 @@ static void write_for_others(team *t, char *to, const char *from, int64_t nbytes
   if (t->to_memory) tried = nbytes >= SAMPLE_BYTES && t->writes++ % SAMPLE_EVERY == 0 ? SAMPLE_BYTES : 0;
   const int64_t begin = tried >= SAMPLE_BYTES ? now_ns() : 0;
   copy_through(to, from, tried);
-  if (tried >= SAMPLE_BYTES) {
-    t->slow = slow_with(t->slow, tried, begin);
-    t->to_memory = t->slow >= SLOW_IN_A_ROW;
-  }
+  if (tried >= SAMPLE_BYTES) learn(t, tried, begin);
   if (tried == nbytes) return;
   copy_past_cache(to + tried, from + tried, nbytes - tried);
   drain_past_cache();
@@ -280,7 +304,7 @@ static void combine(const combination *c) {
     else
       f->once(out, c->parts[0] + begin, c->parts[1] + begin, n);
     for (int64_t i = 2; i < c->part_count; i++) f->once(out, out, c->parts[i] + begin, n);
-    if (c->op->divisor) (c->op->kind / OPS == F32 ? divide_f32 : divide_f64)(out, n, c->op->divisor);
+    divide(c->op, out, n);
     for (int64_t i = 0; i < copies; i++) copy(c->results[i] + begin, out, length, c->past_cache >> i & 1);
   }
   if (c->past_cache) drain_past_cache();
@@ -328,34 +352,111 @@ static char *place(const stream *s, int64_t chunk, int64_t rank, enum counter wh
   return t->rows + rank * t->row_bytes + t->header_bytes + number * t->place_bytes;
 }
 
+/* Whether a rank would trade a chunk.  By the time it hands in the sixth chunk after it, all have taken that one. */
+static int64_t *offer(const stream *s, int64_t chunk, int64_t rank) {
+  const team *t = s->ranks;
+  return (int64_t *)(t->rows + rank * t->row_bytes + COPIED * LINE_BYTES) + 1 + (t->chunks + chunk) % OFFERS;
+}
+
+static int trades(const stream *s, int64_t chunk) {
+  return s->ranks->ranks == 2 && *offer(s, chunk, 0) && *offer(s, chunk, 1);
+}
+
 static void hand_in(stream *s) {
+  team *t = s->ranks;
   const int64_t chunk = s->handed_in++, nbytes = chunk_bytes(s, chunk);
-  const range own = shard(s, chunk, s->ranks->rank);
-  const char *from = s->from + chunk * s->ranks->place_bytes;
-  char *to = place(s, chunk, s->ranks->rank, COPIED);
-  write_for_others(s->ranks, to, from, own.begin);
-  write_for_others(s->ranks, to + own.end, from + own.end, nbytes - own.end);
-  publish(s->ranks, COPIED, s->ranks->chunks + s->handed_in);
+  const range own = shard(s, chunk, t->rank);
+  const char *from = s->from + chunk * t->place_bytes;
+  char *to = place(s, chunk, t->rank, COPIED);
+  *offer(s, chunk, t->rank) = !t->to_memory;
+  if (t->traded) { /* the lines are at hand */
+    copy_through(to, from, own.begin);
+    copy_through(to + own.end, from + own.end, nbytes - own.end);
+  } else {
+    write_for_others(t, to, from, own.begin);
+    write_for_others(t, to + own.end, from + own.end, nbytes - own.end);
+  }
+  publish(t, COPIED, t->chunks + s->handed_in);
+}
+
+/* Ask for lines as one who writes to them. */
+static void claim(const char *lines, int64_t nbytes) {
+  for (int64_t i = 0; i < nbytes; i += 64) CLAIM(lines + i);
+}
+
+/* Find out now and then how fast lines come. */
+static void time_lines(team *t, const char *lines, int64_t nbytes) {
+  if (nbytes < SAMPLE_BYTES || t->trades++ % SAMPLE_EVERY) return;
+  const int64_t begin = now_ns();
+  claim(lines, SAMPLE_BYTES);
+  for (int64_t i = 0; i < SAMPLE_BYTES; i += 64) (void)*(const volatile char *)(lines + i);
+  learn(t, SAMPLE_BYTES, begin);
+}
+
+/* Between two ranks the same lines carry values both ways.
+ *
+ * How fast lines pass between cores is what limits such a reduction.  A line that is handed over goes to the core that
+ * reads it and comes back when the next values are written: two ways for each.  So the rank whose shard it is asks for the
+ * lines that hold the other's values as if to write, reads them and leaves its own there; the other then has the answer,
+ * and lines to write to: one way for each.  Both combine all values, in the order of the ranks: the same bits.
+ *
+ * Stores leave a core in their order.  One stream of them to lines that are elsewhere holds up every other, so that all
+ * lines are asked for ahead, and a shard that is handed in is copied by itself.
+ *
+ * Where cores share no cache lines come slowly; if either rank finds that, chunks go past the caches as among more ranks. */
+static void trade(const stream *s, int64_t chunk, int64_t whose) {
+  _Alignas(64) char block[TRADED_BYTES];
+  team *t = s->ranks;
+  const fold *const f = fold_of(s->op);
+  const range part = shard(s, chunk, whose);
+  const int64_t at = chunk * t->place_bytes, past_cache = is_past_cache(s);
+  char *const lines = place(s, chunk, 1 - whose, COPIED);
+  if (whose == t->rank) time_lines(t, lines + part.begin, part.end - part.begin);
+  claim(lines + part.begin, AHEAD_BYTES);
+  for (int64_t begin = part.begin; begin < part.end; begin += TRADED_BYTES) {
+    const int64_t left = part.end - begin, length = left < TRADED_BYTES ? left : TRADED_BYTES;
+    const int64_t n = length / s->op->item_bytes;
+    const char *const own = s->from + at + begin;
+    char *const theirs = lines + begin, *const out = past_cache ? block : s->into + at + begin;
+    const char *const first = t->rank ? theirs : own, *const second = t->rank ? own : theirs;
+    claim(theirs + AHEAD_BYTES, TRADED_BYTES);
+    if (whose == t->rank)
+      f->trade(out, theirs, own, first, second, n);
+    else
+      f->once(out, first, second, n);
+    divide(s->op, out, n);
+    if (past_cache) copy_past_cache(s->into + at + begin, block, length);
+  }
 }
 
 static void reduce_own(stream *s) {
-  const team *t = s->ranks;
+  team *t = s->ranks;
   const int64_t chunk = s->reduced++;
-  const range own = shard(s, chunk, t->rank);
-  const int64_t at = chunk * t->place_bytes + own.begin, length = own.end - own.begin;
-  for (int64_t rank = 0; rank < t->ranks; rank++) s->parts[rank] = place(s, chunk, rank, COPIED) + own.begin;
-  s->parts[t->rank] = (char *)s->from + at;
-  char *results[] = {place(s, chunk, t->rank, REDUCED) + own.begin, s->into + at};
-  combine(&(combination){s->op, s->parts, t->ranks, results, 2, length, t->to_memory | is_past_cache(s) << 1});
+  t->traded = trades(s, chunk);
+  if (t->traded) {
+    trade(s, chunk, t->rank);
+  } else {
+    const range own = shard(s, chunk, t->rank);
+    const int64_t at = chunk * t->place_bytes + own.begin, length = own.end - own.begin;
+    for (int64_t rank = 0; rank < t->ranks; rank++) s->parts[rank] = place(s, chunk, rank, COPIED) + own.begin;
+    s->parts[t->rank] = (char *)s->from + at;
+    char *results[] = {place(s, chunk, t->rank, REDUCED) + own.begin, s->into + at};
+    combine(&(combination){s->op, s->parts, t->ranks, results, 2, length, t->to_memory | is_past_cache(s) << 1});
+  }
   publish(t, REDUCED, t->chunks + s->reduced);
 }
 
 static void take(stream *s) {
+  const team *t = s->ranks;
   const int64_t chunk = s->taken++;
-  char *into = s->into + chunk * s->ranks->place_bytes;
-  for (int64_t rank = 0; rank < s->ranks->ranks; rank++) {
+  if (trades(s, chunk)) {
+    trade(s, chunk, 1 - t->rank);
+    return;
+  }
+  char *into = s->into + chunk * t->place_bytes;
+  for (int64_t rank = 0; rank < t->ranks; rank++) {
     const range part = shard(s, chunk, rank);
-    if (rank == s->ranks->rank) continue;
+    if (rank == t->rank) continue;
     const char *from = place(s, chunk, rank, REDUCED) + part.begin;
     (is_past_cache(s) ? copy_past_cache : copy_through)(into + part.begin, from, part.end - part.begin);
   }
@@ -379,7 +480,7 @@ static void combine_all(const stream *s) {
   const int64_t n = s->nbytes / op->item_bytes;
   f->once(s->into, slot(t, 0), slot(t, 1), n);
   for (int64_t rank = 2; rank < t->ranks; rank++) f->once(s->into, s->into, slot(t, rank), n);
-  if (op->divisor) (op->kind / OPS == F32 ? divide_f32 : divide_f64)(s->into, n, op->divisor);
+  divide(op, s->into, n);
 }
 
 static int reduce_small(stream *s) {

@@ -21,7 +21,7 @@ from mpitrain.arrays.compiled import CompiledLibrary, address
 from mpitrain.comm.transports.fence import LINE_BYTES, POSTED, Fence
 from mpitrain.comm.transports.program import Combine
 
-LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_abi", 4)
+LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_abi", 5)
 
 _TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
 _OPS = ("sum", "prod", "min", "max", "and", "or")
@@ -56,8 +56,8 @@ class _Team(ctypes.Structure):
         ("rows", c_void_p), ("row_bytes", c_int64), ("header_bytes", c_int64), ("place_bytes", c_int64),
         ("slot_bytes", c_int64), ("rank", c_int64), ("ranks", c_int64), ("spins", c_int64), ("fence", c_int64),
         ("exchanges", c_int64), ("chunks", c_int64), ("late", c_int64), ("patience", c_int64), ("to_memory", c_int64),
-        ("slow", c_int64), ("writes", c_int64), ("laid_out", POINTER(_LaidOut)), ("laid_out_count", c_int64),
-        ("laid_out_next", c_int64), ("brief", c_int64),
+        ("slow", c_int64), ("writes", c_int64), ("traded", c_int64), ("trades", c_int64),
+        ("laid_out", POINTER(_LaidOut)), ("laid_out_count", c_int64), ("laid_out_next", c_int64), ("brief", c_int64),
     ]  # fmt: skip
 
 
