@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from mpitrain.arrays.compiled import CompiledLibrary
 from mpitrain.comm.transports import kernel
 from mpitrain.comm.transports.kernel import PLACES, Kernel
 from mpitrain.comm.transports.pages import PAGE_BYTES
+from mpitrain.comm.transports.ways import WAYS, Way, settle
 
 PLACE_BYTES = 16 * 1024  # of which half is written for the other of two ranks: a sample, and as much again
 RANKS = 2
@@ -81,19 +85,20 @@ def test_what_is_written_past_the_cache_is_seen_before_it_is_announced(library: 
 def test_two_ranks_have_the_same_bits_whichever_finds_lines_slow(
     library: None, monkeypatch: pytest.MonkeyPatch, finds: str
 ) -> None:
-    """Then chunks go past the cache; else they are traded.  Zeros tell which rank's value came first."""
+    """Then chunks go past the cache; else they are traded, if that is their way.  Zeros tell which value came first."""
     monkeypatch.setattr(kernel, "PAST_CACHE_FROM_BYTES", 128 * 1024)
     memory, values = rows(), (-0.0, 0.0, np.nan, 1.5, -3.0)
     rng = np.random.default_rng(7)
     cases = [
-        (op, rng.choice(values, (RANKS, elements)).astype(np.float32), rng.random(RANKS) < 0.5)
+        (op, rng.choice(values, (RANKS, elements)).astype(np.float32), rng.random(RANKS) < 0.5, rng.random(2))
         for op, elements in zip(["min", "sum", "max"] * 14, rng.integers(500, 60_000, 42), strict=True)
     ]
     slow = {"both": (True, True), "first": (True, False), "second": (False, True), "neither": (False, False)}
 
     def reduce(rank: int) -> list[tuple[Array, bool]]:
         loops, found = Kernel(memory, rank, PAGE_BYTES, 0, lambda: None), []
-        for number, (op, parts, by_turns) in enumerate(cases):
+        for number, (op, parts, by_turns, (trades, chunk)) in enumerate(cases):
+            loops.use(bool(trades < 0.7), PLACE_BYTES if chunk < 0.7 else PLACE_BYTES // 2)
             x = parts[rank].copy()
             into = x if number % 4 < 2 else np.empty_like(x)
             loops._team.to_memory = loops._team.slow = 99 * slow.get(finds, by_turns)[rank]
@@ -105,10 +110,63 @@ def test_two_ranks_have_the_same_bits_whichever_finds_lines_slow(
     with ThreadPoolExecutor(RANKS) as pool:
         first, second = pool.map(reduce, range(RANKS))
     folds = {"min": np.minimum, "sum": np.add, "max": np.maximum}
-    for (op, parts, _), (one, traded), (other, too) in zip(cases, first, second, strict=True):
+    for (op, parts, _, (trades, _)), (one, traded), (other, too) in zip(cases, first, second, strict=True):
         assert one.tobytes() == other.tobytes()
         np.testing.assert_array_equal(one, folds[op](*parts))
         tied = (parts == 0).all(axis=0) & (op != "sum")
         np.testing.assert_array_equal(np.signbit(one[tied]), np.signbit(parts[1][tied]))
         assert traded == too
-        assert finds not in slow or traded == (finds == "neither")
+        assert finds not in slow or traded == (finds == "neither" and trades < 0.7)
+
+
+@pytest.mark.skipif(kernel.LIBRARY.loaded is None, reason="the loops were not compiled")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("op", ["sum", "prod", "min", "max"])
+def test_two_ranks_have_the_same_nans(op: str, dtype: type) -> None:
+    """Which of two NaNs a processor hands on depends on the order of its operands; arrays are aligned differently."""
+    memory, bits = rows(), np.dtype(f"u{np.dtype(dtype).itemsize}")
+    quiet = np.array([np.nan, -np.nan], dtype).view(bits)
+
+    def reduce(rank: int) -> Array:
+        loops = Kernel(memory, rank, PAGE_BYTES, 0, lambda: None)
+        loops.use(True, PLACE_BYTES)
+        x = np.empty(30_001 + rank, dtype)[rank:]
+        x.view(bits)[...] = quiet[rank] + np.arange(x.size, dtype=bits) % 7
+        assert loops.allreduce(op, x, x, (0, -1, -1, x.size))
+        return x
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        first, second = pool.map(reduce, range(RANKS))
+    assert np.isnan(first).all()
+    assert first.tobytes() == second.tobytes()
+
+
+class Sleeping:
+    """Loops that take some time by the way that they use."""
+
+    def __init__(self, *ms: float) -> None:
+        self.ms, self.used = dict(zip(WAYS, ms, strict=True)), WAYS[-1]
+
+    def use(self, trades: bool, chunk_bytes: int) -> None:
+        self.used = Way(trades, chunk_bytes)
+
+    def plan(self, op: str, send: Array, recv: Array, divisor: int) -> Callable[[], object]:
+        return lambda: time.sleep(1e-3 * self.ms[self.used])
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "can_tell", "best"),
+    [
+        ((9, 5, 1), (9, 5, 1), True, 2),
+        ((1, 30, 60), (90, 5, 90), True, 1),  # the slower rank is waited for
+        ((5, 1, 9), (0, 0, 0), True, 1),
+        ((9, 5, 1), (9, 5, 1), False, 0),
+    ],
+)
+def test_two_ranks_use_the_way_that_is_the_fastest_for_the_slower_one(
+    mine: tuple[float, ...], theirs: tuple[float, ...], can_tell: bool, best: int
+) -> None:
+    loops = Sleeping(*mine)
+    node = SimpleNamespace(allgather=lambda seconds: np.array([seconds, 1e-3 * np.array(theirs)]))
+    settle(loops, node, can_tell)  # type: ignore[arg-type]
+    assert loops.used == WAYS[best]

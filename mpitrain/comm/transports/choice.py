@@ -17,6 +17,7 @@ from mpitrain.comm.transports.network import NetworkTransport
 from mpitrain.comm.transports.pages import PAGE_BYTES
 from mpitrain.comm.transports.shared import SharedTransport
 from mpitrain.comm.transports.transport import Transport
+from mpitrain.comm.transports.ways import settle
 
 if TYPE_CHECKING:
     from mpitrain.comm.communicator import Communicator
@@ -108,7 +109,10 @@ def _shared(comm: Communicator, barrier: Callable[[], Callable[[], None]]) -> Tr
         return Fence(lines, comm.node.rank, order, spins)
 
     def loops(memory: Array) -> Kernel:
-        return Kernel(memory, comm.node.rank, PAGE_BYTES, kernel.SPINS if spins else 0, comm._progress)
+        made = Kernel(memory, comm.node.rank, PAGE_BYTES, kernel.SPINS if spins else 0, comm._progress)
+        if comm.node.size == 2:
+            settle(made, comm.node, spins)
+        return made
 
     shared, failure = None, None
     try:

@@ -66,6 +66,7 @@ typedef struct {
   int64_t patience; /* how often it does so before it only looks, as the caller naps between calls */
   int64_t to_memory; /* what others read is written past the cache */
   int64_t slow, writes; /* how often in a row it was slow to write through the cache; how often past it */
+  int64_t trading; /* whether two ranks trade chunks; the same on both */
   int64_t traded, trades; /* whether the chunk before was; how many were */
   struct laid_out *laid_out; /* reductions of arrays where they lie, that were performed before */
   int64_t laid_out_count, laid_out_next; /* the next is likely to follow the one before, as it did the last time */
@@ -368,7 +369,7 @@ static void hand_in(stream *s) {
   const range own = shard(s, chunk, t->rank);
   const char *from = s->from + chunk * t->place_bytes;
   char *to = place(s, chunk, t->rank, COPIED);
-  *offer(s, chunk, t->rank) = !t->to_memory;
+  *offer(s, chunk, t->rank) = t->trading && !t->to_memory;
   if (t->traded) { /* the lines are at hand */
     copy_through(to, from, own.begin);
     copy_through(to + own.end, from + own.end, nbytes - own.end);
@@ -398,18 +399,18 @@ static void time_lines(team *t, const char *lines, int64_t nbytes) {
  * How fast lines pass between cores is what limits such a reduction.  A line that is handed over goes to the core that
  * reads it and comes back when the next values are written: two ways for each.  So the rank whose shard it is asks for the
  * lines that hold the other's values as if to write, reads them and leaves its own there; the other then has the answer,
- * and lines to write to: one way for each.  Both combine all values, in the order of the ranks: the same bits.
+ * and lines to write to: one way for each.  Both combine all values, in the order of the ranks and by one loop, so that
+ * not even NaNs differ: the first leaves its own values there again, which nobody reads.
  *
  * Stores leave a core in their order.  One stream of them to lines that are elsewhere holds up every other, so that all
- * lines are asked for ahead, and a shard that is handed in is copied by itself.
+ * lines are asked for ahead, those of the result too, and a shard that is handed in is copied by itself.
  *
  * Where cores share no cache lines come slowly; if either rank finds that, chunks go past the caches as among more ranks. */
 static void trade(const stream *s, int64_t chunk, int64_t whose) {
-  _Alignas(64) char block[TRADED_BYTES];
   team *t = s->ranks;
   const fold *const f = fold_of(s->op);
   const range part = shard(s, chunk, whose);
-  const int64_t at = chunk * t->place_bytes, past_cache = is_past_cache(s);
+  const int64_t at = chunk * t->place_bytes;
   char *const lines = place(s, chunk, 1 - whose, COPIED);
   if (whose == t->rank) time_lines(t, lines + part.begin, part.end - part.begin);
   claim(lines + part.begin, AHEAD_BYTES);
@@ -417,15 +418,11 @@ static void trade(const stream *s, int64_t chunk, int64_t whose) {
     const int64_t left = part.end - begin, length = left < TRADED_BYTES ? left : TRADED_BYTES;
     const int64_t n = length / s->op->item_bytes;
     const char *const own = s->from + at + begin;
-    char *const theirs = lines + begin, *const out = past_cache ? block : s->into + at + begin;
-    const char *const first = t->rank ? theirs : own, *const second = t->rank ? own : theirs;
+    char *const theirs = lines + begin, *const out = s->into + at + begin;
     claim(theirs + AHEAD_BYTES, TRADED_BYTES);
-    if (whose == t->rank)
-      f->trade(out, theirs, own, first, second, n);
-    else
-      f->once(out, first, second, n);
+    claim(out + AHEAD_BYTES, TRADED_BYTES);
+    f->trade(out, theirs, own, t->rank ? theirs : own, t->rank ? own : theirs, n);
     divide(s->op, out, n);
-    if (past_cache) copy_past_cache(s->into + at + begin, block, length);
   }
 }
 

@@ -56,8 +56,9 @@ class _Team(ctypes.Structure):
         ("rows", c_void_p), ("row_bytes", c_int64), ("header_bytes", c_int64), ("place_bytes", c_int64),
         ("slot_bytes", c_int64), ("rank", c_int64), ("ranks", c_int64), ("spins", c_int64), ("fence", c_int64),
         ("exchanges", c_int64), ("chunks", c_int64), ("late", c_int64), ("patience", c_int64), ("to_memory", c_int64),
-        ("slow", c_int64), ("writes", c_int64), ("traded", c_int64), ("trades", c_int64),
-        ("laid_out", POINTER(_LaidOut)), ("laid_out_count", c_int64), ("laid_out_next", c_int64), ("brief", c_int64),
+        ("slow", c_int64), ("writes", c_int64), ("trading", c_int64), ("traded", c_int64),
+        ("trades", c_int64), ("laid_out", POINTER(_LaidOut)), ("laid_out_count", c_int64), ("laid_out_next", c_int64),
+        ("brief", c_int64),
     ]  # fmt: skip
 
 
@@ -162,6 +163,14 @@ class Kernel:
     @exchanges.setter
     def exchanges(self, count: int) -> None:
         self._team.exchanges = count
+
+    def use(self, trades: bool, chunk_bytes: int) -> None:
+        """Let chunks pass through the places in another way, see `ways`.  Collective over the node, and a fence.
+
+        ``chunk_bytes`` are what a place holds, or less.
+        """
+        self.fence()  # nobody reads the places of the way before any more
+        self._team.trading, self._team.place_bytes = trades, chunk_bytes
 
     def reduction(self, op: str, combines: Sequence[Combine], holds: bool) -> Callable[[], object] | None:
         """Lay out what this rank combines in shared memory, each after a fence; None if there is no loop for it.

@@ -3,8 +3,8 @@
 Arrays from `Communicator.empty` are reduced where they lie, after one fence and before another; no copy is sent.
 Ordinary arrays pass chunk by chunk through a workspace that is kept: while a chunk is reduced, the next is copied in
 and the one before is copied out.  On one node compiled loops do both where they were built (`kernel`), else NumPy.
-Values are combined in the order of the node's ranks, level by level on wide nodes, by one rank for all, so that results
-are the same bits on every rank and in every call.
+Values are combined in the order of the node's ranks, level by level on wide nodes, by one rank for all, or by both of
+two, so that results are the same bits on every rank and in every call.
 
 With several nodes, the ranks of one number on all nodes reduce their shard across nodes at the same time, so that
 every byte leaves a node once (M. Bayatpour et al., "Scalable reduction collectives with data partitioning-based
@@ -53,11 +53,8 @@ PIECE_BYTES = 128 * 1024
 CHUNK_BYTES = 256 * 1024
 """What passes through the workspace between two fences, of each rank; within one node."""
 
-COMPILED_CHUNK_BYTES = 1280 * 1024
-"""The same with compiled loops, which pass no fences, of all ranks of a node together, but for the next."""
-
-TRADED_CHUNK_BYTES = 128 * 1024
-"""The same of two ranks, which hand the same lines to and fro: they stay in the cores' own caches beside the arrays."""
+COMPILED_CHUNK_BYTES = 640 * 1024
+"""The same with compiled loops, which pass no fences, on nodes of two ranks; on wider ones it is less."""
 
 STREAMED_FROM_BYTES = 16 * 1024 * 1024
 """Ordinary arrays from this size on pass through the workspace in NumPy; smaller ones are left to the MPI library.
@@ -376,9 +373,7 @@ class SharedTransport(Transport):
 
 def _chunk_bytes(ranks: int, compiled: bool) -> int:
     """Return what passes through the workspace at once; compiled loops want the chunks of a node to fit its cache."""
-    if not compiled:
-        return CHUNK_BYTES
-    return TRADED_CHUNK_BYTES if ranks == 2 else max(CHUNK_BYTES, COMPILED_CHUNK_BYTES // ranks)
+    return max(CHUNK_BYTES, 2 * COMPILED_CHUNK_BYTES // ranks) if compiled else CHUNK_BYTES
 
 
 def _places(posts: list[list[int]]) -> list[Place]:
