@@ -30,8 +30,8 @@ _SHOW_CURSOR = "\x1b[?25h"
 _NOT_BEGUN = "interrupted before the first step; nothing was written"
 
 _BY_SIGUSR1 = (128 + signal.SIGUSR1, signal.SIGUSR1, -signal.SIGUSR1, INTERRUPTED)
-"""How a launcher ends for ranks that SIGUSR1 ended: one not as far as `take_part` (Open MPI's launcher, then MPICH's),
-the launcher itself, which has started none, or a rank on its way into MPI."""
+"""How a launcher ends for ranks that SIGUSR1 ended: one not as far as `take_part` (Open MPI's launcher, then MPICH's);
+the launcher itself, which has started none; a rank on its way into MPI."""
 
 _TWICE = "twice"
 """What is noted of a second Ctrl-C."""

@@ -14,7 +14,7 @@ from rebuilding import rebuild
 from mpitrain._typing import Array
 from mpitrain.arrays import plain
 from mpitrain.arrays.compiled import CompiledLibrary
-from mpitrain.comm.transports import kernel
+from mpitrain.comm.transports import kernel, ways
 from mpitrain.comm.transports.kernel import PLACES, Kernel
 from mpitrain.comm.transports.pages import PAGE_BYTES
 from mpitrain.comm.transports.ways import WAYS, Way, settle
@@ -102,7 +102,7 @@ def test_two_ranks_have_the_same_bits_whichever_finds_lines_slow(
             x = parts[rank].copy()
             into = x if number % 4 < 2 else np.empty_like(x)
             loops._team.to_memory = loops._team.slow = 99 * slow.get(finds, by_turns)[rank]
-            loops._team.writes = loops._team.trades = 1  # the next is not timed
+            loops._team.writes = loops._team.timed = 1  # the next is not timed
             assert loops.allreduce(op, x, into, (0, -1, -1, x.size))
             found.append((into, bool(loops._team.traded)))
         return found
@@ -145,13 +145,17 @@ class Sleeping:
     """Loops that take some time by the way that they use."""
 
     def __init__(self, *ms: float) -> None:
-        self.ms, self.used = dict(zip(WAYS, ms, strict=True)), WAYS[-1]
+        self.ms, self.used, self.runs = dict(zip(WAYS, ms, strict=True)), WAYS[-1], 0
 
     def use(self, trades: bool, chunk_bytes: int) -> None:
         self.used = Way(trades, chunk_bytes)
 
     def plan(self, op: str, send: Array, recv: Array, divisor: int) -> Callable[[], object]:
-        return lambda: time.sleep(1e-3 * self.ms[self.used])
+        def run() -> None:
+            self.runs += 1
+            time.sleep(1e-3 * self.ms[self.used])
+
+        return run
 
 
 @pytest.mark.parametrize(
@@ -164,9 +168,26 @@ class Sleeping:
     ],
 )
 def test_two_ranks_use_the_way_that_is_the_fastest_for_the_slower_one(
-    mine: tuple[float, ...], theirs: tuple[float, ...], can_tell: bool, best: int
+    monkeypatch: pytest.MonkeyPatch, mine: tuple[float, ...], theirs: tuple[float, ...], can_tell: bool, best: int
 ) -> None:
-    loops = Sleeping(*mine)
-    node = SimpleNamespace(allgather=lambda seconds: np.array([seconds, 1e-3 * np.array(theirs)]))
-    settle(loops, node, can_tell)  # type: ignore[arg-type]
-    assert loops.used == WAYS[best]
+    monkeypatch.setattr(ways, "_known", [])
+
+    def allgather(own: Array) -> Array:
+        return np.array([own, 1e-3 * np.array(theirs) if own.size == len(WAYS) else own])
+
+    first, second, idle = Sleeping(*mine), Sleeping(9, 9, 9), Sleeping(9, 9, 9)
+    for loops in (first, second):  # which does not try again
+        settle(loops, SimpleNamespace(allgather=allgather), can_tell)  # type: ignore[arg-type]
+        assert loops.used == WAYS[best]
+    assert second.runs == 0
+    settle(idle, SimpleNamespace(allgather=lambda own: np.array([own, [1]])), False)  # type: ignore[arg-type]
+    assert (idle.used, idle.runs) == (WAYS[0], 0)
+
+
+def test_ranks_of_which_one_has_not_tried_try_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "_known", [2])
+    loops = Sleeping(5, 1, 9)
+    others = {1: np.array([-1]), len(WAYS): np.zeros(len(WAYS))}
+    settle(loops, SimpleNamespace(allgather=lambda own: np.array([own, others[own.size]])), True)  # type: ignore[arg-type]
+    assert loops.used == WAYS[1]
+    assert ways._known == [1]

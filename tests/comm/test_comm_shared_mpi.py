@@ -10,6 +10,7 @@ import pytest
 import shared_checks
 from conformance import CHECKS, folded, same, values
 
+from mpitrain._errors import MismatchError
 from mpitrain.comm import Communicator
 from mpitrain.comm.transports import choice
 
@@ -88,6 +89,22 @@ def test_planned_small_arrays_meet_once(world: Communicator, monkeypatch: pytest
                     x[...], before = values(comm.rank, x.shape), team.fence
                     same(plan(), folded(comm.size, x.shape, "float32", "sum"))
                     assert team.fence - before == meetings
+
+
+@pytest.mark.mpi
+def test_ranks_go_on_after_a_mismatch_of_what_loops_reduce_and_what_they_do_not(
+    world: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared_checks.use_loops("compiled", monkeypatch)
+    with world.split(0) as comm:
+        if comm.transport != "shared" or comm.node.size < comm.size:
+            pytest.skip("the ranks are not on one node that shares its memory")
+        dtype, op = (np.complex64, "prod") if comm.rank == 0 else (np.float32, "sum")
+        for size in (100_000, 200_000):
+            with pytest.raises(MismatchError):
+                comm.allreduce(np.ones(size, dtype), op)
+            x = values(comm.rank, (5000,), "float32")
+            same(comm.allreduce(x), folded(comm.size, x.shape, "float32", "sum"))
 
 
 @pytest.mark.mpi

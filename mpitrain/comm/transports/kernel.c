@@ -57,6 +57,7 @@ typedef struct {
   int64_t row_bytes;
   int64_t header_bytes; /* of a row: its counters and slots */
   int64_t place_bytes; /* of each of the places of a row: PLACES for what is handed in, as many for results */
+  int64_t chunk_bytes; /* what is put there: all of it, or less */
   int64_t slot_bytes;  /* of each of the two slots at the end of the header */
   int64_t rank, ranks;
   int64_t spins; /* looks before yielding; 0 where ranks share a core */
@@ -67,7 +68,7 @@ typedef struct {
   int64_t to_memory; /* what others read is written past the cache */
   int64_t slow, writes; /* how often in a row it was slow to write through the cache; how often past it */
   int64_t trading; /* whether two ranks trade chunks; the same on both */
-  int64_t traded, trades; /* whether the chunk before was; how many were */
+  int64_t traded, timed; /* whether the chunk before was; how many might have been timed */
   struct laid_out *laid_out; /* reductions of arrays where they lie, that were performed before */
   int64_t laid_out_count, laid_out_next; /* the next is likely to follow the one before, as it did the last time */
   int64_t brief; /* wait for some microseconds only: the caller holds the interpreter's lock */
@@ -334,14 +335,14 @@ typedef struct {
   int64_t begin, end;
 } range; /* bytes of a chunk */
 
-static int64_t chunk_bytes(const stream *s, int64_t chunk) {
-  const int64_t left = s->nbytes - chunk * s->ranks->place_bytes;
-  return left < s->ranks->place_bytes ? left : s->ranks->place_bytes;
+static int64_t length_of(const stream *s, int64_t chunk) {
+  const int64_t left = s->nbytes - chunk * s->ranks->chunk_bytes;
+  return left < s->ranks->chunk_bytes ? left : s->ranks->chunk_bytes;
 }
 
 /* What a rank reduces of a chunk: whole cache lines. */
 static range shard(const stream *s, int64_t chunk, int64_t rank) {
-  const int64_t bytes = chunk_bytes(s, chunk), lines = (bytes + 63) / 64;
+  const int64_t bytes = length_of(s, chunk), lines = (bytes + 63) / 64;
   const int64_t begin = lines * rank / s->ranks->ranks * 64, end = lines * (rank + 1) / s->ranks->ranks * 64;
   return (range){begin < bytes ? begin : bytes, end < bytes ? end : bytes};
 }
@@ -365,9 +366,9 @@ static int trades(const stream *s, int64_t chunk) {
 
 static void hand_in(stream *s) {
   team *t = s->ranks;
-  const int64_t chunk = s->handed_in++, nbytes = chunk_bytes(s, chunk);
+  const int64_t chunk = s->handed_in++, nbytes = length_of(s, chunk);
   const range own = shard(s, chunk, t->rank);
-  const char *from = s->from + chunk * t->place_bytes;
+  const char *from = s->from + chunk * t->chunk_bytes;
   char *to = place(s, chunk, t->rank, COPIED);
   *offer(s, chunk, t->rank) = t->trading && !t->to_memory;
   if (t->traded) { /* the lines are at hand */
@@ -387,7 +388,7 @@ static void claim(const char *lines, int64_t nbytes) {
 
 /* Find out now and then how fast lines come. */
 static void time_lines(team *t, const char *lines, int64_t nbytes) {
-  if (nbytes < SAMPLE_BYTES || t->trades++ % SAMPLE_EVERY) return;
+  if (nbytes < SAMPLE_BYTES || t->timed++ % SAMPLE_EVERY) return;
   const int64_t begin = now_ns();
   claim(lines, SAMPLE_BYTES);
   for (int64_t i = 0; i < SAMPLE_BYTES; i += 64) (void)*(const volatile char *)(lines + i);
@@ -410,7 +411,7 @@ static void trade(const stream *s, int64_t chunk, int64_t whose) {
   team *t = s->ranks;
   const fold *const f = fold_of(s->op);
   const range part = shard(s, chunk, whose);
-  const int64_t at = chunk * t->place_bytes;
+  const int64_t at = chunk * t->chunk_bytes;
   char *const lines = place(s, chunk, 1 - whose, COPIED);
   if (whose == t->rank) time_lines(t, lines + part.begin, part.end - part.begin);
   claim(lines + part.begin, AHEAD_BYTES);
@@ -434,7 +435,7 @@ static void reduce_own(stream *s) {
     trade(s, chunk, t->rank);
   } else {
     const range own = shard(s, chunk, t->rank);
-    const int64_t at = chunk * t->place_bytes + own.begin, length = own.end - own.begin;
+    const int64_t at = chunk * t->chunk_bytes + own.begin, length = own.end - own.begin;
     for (int64_t rank = 0; rank < t->ranks; rank++) s->parts[rank] = place(s, chunk, rank, COPIED) + own.begin;
     s->parts[t->rank] = (char *)s->from + at;
     char *results[] = {place(s, chunk, t->rank, REDUCED) + own.begin, s->into + at};
@@ -450,7 +451,7 @@ static void take(stream *s) {
     trade(s, chunk, 1 - t->rank);
     return;
   }
-  char *into = s->into + chunk * t->place_bytes;
+  char *into = s->into + chunk * t->chunk_bytes;
   for (int64_t rank = 0; rank < t->ranks; rank++) {
     const range part = shard(s, chunk, rank);
     if (rank == t->rank) continue;
@@ -503,7 +504,7 @@ static int reduce_small(stream *s) {
 int mpitrain_stream(stream *s) {
   if (is_small(s)) return reduce_small(s);
   team *t = s->ranks;
-  const int64_t chunks = (s->nbytes + t->place_bytes - 1) / t->place_bytes;
+  const int64_t chunks = (s->nbytes + t->chunk_bytes - 1) / t->chunk_bytes;
   while (s->taken < chunks) {
     while (s->handed_in < chunks && s->handed_in < s->reduced + 2 && s->handed_in < s->taken + PLACES) hand_in(s);
     if (s->reduced < chunks && s->reduced < s->taken + 2) {

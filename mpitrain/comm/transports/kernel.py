@@ -54,10 +54,10 @@ class _LaidOut(ctypes.Structure):
 class _Team(ctypes.Structure):
     _fields_ = [
         ("rows", c_void_p), ("row_bytes", c_int64), ("header_bytes", c_int64), ("place_bytes", c_int64),
-        ("slot_bytes", c_int64), ("rank", c_int64), ("ranks", c_int64), ("spins", c_int64), ("fence", c_int64),
-        ("exchanges", c_int64), ("chunks", c_int64), ("late", c_int64), ("patience", c_int64), ("to_memory", c_int64),
-        ("slow", c_int64), ("writes", c_int64), ("trading", c_int64), ("traded", c_int64),
-        ("trades", c_int64), ("laid_out", POINTER(_LaidOut)), ("laid_out_count", c_int64), ("laid_out_next", c_int64),
+        ("chunk_bytes", c_int64), ("slot_bytes", c_int64), ("rank", c_int64), ("ranks", c_int64), ("spins", c_int64),
+        ("fence", c_int64), ("exchanges", c_int64), ("chunks", c_int64), ("late", c_int64), ("patience", c_int64),
+        ("to_memory", c_int64), ("slow", c_int64), ("writes", c_int64), ("trading", c_int64), ("traded", c_int64),
+        ("timed", c_int64), ("laid_out", POINTER(_LaidOut)), ("laid_out_count", c_int64), ("laid_out_next", c_int64),
         ("brief", c_int64),
     ]  # fmt: skip
 
@@ -145,7 +145,8 @@ class Kernel:
         found = LIBRARY.loaded
         assert found is not None
         self.ranks, self._library = ranks, found
-        self._team = _Team(address(memory), row_bytes, header_bytes, place_bytes, SLOT_BYTES, rank, ranks, spins)
+        sizes = row_bytes, header_bytes, place_bytes, place_bytes, SLOT_BYTES
+        self._team = _Team(address(memory), *sizes, rank, ranks, spins)
         self._team.patience = _PATIENCE
         self._team.memory = memory  # held by whatever holds the team, which knows an address only
         self._table, self._remembered = (_LaidOut * LAID_OUT)(), list[tuple[Any, Callable[[], object]]]()
@@ -167,10 +168,12 @@ class Kernel:
     def use(self, trades: bool, chunk_bytes: int) -> None:
         """Let chunks pass through the places in another way, see `ways`.  Collective over the node, and a fence.
 
-        ``chunk_bytes`` are what a place holds, or less.
+        Chunks are no larger than a place; places never move, as the NumPy path may be about to use them.
         """
-        self.fence()  # nobody reads the places of the way before any more
-        self._team.trading, self._team.place_bytes = trades, chunk_bytes
+        self.fence()  # nobody is in the middle of a chunk
+        team = self._team
+        team.trading, team.chunk_bytes = trades, min(chunk_bytes, team.place_bytes)
+        team.slow = team.to_memory = 0  # to be found out anew
 
     def reduction(self, op: str, combines: Sequence[Combine], holds: bool) -> Callable[[], object] | None:
         """Lay out what this rank combines in shared memory, each after a fence; None if there is no loop for it.

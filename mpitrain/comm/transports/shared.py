@@ -260,7 +260,12 @@ class SharedTransport(Transport):
         stream = self._stream(send, recv, op) if send.nbytes >= STREAMED_FROM_BYTES else None
         if stream is not None and place == NOWHERE:
             stream.copy_in(0)
-        posts = self._fence.exchange(kind_of(send.dtype, op), *place, send.size)
+        try:
+            posts = self._fence.exchange(kind_of(send.dtype, op), *place, send.size)
+        except MismatchError:
+            if self._kernel is not None:  # by which others may have handed in a chunk, and give up
+                self._kernel.give_up(handed_in=True)
+            raise
         places = _places(posts)
         if _one_block(places):
             self._reduce_where_it_lies(posts, recv, op)

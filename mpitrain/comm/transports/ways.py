@@ -41,8 +41,14 @@ WAYS = (Way(True, 128 * 1024), Way(True, 640 * 1024), Way(False, 640 * 1024))
 """What is tried; the first where ranks share a core, which tells nothing."""
 
 
+_known: list[int] = []
+"""Which way this process has found to be the fastest, if it has tried: programs make thousands of communicators."""
+
+
 def settle(kernel: Kernel, node: Communicator, can_tell: bool) -> None:
-    """Let the two ranks of a node use the fastest way from now on.  Collective over them; takes some milliseconds.
+    """Let the two ranks of a node use the fastest way from now on.  Collective over them.
+
+    They try unless both have done so before, which takes some milliseconds.
 
     Parameters
     ----------
@@ -53,13 +59,18 @@ def settle(kernel: Kernel, node: Communicator, can_tell: bool) -> None:
     can_tell : bool
         Whether each has a core to itself; the same on both.
     """
-    chosen = 0
-    if can_tell:
-        values = plain(TRIED_BYTES // 4, np.dtype(np.float32))
-        run = kernel.plan("sum", values, values, 0)
-        seconds = [_seconds(kernel, way, run) for way in WAYS]
-        chosen = int(node.allgather(np.array(seconds)).max(axis=0).argmin())
+    chosen = int(node.allgather(np.array(_known or [-1])).min()) if can_tell else 0
+    if chosen < 0:
+        chosen = _fastest(kernel, node)
+        _known[:] = [chosen]
     kernel.use(*WAYS[chosen])
+
+
+def _fastest(kernel: Kernel, node: Communicator) -> int:
+    values = plain(TRIED_BYTES // 4, np.dtype(np.float32))
+    run = kernel.plan("sum", values, values, 0)
+    seconds = [_seconds(kernel, way, run) for way in WAYS]
+    return int(node.allgather(np.array(seconds)).max(axis=0).argmin())
 
 
 def _seconds(kernel: Kernel, way: Way, run: Callable[[], object]) -> float:
