@@ -2,8 +2,8 @@
 
 A NumPy array among the arguments of a function, an operator or an assignment is a TypeError; only `asarray` and `array`
 take one.  So is one as an index, which CuPy would copy to the device without a word.  Items and reductions are arrays
-without axes, not scalars.  Names and keywords that CuPy 14 lacks are lacking here.  All work is done at once;
-`standin_cupy` stands for the order of work on streams instead.
+without axes, not scalars.  Names and keywords that CuPy 14 lacks are lacking here.  Kernels are compiled as C for
+the CPU (`c_kernels`).  All work is done at once; `standin_cupy` stands for the order of work on streams instead.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+from c_kernels import ElementwiseKernel, ReductionKernel
 from numpy.lib.mixins import NDArrayOperatorsMixin
-
-from mpitrain.arrays.random import philox4x32
 
 _LACKING = frozenset((
     "block", "busday_count", "einsum_path", "errstate", "frompyfunc", "geomspace", "geterr", "histogram_bin_edges",
@@ -309,23 +308,8 @@ class Cupy(ModuleType):
     def asnumpy(x: Any) -> np.ndarray:
         return x.get() if isinstance(x, ndarray) else np.asarray(x)
 
-    @staticmethod
-    def ElementwiseKernel(ins: str, outs: str, code: str, name: str) -> Callable[..., None]:  # noqa: N802
-        import ml_dtypes
-
-        def widen(x: ndarray, y: ndarray) -> None:
-            y._host[...] = x._host.view(ml_dtypes.bfloat16)
-
-        def narrow(x: ndarray, y: ndarray) -> None:
-            y._host[...] = x._host.astype(ml_dtypes.bfloat16).view(np.uint16)
-
-        def philox(row: ndarray, block: ndarray, step: int, k0: int, k1: int, *words: ndarray) -> None:
-            rows, blocks = (each._host.astype(np.uint64) for each in (row, block))
-            counter = (blocks, rows & np.uint64(2**32 - 1), rows >> np.uint64(32), np.uint64(step))
-            for word, found in zip(words, philox4x32(counter, (int(k0), int(k1))), strict=True):
-                word._host[...] = found
-
-        return {"mpitrain_widen": widen, "mpitrain_narrow": narrow, "mpitrain_philox": philox}[name]
+    ElementwiseKernel = ElementwiseKernel
+    ReductionKernel = ReductionKernel
 
 
 @cache

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import numpy as np
 
 from mpitrain._typing import Array
+from mpitrain.arrays.kernels_cuda import elementwise
 from mpitrain.arrays.namespace import by_device
+
+_GIVEN = "uint64 row, uint64 block, uint32 step, uint32 k0, uint32 k1"
+_MADE = "uint32 w0, uint32 w1, uint32 w2, uint32 w3"
 
 _ENCRYPT = """
 unsigned int c0 = block, c1 = row, c2 = row >> 32, c3 = step, a = k0, b = k1;
@@ -37,12 +38,6 @@ def philox(rows: Array, first: int, stop: int, step: int, key: tuple[int, int]) 
     words: Array = cupy.empty((len(rows), stop - first, 4), np.uint32)
     blocks = cupy.arange(first, stop, dtype=np.uint64)
     scalars = (np.uint32(each) for each in (step, *key))
-    _kernel()(rows.astype(np.uint64)[:, None], blocks, *scalars, *(words[..., word] for word in range(4)))
+    kernel = elementwise("philox", _GIVEN, _MADE, _ENCRYPT)
+    kernel(rows.astype(np.uint64)[:, None], blocks, *scalars, *(words[..., word] for word in range(4)))
     return words.reshape(len(rows), 4 * (stop - first))
-
-
-@cache
-def _kernel() -> Any:
-    given = "uint64 row, uint64 block, uint32 step, uint32 k0, uint32 k1"
-    made = "uint32 w0, uint32 w1, uint32 w2, uint32 w3"
-    return by_device("gpu").ElementwiseKernel(given, made, _ENCRYPT, "mpitrain_philox")

@@ -146,7 +146,8 @@ class Communicator(Collectives, Messages):
     def device_transport(self) -> str:
         """How memory of devices moves: ``"staged"`` through the host, ``"cuda_aware"``, ``"ipc"`` or ``"nccl"``.
 
-        By MPI with the second; with the third, the ranks of a node read each other's.
+        By MPI with the second; with the third, the ranks of a node read each other's.  ``"alone"``: there is one rank,
+        and its memory stays where it is.
         """
         return self._device_way.name
 

@@ -62,7 +62,7 @@ class Engine(ABC):
         self._leaders: tuple[Communicator | None] | None = None
         self._made: list[Communicator] = []
         self._transport: Transport | None = None
-        self._device_way: Way = BETWEEN_THREADS
+        self._device_way: Way = BETWEEN_THREADS.among(size)
         self._devices: DeviceTransport | None = None
         self._parts: WeakSet[Engine] = WeakSet()
         self._recorder: Recorder | None = None

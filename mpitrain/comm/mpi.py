@@ -92,7 +92,7 @@ class MpiCommunicator(Communicator):
         check_kind("from_mpi", "comm", comm, MPI.Intracomm, "a communicator of mpi4py's, e.g. MPI.COMM_WORLD")
         with _translated("from_mpi"):
             made = cls(comm.Dup(), Ledger(), Channel(comm.Dup()))
-            made._device_way = device_choice.agree(made._comm, made.rank, made.library)
+            made._device_way = device_choice.agree(made._comm, made.rank, made.library).among(made.size)
         made.debug = _env.debug()
         if len(made._device_way.names) > 1 and made.node.size < made.size:
             made._device_way = made._device_way.between_nodes()
@@ -244,7 +244,7 @@ class MpiCommunicator(Communicator):
             cast("MPI.Intracomm", comm), self.ledger.child(axis), self._channel, f"{self._name}/{self._splits}",
             self._watch.chosen_s,
         )  # fmt: skip
-        child._device_way = self._device_way
+        child._device_way = self._device_way.among(child.size)
         child.debug = self.debug
         return child
 

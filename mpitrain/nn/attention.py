@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import sqrt
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array, Tree
+from mpitrain.arrays import is_cupy
 from mpitrain.nn import checks, kernel
 from mpitrain.nn.layer import Call, Context, Layer
 from mpitrain.nn.reductions import row_sums
@@ -14,6 +14,9 @@ from mpitrain.nn.wide import in_float32
 
 _BLOCK = 64
 """Queries that are taken at a time.  Keys beyond the block's last query are left out, not masked."""
+
+_GPU_BLOCK = 256
+"""The same on a GPU, where few large products take less time than many small ones."""
 
 
 @in_float32
@@ -49,10 +52,9 @@ class CausalAttention(Layer):
         y = context.take((n, length, columns // 3), x.dtype)
         query, key, value, out = *self._parts(x), self._per_head(y)
         totals, scale = context.take((*query.shape[:3], 1), x.dtype), 1.0 / sqrt(query.shape[3])
-        weights = [
-            context.take((*query.shape[:2], stop - start, stop), x.dtype) for start, stop in query_blocks(length)
-        ]
-        for (start, stop), block in zip(query_blocks(length), weights, strict=True):
+        blocks = query_blocks(length, _block_of(x))
+        weights = [context.take((*query.shape[:2], stop - start, stop), x.dtype) for start, stop in blocks]
+        for (start, stop), block in zip(blocks, weights, strict=True):
             call.xp.matmul(query[:, :, start:stop], key[:, :, :stop].swapaxes(2, 3), out=block)
             if not kernel.causal_exponentials(block, totals, scale):
                 _exponentials(block, totals[:, :, start:stop], scale, call)
@@ -71,7 +73,8 @@ class CausalAttention(Layer):
         d_query, d_key, d_value = self._parts(dx)
         gradient, means = call.take(query.shape, dy.dtype), call.take(context["totals"].shape, dy.dtype)
         self._divide(context, dy, gradient, means, call)
-        for (start, stop), block in reversed([*zip(query_blocks(x.shape[1]), context["weights"], strict=True)]):
+        blocks = query_blocks(x.shape[1], _block_of(x))
+        for (start, stop), block in reversed([*zip(blocks, context["weights"], strict=True)]):
             slope = call.take(block.shape, dy.dtype)
             xp.matmul(gradient[:, :, start:stop], value[:, :, :stop].swapaxes(2, 3), out=slope)
             if not kernel.causal_slopes(slope, block, means, scale):
@@ -116,9 +119,13 @@ class CausalAttention(Layer):
             )  # fmt: skip
 
 
-def query_blocks(length: int) -> Iterator[tuple[int, int]]:
-    """Yield (first query, last query plus one) of each block; the latter is also its number of keys."""
-    return ((start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK))
+def query_blocks(length: int, most: int = _BLOCK) -> list[tuple[int, int]]:
+    """Return (first query, last query plus one) of each block; the latter is also its number of keys."""
+    return [(start, min(start + most, length)) for start in range(0, length, most)]
+
+
+def _block_of(x: Array) -> int:
+    return _GPU_BLOCK if is_cupy(x) else _BLOCK
 
 
 def _exponentials(scores: Array, totals: Array, scale: float, call: Call) -> None:

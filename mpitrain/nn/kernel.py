@@ -3,23 +3,38 @@
 They are optional.  Without them the same values are computed in NumPy, and slower: those of pooling and ReLU with the
 same bits, but for the sign of a maximum among zeros of both signs, which NumPy leaves to the processor; all others
 within rounding.  Exponentials and sums over rows are for float32 only.  Each function here tells whether there is a
-loop for its arrays; if not, it has done nothing.
+loop for its arrays, or a kernel where they are CuPy's; if not, it has done nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import byref, c_int64
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from mpitrain._typing import Array
+from mpitrain.arrays import is_cupy
 from mpitrain.arrays.compiled import CompiledLibrary, address
+from mpitrain.nn import kernel_cuda
 
 LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_nn_abi", 3)
 
 _RELU_FROM = 1 << 16
 """Elements; for fewer NumPy's calls take less time than to get to the loop."""
+
+
+def _on_gpus_too(loop: Callable[..., bool]) -> Callable[..., bool]:
+    """Let a function turn to the one of the same name in `mpitrain.nn.kernel_cuda` where its first array is CuPy's."""
+    kernels: Callable[..., bool] = getattr(kernel_cuda, loop.__name__)
+
+    @wraps(loop)
+    def either(x: Array, *more: Any) -> bool:
+        return kernels(x, *more) if is_cupy(x) else loop(x, *more)
+
+    return either
 
 
 class _Tiling(ctypes.Structure):
@@ -95,21 +110,25 @@ def relu_gradient(y: Array, dy: Array, dx: Array) -> bool:
     return dy.shape == y.shape and y.size >= _RELU_FROM and _run("relu_gradient", (y, dy, dx), "n", y.size)
 
 
+@_on_gpus_too
 def gelu(x: Array, y: Array) -> bool:
     """Write the GELU of ``x``, in its tanh form, to ``y``."""
     return _run("gelu", (x, y), "n", x.size)
 
 
+@_on_gpus_too
 def gelu_gradient(x: Array, dy: Array, dx: Array) -> bool:
     """Write ``dy`` times the slope of GELU at ``x``; all of one shape."""
     return dy.shape == x.shape and _run("gelu_gradient", (x, dy, dx), "n", x.size)
 
 
+@_on_gpus_too
 def layer_norm(x: Array, gamma: Array, beta: Array, normal: Array, inverse: Array, y: Array, eps: float) -> bool:
     """Normalise the last axis: write ``normal``, 1/σ to ``inverse``, of shape (…, 1), and the output to ``y``."""
     return _run("layer_norm", (x, gamma, beta, normal, inverse, y), "nnd", inverse.size, gamma.size, eps)
 
 
+@_on_gpus_too
 def layer_norm_input(normal: Array, inverse: Array, gamma: Array, dy: Array, dx: Array) -> bool:
     """Write the gradient with respect to the input of `layer_norm`."""
     arrays = normal, inverse, gamma, dy, dx
@@ -122,6 +141,7 @@ def layer_norm_weight(normal: Array, dy: Array, dgamma: Array, dbeta: Array) -> 
     return dy.shape == normal.shape and _run("layer_norm_weight", arrays, "nn", dy.size // features, features)
 
 
+@_on_gpus_too
 def causal_exponentials(scores: Array, totals: Array, scale: float) -> bool:
     """Turn a block of scores into ``exp((score − maximum) · scale)``, 0 for keys of the future, and write their sums.
 
@@ -135,6 +155,7 @@ def causal_exponentials(scores: Array, totals: Array, scale: float) -> bool:
     return _run("causal_exponentials", (scores, totals), "nnnnd", *_of_block(scores, totals), scale)
 
 
+@_on_gpus_too
 def causal_slopes(slopes: Array, weights: Array, means: Array, scale: float) -> bool:
     """Make each slope (slope − its query's mean) · weight · scale; arrays are laid out as for `causal_exponentials`."""
     return _run("causal_slopes", (slopes, weights, means), "nnnnd", *_of_block(slopes, means), scale)
@@ -145,6 +166,7 @@ def divide_heads(outputs: Array, totals: Array) -> bool:
     return _run("divide_heads", (outputs, totals), "nnnn", *_of_heads(outputs, totals))
 
 
+@_on_gpus_too
 def divided_heads(dy: Array, outputs: Array, totals: Array, gradient: Array, means: Array) -> bool:
     """Write ``dy`` over the totals, head by head, shape (n, heads, length, size), and its row sums with the outputs."""
     return _run("divided_heads", (dy, outputs, totals, gradient, means), "nnnn", *_of_heads(outputs, totals))

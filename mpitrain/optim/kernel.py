@@ -1,6 +1,7 @@
 """The compiled loops of optimizers, where they were built: what `kernel.c` does, called from Python.
 
-They are optional.  Without them the same updates run in NumPy, with the same bits, and slower.
+They are optional.  Without them the same updates run in NumPy, with the same bits, and slower.  A GPU has kernels of
+its own, `mpitrain.optim.kernel_cuda`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from ctypes import POINTER, byref, c_double, c_int64, c_void_p
 from pathlib import Path
 
 from mpitrain._typing import Array
+from mpitrain.arrays import is_cupy
 from mpitrain.arrays.compiled import CompiledLibrary, Loop, address
+from mpitrain.optim import kernel_cuda
 from mpitrain.optim.terms import Terms
 
 LIBRARY = CompiledLibrary(Path(__file__).with_name("_kernel.so"), "mpitrain_optim_abi", 3)
@@ -33,7 +36,7 @@ class _Sources(ctypes.Structure):
 
 
 def adam(p: Array, terms: Terms, m: Array, v: Array, settings: AdamSettings) -> bool:
-    """Update parameters and moments of one run in place; tell whether there is a loop for them.
+    """Update parameters and moments of one run in place; tell whether there is a loop, or a kernel, for them.
 
     Parameters
     ----------
@@ -44,10 +47,13 @@ def adam(p: Array, terms: Terms, m: Array, v: Array, settings: AdamSettings) -> 
     settings : AdamSettings
         The same for all elements, but for ``count``, which is the terms'.
     """
+    settings.count = terms.count
+    if is_cupy(p):
+        numbers = {field[0]: getattr(settings, field[0]) for field in AdamSettings._fields_}
+        return kernel_cuda.adam(p, terms.arrays, m, v, **numbers)
     run = _loop("mpitrain_adam", "vvvvnv", (p, m, v), terms)
     if run is None:
         return False
-    settings.count = terms.count
     run(address(p), byref(_sources(terms)), address(m), address(v), p.size, byref(settings))
     return True
 

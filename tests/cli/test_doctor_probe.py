@@ -160,7 +160,7 @@ def test_only_the_same_setting_is_trusted(cache: Path, monkeypatch: pytest.Monke
     path = probing.save(probing.Verdict.now(here, RIGHT))
     assert probing.known("Some MPI 1").verdict == probing.Verdict.from_json(path.read_text())
     assert device_choice.choose("Some MPI 1").name == "cuda_aware"
-    assert device_choice.choose("Some MPI 2") == (("staged",), probing.known("Some MPI 2").note, False)
+    assert device_choice.choose("Some MPI 2") == (("staged",), probing.known("Some MPI 2").note, False, False)
     for damage in ("", "{}", path.read_text().replace("Some MPI 1", "Some MPI 3"), path.read_text()[:-3]):
         path.write_text(damage)
         way = device_choice.choose("Some MPI 1")

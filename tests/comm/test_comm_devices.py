@@ -158,6 +158,42 @@ def test_a_host_array_beside_a_long_device_array_is_told(cupy: Any) -> None:
         LocalWorld(2).run(run)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_memory_of_one_rank_alone_stays_on_its_device(
+    cupy: Any, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    moved: list[int] = []
+    take = staging.Staging.take
+    monkeypatch.setattr(staging.Staging, "take", lambda self, nbytes: (moved.append(nbytes), take(self, nbytes))[1])
+
+    def run(comm: Communicator) -> str:
+        x = own(comm, 2 * comm.size, "float32")
+        same(cupy, comm.allreduce(late(cupy, x)), folded(comm.size, x.shape, "float32", "sum"))
+        for call in (comm.broadcast, comm.allgather, comm.alltoall, comm.reduce_scatter, comm.gather, comm.scatter):
+            call(late(cupy, x.reshape(comm.size, 2)))
+        return comm.device_transport
+
+    found = LocalWorld(size, timeout_s=20).run(run)
+    assert (found, bool(moved)) == ((["alone"], False) if size == 1 else (["staged"] * 2, True))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("asked", [None, "staged"])
+def test_a_part_of_one_rank_is_alone_unless_a_way_was_asked_for(
+    cupy: Any, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpi4py import MPI
+
+    if asked is not None:
+        monkeypatch.setenv("MPITRAIN_DEVICE_TRANSPORT", asked)
+    with Communicator.from_mpi(MPI.COMM_WORLD) as world, world.split(world.rank) as part:  # type: ignore[union-attr]
+        assert world.device_transport == ("staged" if asked or world.size > 1 else "alone")
+        assert part.device_transport == (asked or "alone")
+        x = own(world, 33, "float32")
+        same(cupy, part.allreduce(late(cupy, x)), x)
+        same(cupy, part.iallreduce(late(cupy, x)).wait(), x)
+
+
 @pytest.fixture(params=["staged", "cuda_aware", "ipc", "nccl"])
 def comm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Communicator]:
     """The world, with each transport of device memory."""
@@ -304,7 +340,7 @@ def test_what_was_probed_and_yet_cannot_be_opened_is_given_up(
         monkeypatch.setattr(cupy.cuda.runtime, function, refuse)
     left = "staged" if function == "ipcOpenMemHandle" else "ipc"
     with Communicator.from_mpi(MPI.COMM_WORLD) as comm:
-        assert comm.device_transport == "nccl"
+        assert comm.device_transport == ("nccl" if comm.size > 1 else "alone")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             for n in (5, 113):
@@ -393,19 +429,23 @@ def test_calls_are_seen_by_the_watchdog_and_in_a_trace(
 ) -> None:
     seen: list[str] = []
 
+    settle, here = staging.Slot.settle, threading.local()
+    monkeypatch.setattr(
+        staging.Slot, "settle", lambda slot: (seen.append(str(here.comm._watch.current)), settle(slot))
+    )  # fmt: skip
+
     def run(comm: Communicator) -> None:
-        settle = staging.Slot.settle
-        monkeypatch.setattr(
-            staging.Slot, "settle", lambda slot: (seen.append(str(comm._watch.current)), settle(slot))
-        )  # fmt: skip
+        here.comm = comm
         with trace(tmp_path / "trace.json", comm):
             comm.allreduce(late(cupy, own(comm, 33, "float32")))
 
-    LocalWorld(1).run(run)
-    assert seen == ["allreduce(float32[33], op=sum, parts=3)"] * 3
+    LocalWorld(2).run(run)
+    assert seen == ["allreduce(float32[33], op=sum, parts=3)"] * 6
     events = traces.read(tmp_path / "trace.json")
-    (call,) = [event for event in events if event["name"] == "allreduce"]
-    assert call["args"].items() >= {"bytes": 132, "op": "sum", "device_transport": "staged"}.items()
+    calls = [event["args"] for event in events if event["name"] == "allreduce"]
+    assert len(calls) == 2
+    for call in calls:
+        assert call.items() >= {"bytes": 132, "op": "sum", "device_transport": "staged"}.items()
 
 
 def test_only_the_buffers_wait_for_streams() -> None:

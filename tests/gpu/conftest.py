@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import c_kernels
 import numpy as np
 import pytest
 import strict_cupy
 
-from mpitrain.arrays import device, philox_cuda, plain
-from mpitrain.arrays.devices import cuda
+from mpitrain.arrays import device, kernels_cuda, plain
 
 _CUPY = pytest.param("cupy", marks=pytest.mark.gpu)
 
@@ -19,13 +19,15 @@ _CUPY = pytest.param("cupy", marks=pytest.mark.gpu)
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """What stands for CuPy's mathematics, in its place."""
+    if c_kernels.COMPILER is None:
+        pytest.skip("no C compiler, for the kernels of a GPU")
     monkeypatch.setitem(sys.modules, "cupy", strict_cupy.module())
-    kernels = cuda._bfloat16, philox_cuda._kernel
-    for kernel in kernels:
-        kernel.cache_clear()
+    made = kernels_cuda.elementwise, kernels_cuda.row_sums
+    for each in made:
+        each.cache_clear()
     yield strict_cupy.module()
-    for kernel in kernels:
-        kernel.cache_clear()
+    for each in made:
+        each.cache_clear()
 
 
 @pytest.fixture

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from mpitrain._errors import CommunicationError
 from mpitrain._typing import Array, DType
 from mpitrain.arrays.devices.stream import Beacon, Event, Stream
 from mpitrain.arrays.dtypes import is_bfloat16
+from mpitrain.arrays.kernels_cuda import elementwise
 from mpitrain.arrays.namespace import by_device
 
 _UFUNCS = {
@@ -232,10 +232,8 @@ def address(words: Array) -> int:
     return int(words.data.ptr)  # type: ignore[attr-defined]  # of CuPy
 
 
-@cache
-def _bfloat16(widens: bool) -> Any:
+def _bfloat16(widens: bool) -> Callable[..., Any]:
     """Return the kernel that turns words into float32 values, or back."""
-    kernel = by_device("gpu").ElementwiseKernel
     if widens:
-        return kernel("uint16 x", "float32 y", _WIDEN, "mpitrain_widen")
-    return kernel("float32 x", "uint16 y", _NARROW, "mpitrain_narrow")
+        return elementwise("widen", "uint16 x", "float32 y", _WIDEN)
+    return elementwise("narrow", "float32 x", "uint16 y", _NARROW)

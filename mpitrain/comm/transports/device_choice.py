@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from mpitrain import _env
 from mpitrain._errors import InputError
 from mpitrain.comm import probing
+from mpitrain.comm.transports.alone import AloneTransport
 from mpitrain.comm.transports.cuda_aware import CudaAwareTransport
 from mpitrain.comm.transports.device import DeviceTransport
 from mpitrain.comm.transports.ipc import IpcTransport
@@ -21,6 +22,7 @@ _WHOLE: dict[str, type[StagedTransport | CudaAwareTransport]] = {
 }
 _PARTIAL: dict[str, type[NcclTransport | IpcTransport]] = {each.name: each for each in (NcclTransport, IpcTransport)}
 _NAMES = (*_WHOLE, *_PARTIAL)
+"""Of those that can be asked for."""
 
 
 class Way(NamedTuple):
@@ -34,11 +36,14 @@ class Way(NamedTuple):
         Why so, in a few words.
     probed : bool
         Whether that was probed, on rank 0's kind of machine.
+    asked : bool
+        Whether it was asked for, so that it is taken whatever there is.
     """
 
     names: tuple[str, ...]
     why: str
     probed: bool = False
+    asked: bool = False
 
     @property
     def name(self) -> str:
@@ -50,8 +55,15 @@ class Way(NamedTuple):
         *partial, last = self.names
         made: DeviceTransport = _WHOLE[last](comm)
         for name in reversed(partial):
-            made = _PARTIAL[name](comm, made, insists=not self.probed)
+            kind = AloneTransport if name == AloneTransport.name else _PARTIAL[name]
+            made = kind(comm, made, insists=not self.probed)
         return made
+
+    def among(self, size: int) -> Way:
+        """Return the way of a communicator with so many ranks: one alone moves nothing, unless it was asked for."""
+        if size > 1 or self.asked or self.name == AloneTransport.name:
+            return self
+        return self._replace(names=(AloneTransport.name, *self.names), why="there is one rank")
 
     def without(self, name: str, problem: str) -> Way:
         """Return the way without a transport that could not be opened."""
@@ -110,7 +122,8 @@ def choose(library: str) -> Way:
     """
     wish = _env.device_transport()
     if wish is not None:
-        return Way((wish, StagedTransport.name) if wish in _PARTIAL else (wish,), f"MPITRAIN_DEVICE_TRANSPORT={wish}")
+        names = (wish, StagedTransport.name) if wish in _PARTIAL else (wish,)
+        return Way(names, f"MPITRAIN_DEVICE_TRANSPORT={wish}", asked=True)
     verdict, note = probing.known(library)
     right = [] if verdict is None else verdict.right
     whole = next((name for name in _WHOLE if name in right), StagedTransport.name)
