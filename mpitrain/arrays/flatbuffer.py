@@ -15,6 +15,8 @@ from mpitrain._typing import Array, DType
 from mpitrain.arrays.layout import Layout
 from mpitrain.arrays.namespace import by_device, namespace, to_host
 
+_HUGE_PAGE_BYTES = 2 * 1024 * 1024
+
 
 class Allocator(Protocol):
     """Gives zeroed memory, page-aligned where that serves.  `comm` offers one for memory that a node's ranks share."""
@@ -29,13 +31,15 @@ def plain(size: int, dtype: DType) -> Array:
 
     Notes
     -----
-    In huge pages where the kernel gives them to those who ask, as NumPy does for its large arrays: MPI libraries read
-    another process's memory page by page, and take up to 1.4 times as long for 16 MiB in pages of 4 KiB.
+    In huge pages from 2 MiB on, where the kernel gives them to those who ask, as NumPy does for its large arrays: MPI
+    libraries read another process's memory page by page, and take up to 1.4 times as long for 16 MiB in pages of
+    4 KiB.  For less memory none are asked for: it would get one only by chance, with what happens to lie beside it.
     """
     nbytes = size * dtype.itemsize
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones have small pages
-    with suppress(AttributeError, OSError):  # another system, or a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if nbytes >= _HUGE_PAGE_BYTES:
+        with suppress(AttributeError, OSError):  # another system, or a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8, count=nbytes).view(dtype)
 
 

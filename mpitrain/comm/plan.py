@@ -11,11 +11,11 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays.flatbuffer import plain
 from mpitrain.arrays.libraries import Operand, owner
 from mpitrain.comm import dtypes
 from mpitrain.comm.calls import Prepared
 from mpitrain.comm.ledger import Meter
+from mpitrain.comm.transports.host import HostTransport
 from mpitrain.comm.transports.transport import Planned
 from mpitrain.comm.watchdog import Watch
 
@@ -98,7 +98,7 @@ def ordinary(
         Given a flat array, another for the result or the same one, and a reduction other than ``mean``, lays that out.
     """
     flat = buffer.reshape(-1)
-    own = flat if in_place else plain(flat.size, flat.dtype)
+    own = flat if in_place else HostTransport().empty(flat.shape, flat.dtype)
     bound = bind(flat, own, "sum" if op == "mean" else op)
     result = buffer if in_place else own.reshape(buffer.shape)
     if not in_place:
