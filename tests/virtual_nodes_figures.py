@@ -85,10 +85,11 @@ class TimedSum(CompressedSum):
         super().__init__(self._timed, codec, layout, key)  # type: ignore[arg-type]
         self.ms: list[float] = []
 
-    def reduce(self, grads: FlatBuffer, step: int, count: float = 1.0) -> None:
+    def reduce(self, grads: FlatBuffer, step: int, count: float = 1.0) -> bool:
         self._timed.seconds, start = 0.0, time.perf_counter()
-        super().reduce(grads, step, count)
+        finite = super().reduce(grads, step, count)
         self.ms.append(1e3 * (time.perf_counter() - start - self._timed.seconds))
+        return finite
 
 
 class Repeated:

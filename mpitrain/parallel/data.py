@@ -139,9 +139,9 @@ class DataParallel(Synchronous):
             if total.bad:
                 return total
             total.check_count(self.step + 1)
-            self._compressed.reduce(self.grads.buffer, self.step, total.count)
+            finite = self._compressed.reduce(self.grads.buffer, self.step, total.count)
         with self.comm.phase("check"):
-            return replace(total, bad=float(not all_finite(self.parts)))
+            return replace(total, bad=float(not (finite or all_finite(self.parts))))
 
     def _reduce_gradients(self) -> None:
         reduce_gradients(self.comm, self.grads.buffer, self.buckets)

@@ -209,6 +209,18 @@ def test_powersgd_is_exact_where_the_rank_suffices(on_ranks: Callable[..., None]
     on_ranks(check)
 
 
+def test_powersgd_knows_sums_to_be_finite_unless_squares_overflow(on_ranks: Callable[..., None]):
+    def check(comm: Communicator) -> None:
+        for scale, known in ((1.0, True), (1e30, False)):
+            compressed, grads = suite.start(comm, PowerSGD(rank=2)), FlatBuffer(suite.layout())
+            for name, value in suite.gradients(comm.rank, 0).items():
+                grads.views[name][...] = value * np.float32(scale)
+            assert compressed.reduce(grads, 0) is known
+            assert np.isfinite(grads.flat).all()
+
+    on_ranks(check)
+
+
 def test_powersgd_leaves_tensors_alone_that_factors_would_not_shrink():
     shapes = {(64, 64): True, (4096,): False, (2048, 8): True, (2048, 4): False, (2048, 3): False, (): False}
     codec = PowerSGD(rank=4, min_size=1)

@@ -52,6 +52,7 @@ def test_replicas_stay_alike_and_learn(on_ranks: Callable[..., None], codec: str
         assert len(set(comm.allgather_object(method.params.sha256()))) == 1
         names = {piece.name: piece.kind for piece in method.state().pieces if piece.name.startswith("codec.")}
         assert names.pop(f"codec.residual/{COMPRESSED}") == "summed"
+        assert names.pop("codec.unit/count") == "replicated"
         assert names == ({f"codec.q/{COMPRESSED}": "replicated"} if codec == "powersgd" else {})
 
     on_ranks(check)

@@ -62,7 +62,7 @@ class Codec(Checked, ABC):
         key: Key,
         out: Mapping[str, Array],
         others: list[Array],
-    ) -> None:
+    ) -> bool | None:
         """Sum over all ranks.  Collective.
 
         Parameters
@@ -81,4 +81,9 @@ class Codec(Checked, ABC):
             hands in what is not finite, some of the sum is not finite.
         others : list of array
             Of the dtype of ``values``; each is replaced by its sum, uncompressed.
+
+        Returns
+        -------
+        bool, optional
+            Whether all sums are known to be finite; else the caller looks at each.
         """

@@ -9,13 +9,15 @@ import numpy as np
 
 from mpitrain._errors import InputError
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, is_cupy, plain
+from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, Segment, is_cupy, plain
 from mpitrain.arrays.dtypes import floating
 from mpitrain.comm.codecs.codec import Codec
 from mpitrain.comm.communicator import Communicator
 
 _BLOCK = 1 << 15
 """Elements that are computed on at a time."""
+
+_UNIT = Layout.build([Segment("count", (1,))], np.float64)
 
 
 class Kept(NamedTuple):
@@ -71,8 +73,15 @@ class CompressedSum:
         self._others = [segment.name for segment in layout if not codec.takes(segment)]
         self.residual = FlatBuffer(layout.select(taken), allocator)
         self.codec_state = codec.init(self.residual.layout, key.child("init"), allocator)
+        self._unit = FlatBuffer(_UNIT)
+        self._unit.flat[...] = 1.0
 
-    def reduce(self, grads: FlatBuffer, step: int, count: float = 1.0) -> None:
+    @property
+    def count(self) -> float:
+        """What the sum is divided by of which the residual was left over: residual over count is part of a mean."""
+        return float(self._unit.flat[0])
+
+    def reduce(self, grads: FlatBuffer, step: int, count: float = 1.0) -> bool:
         """Sum over all ranks, in place.  Collective.
 
         Parameters
@@ -83,8 +92,13 @@ class CompressedSum:
         step : int
             Number of the step.
         count : float
-            What the sum will be divided by, the same on all ranks.  The residual is kept as part of a mean, lest what a
+            What the sum will be divided by, the same on all ranks.  The residual counts as part of a mean, lest what a
             large batch left over weigh more in a small one.
+
+        Returns
+        -------
+        bool
+            Whether the sum is known to be finite; False tells nothing.
 
         Raises
         ------
@@ -99,17 +113,20 @@ class CompressedSum:
         others = [grads.views[name] for name in self._others]
         if self.residual.layout.size:
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is the caller's to find in the sum
-                self._reduce_taken(grads, step, count, others)
-        elif others:
+                return self._reduce_taken(grads, step, count, others)
+        if others:
             self.comm.allreduce(others, out=others)
+        return False
 
-    def _reduce_taken(self, grads: FlatBuffer, step: int, count: float, others: list[Array]) -> None:
-        terms = self.residual
+    def _reduce_taken(self, grads: FlatBuffer, step: int, count: float, others: list[Array]) -> bool:
+        ratio = count / self.count
         for own, new in self._blocks(grads):
-            own *= count
+            if ratio != 1.0:
+                own *= ratio
             own += new
-        self.codec.sum(self.comm, terms, self.codec_state, self._key.at(step), grads.views, others)
-        terms.flat /= count
+        self._unit.flat[...] = count
+        key = self._key.at(step)
+        return bool(self.codec.sum(self.comm, self.residual, self.codec_state, key, grads.views, others))
 
     def _blocks(self, grads: FlatBuffer) -> Iterator[tuple[Array, Array]]:
         """Cut residual and gradients into blocks that stay in a CPU's cache."""
@@ -123,4 +140,4 @@ class CompressedSum:
     def kept(self) -> tuple[Kept, ...]:
         """What must outlast a restart: the residual, and what the codec remembers."""
         remembered = (Kept(name, buffer, "replicated") for name, buffer in self.codec_state.items())
-        return (Kept("residual", self.residual, "summed"), *remembered)
+        return (Kept("residual", self.residual, "summed"), Kept("unit", self._unit, "replicated"), *remembered)

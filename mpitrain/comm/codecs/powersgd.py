@@ -76,8 +76,8 @@ class PowerSGD(Codec):
         key: Key,
         out: Mapping[str, Array],
         others: list[Array],
-    ) -> None:
-        """See `Codec.sum`."""
+    ) -> bool:
+        """See `Codec.sum`; P̂ is orthonormal, so that sums are finite where squares of Q are."""
         xp, q = namespace(values.flat), state["q"]
         matrices = {s.name: _as_matrix(values.views[s.name]) for s in values.layout}
         p, left = self._left_factors(matrices, values.flat)
@@ -94,6 +94,7 @@ class PowerSGD(Codec):
         comm.allreduce([q.flat, *others], out=[q.flat, *others])
         for name in matrices:
             _multiply(left[name], q.views[name], out=_as_matrix(out[name]))
+        return all(bool(xp.isfinite(xp.dot(each, each))) for each in (q.flat, *(other.reshape(-1) for other in others)))
 
     def _left_factors(self, matrices: Mapping[str, Array], like: Array) -> tuple[Array, dict[str, Array]]:
         """Return memory for all P, one after the other, and each of them, shape (a, rank)."""

@@ -17,6 +17,9 @@ from mpitrain.parallel import DataParallel, PipelineParallel, Synchronous
 from mpitrain.parallel.lanes import LaneSteps
 from mpitrain.train.bench.memory import CODEC, predicted
 
+_COUNT_BYTES = 8
+"""Of the number that says of which sum a codec has left something over."""
+
 
 def expected(comm: Communicator, model: Model, method: Synchronous, shared: bool, shape: Shape) -> dict[str, float]:
     """Return the bytes that a rank should hold, the mean over all.
@@ -74,7 +77,7 @@ def _tied_bytes(layout: Layout) -> int:
 def _codec_bytes(codec: Codec, layout: Layout) -> float:
     """Return the bytes of what is left over of the tensors that a codec takes, and of what it remembers of them."""
     taken = [segment for segment in layout if codec.takes(segment)]
-    return float(sum(each.size + codec.remembered(each) for each in taken) * layout.dtype.itemsize)
+    return float(sum(each.size + codec.remembered(each) for each in taken) * layout.dtype.itemsize + _COUNT_BYTES)
 
 
 def _kept(model: Model, method: Synchronous, shape: Shape) -> float | None:
