@@ -94,7 +94,7 @@ class MpiCommunicator(Communicator):
             made = cls(comm.Dup(), Ledger(), Channel(comm.Dup()))
             made._device_way = device_choice.agree(made._comm, made.rank, made.library).among(made.size)
         made.debug = _env.debug()
-        if len(made._device_way.names) > 1 and made.node.size < made.size:
+        if made.size > 1 and len(made._device_way.names) > 1 and made.node.size < made.size:
             made._device_way = made._device_way.between_nodes()
         return made
 

@@ -34,11 +34,11 @@ class CausalAttention(Layer):
 
     Notes
     -----
-    Vaswani and others, "Attention is all you need", NeurIPS 2017, equation 1.  Half of the t² scores of a head are
-    computed and kept, as ``exp((score − maximum) / √size)``; what they are to be divided by is applied to the heads'
-    outputs and their gradients, which are smaller.  Backward: with ``P`` the softmax and ``O`` the output, the scores'
-    gradient is ``P ∘ (dO Vᵀ − rowsum(dO ∘ O))``: Dao, Fu, Ermon, Rudra, Ré, "FlashAttention", NeurIPS 2022, appendix
-    B.2.
+    Vaswani and others, "Attention is all you need", NeurIPS 2017, equation 1.  Half of the t² scores of a head (on a
+    GPU, of a short sequence all) are computed and kept, as ``exp((score − maximum) / √size)``; what they are to be
+    divided by is applied to the heads' outputs and their gradients, which are smaller.  Backward: with ``P`` the
+    softmax and ``O`` the output, the scores' gradient is ``P ∘ (dO Vᵀ − rowsum(dO ∘ O))``: Dao, Fu, Ermon, Rudra, Ré,
+    "FlashAttention", NeurIPS 2022, appendix B.2.
     """
 
     def __init__(self, heads: int) -> None:

@@ -35,18 +35,20 @@ def gelu_gradient(x: Array, dy: Array, dx: Array) -> bool:
 
 
 def layer_norm(x: Array, gamma: Array, beta: Array, normal: Array, inverse: Array, y: Array, eps: float) -> bool:
-    """Two sums over rows, and one kernel."""
+    """Two sums over rows, and two kernels.
+
+    The mean is taken off first: were it broadcast in the second sum, CuPy would cut rows by how many there are.
+    """
     if not _fit(x):
         return False
     mean, share = namespace(x).empty_like(inverse), 1.0 / gamma.size
     row_sums("mean", "T x, T share", "x * share")(x, share, mean)
-    deviation = row_sums(
-        "deviation", "T x, T mean, T share", "(x - mean) * (x - mean) * share", f"1 / sqrt(a + (T){eps!r})"
-    )
-    deviation(x, mean, share, inverse)
+    _each("centred", "T x, T mean", "T y", "y = x - mean;", x, mean, normal)
+    deviation = row_sums("deviation", "T x, T share", "x * x * share", f"1 / sqrt(a + (T){float(eps)!r})")
+    deviation(normal, share, inverse)
     return _each(
-        "layer_norm", "T x, T mean, T inverse, T gamma, T beta", "T normal, T y",
-        "normal = (x - mean) * inverse; y = normal * gamma + beta;", x, mean, inverse, gamma, beta, normal, y,
+        "layer_norm", "T inverse, T gamma, T beta", "T normal, T y",
+        "normal *= inverse; y = normal * gamma + beta;", inverse, gamma, beta, normal, y,
     )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ def adam(p: Array, sums: tuple[Array, ...], m: Array, v: Array, **numbers: float
     **numbers : float
         What `mpitrain.optim.kernel.AdamSettings` holds.
     """
-    if len(sums) > 1 or p.dtype not in (np.float32, np.float64) or not _env.kernel():
+    dtypes = {each.dtype for each in (p, m, v, *sums)}
+    if len(sums) > 1 or len(dtypes) > 1 or p.dtype not in (np.float32, np.float64) or not _env.kernel():
         return False
     elementwise("adam", _GIVEN, "T p, T m, T v", _ADAM)(*sums, *(numbers[name] for name in _NUMBERS), p, m, v)
     return True

@@ -6,6 +6,7 @@ Expected values are computed serially in float64 from every rank's gradients, wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -146,20 +147,20 @@ def zero_stays_zero_and_life_goes_on(comm: Communicator, codec: Codec) -> None:
 
 @check
 def what_is_not_finite_is_seen_by_all(comm: Communicator, codec: Codec) -> None:
-    for value in (np.nan, np.inf, -np.inf):
+    for name, value in product(("weight", "bias"), (np.nan, np.inf, -np.inf)):
         compressed = start(comm, codec)
         grads = buffer(gradients(comm.rank, 0))
         if comm.rank == comm.size - 1:
-            grads.views["weight"][3, 4] = value
+            grads.views[name][..., 4] = value
         assert not compressed.reduce(grads, 0)
-        assert not np.isfinite(grads.views["weight"]).all()
+        assert not np.isfinite(grads.views[name]).all()
 
 
 @check
 def a_copy_of_what_is_kept_goes_on_with_the_same_bits(comm: Communicator, codec: Codec) -> None:
     one, two = start(comm, codec), start(comm, codec)
     for step in range(3):
-        reduced(comm, one, step)
+        reduced(comm, one, step, count=3.0 + step)
     assert [kept.kind for kept in one.kept] == ["summed", "replicated"] + ["replicated"] * len(one.codec_state)
     for here, there in zip(one.kept, two.kept, strict=True):
         there.buffer.flat[...] = here.buffer.flat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from mpitrain import nn, optim
 from mpitrain.arrays import to_host
 from mpitrain.nn import CrossEntropy, Network, kernel_cuda
 from mpitrain.nn.layer import Call, Layer
+from mpitrain.optim import kernel_cuda as optim_kernel_cuda
+from mpitrain.optim.terms import Terms
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 LAYERS = {
@@ -19,6 +22,27 @@ LAYERS = {
     "attention of one block": (lambda: nn.CausalAttention(2), (2, 70, 24)),
     "attention of three blocks": (lambda: nn.CausalAttention(2), (1, 530, 12)),
 }
+
+
+USED = {
+    "gelu": {"gelu", "gelu_gradient"},
+    "layer_norm": {"mean", "centred", "deviation", "layer_norm", "scaled_mean", "projection", "layer_norm_input"},
+    "attention": {"causal_mask", "causal_exponentials", "causal_slopes", "divided_heads", "head_means"},
+}
+"""The kernels of each."""
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, module: Any, *makers: str) -> set[str]:
+    """Return where the names of the kernels appear that a module asks for from now on."""
+    names: set[str] = set()
+
+    def watch(make: Any, name: str, *more: Any) -> Any:
+        names.add(name)
+        return make(name, *more)
+
+    for maker in makers:
+        monkeypatch.setattr(module, maker, partial(watch, getattr(module, maker)))
+    return names
 
 
 def passes(layer: Layer, xp: Any, x: np.ndarray) -> list[np.ndarray]:
@@ -39,7 +63,9 @@ def passes(layer: Layer, xp: Any, x: np.ndarray) -> list[np.ndarray]:
 def test_layers(gpu, monkeypatch, name, dtype):
     make, shape = LAYERS[name]
     x = np.random.default_rng(3).normal(size=shape).astype(dtype)
+    used = watched(monkeypatch, kernel_cuda, "elementwise", "row_sums")
     by_kernels = passes(make(), gpu, x)
+    assert used == USED[name.partition(" of ")[0]]
     wide = passes(make(), np, x.astype(np.float64))
     monkeypatch.setenv("MPITRAIN_KERNEL", "off")
     monkeypatch.setattr(kernel_cuda, "elementwise", None)  # which would be called
@@ -54,10 +80,11 @@ def test_layers(gpu, monkeypatch, name, dtype):
 def test_a_sample_has_the_same_bits_in_every_batch(gpu, name):
     """Of what kernels compute: products of matrices are the library's."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(6, 4, 40, 40)).astype(np.float32)
+    size = {"layer_norm": (70, 1, 1, 700)}.get(name, (70, 1, 40, 40))
+    x = rng.normal(size=size).astype(np.float32)
     run = {"gelu": _gelu, "layer_norm": _layer_norm, "attention of one block": _exponentials}[name]
     whole = run(gpu, x)
-    for part in (slice(0, 1), slice(1, 3), slice(3, 6)):
+    for part in (slice(0, 1), slice(1, 3), slice(3, 8), slice(8, 39), slice(39, 70)):
         for found, expected in zip(run(gpu, x[part]), whole, strict=True):
             assert np.array_equal(found, expected[part])
 
@@ -71,10 +98,10 @@ def _gelu(xp: Any, host: np.ndarray) -> list[np.ndarray]:
 
 
 def _layer_norm(xp: Any, host: np.ndarray) -> list[np.ndarray]:
-    x, gamma, beta = xp.asarray(host), xp.asarray(host[0, 0, 0]), xp.asarray(host[0, 0, 1])
+    x = xp.asarray(host)
     normal, y, dx = xp.empty_like(x), xp.empty_like(x), xp.empty_like(x)
     inverse = xp.empty((*x.shape[:-1], 1), x.dtype)
-    gamma, beta = xp.ones_like(gamma), xp.zeros_like(beta)
+    gamma, beta = xp.linspace(1, 2, host.shape[-1], dtype=x.dtype), xp.ones(host.shape[-1], x.dtype)
     assert kernel_cuda.layer_norm(x, gamma, beta, normal, inverse, y, 1e-5)
     assert kernel_cuda.layer_norm_input(normal, inverse, gamma, x, dx)
     return [to_host(each) for each in (normal, inverse, y, dx)]
@@ -93,14 +120,16 @@ def _exponentials(xp: Any, host: np.ndarray) -> list[np.ndarray]:
 @pytest.mark.parametrize("optimizer", [optim.AdamW(weight_decay=0.1), optim.Adam(weight_decay=0.1)])
 def test_adam(gpu, monkeypatch, optimizer, dtype):
     shard = Network(nn.MODELS["mlp"](9, 4, hidden=[7], batch_norm=True), CrossEntropy(), np.dtype(dtype)).layout.whole()
-    found = []
+    found, used = [], watched(monkeypatch, optim_kernel_cuda, "elementwise")
     for switch in ("on", "off"):
         monkeypatch.setenv("MPITRAIN_KERNEL", switch)
         draw = np.random.default_rng(1)
         params, *grads = (gpu.asarray(draw.normal(size=shard.size).astype(dtype)) for _ in range(4))
         state = optimizer.init(shard, lambda size, dtype: gpu.zeros(size, dtype))
         for step, each in enumerate(grads, start=1):
-            optimizer.update(params, each, state, 0.01, step, shard)
+            optimizer.update_mean(params, Terms((each,), 3.0), state, 0.01, step, shard)
+        assert used == ({"adam"} if switch == "on" else set())
+        used.clear()
         found.append([to_host(each) for each in (params, *state.values())])
     for kernels, operations in zip(*found, strict=True):
         np.testing.assert_allclose(kernels, operations, rtol=32 * np.finfo(dtype).eps, atol=4 * np.finfo(dtype).eps)

@@ -51,7 +51,7 @@ def test_replicas_stay_alike_and_learn(on_ranks: Callable[..., None], codec: str
         assert losses[1] < losses[0]
         assert len(set(comm.allgather_object(method.params.sha256()))) == 1
         names = {piece.name: piece.kind for piece in method.state().pieces if piece.name.startswith("codec.")}
-        assert names.pop(f"codec.residual/{COMPRESSED}") == "summed"
+        assert names.pop(f"codec.left/{COMPRESSED}") == "summed"
         assert names.pop("codec.unit/count") == "replicated"
         assert names == ({f"codec.q/{COMPRESSED}": "replicated"} if codec == "powersgd" else {})
 
@@ -113,7 +113,7 @@ def test_what_is_left_over_survives_another_number_of_ranks(tmp_path: Path):
 
     def kept(method: DataParallel) -> tuple[np.ndarray, np.ndarray]:
         pieces = {piece.name: np.array(piece.array) for piece in method.state().pieces}
-        return pieces[f"codec.residual/{COMPRESSED}"], pieces[f"codec.q/{COMPRESSED}"]
+        return pieces[f"codec.left/{COMPRESSED}"], pieces[f"codec.q/{COMPRESSED}"]
 
     written, found = LocalWorld(3).run(write), LocalWorld(2).run(read)
     assert np.abs(written[0][0]).max() > 0

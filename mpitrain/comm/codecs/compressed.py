@@ -140,4 +140,4 @@ class CompressedSum:
     def kept(self) -> tuple[Kept, ...]:
         """What must outlast a restart: the residual, and what the codec remembers."""
         remembered = (Kept(name, buffer, "replicated") for name, buffer in self.codec_state.items())
-        return (Kept("residual", self.residual, "summed"), Kept("unit", self._unit, "replicated"), *remembered)
+        return (Kept("left", self.residual, "summed"), Kept("unit", self._unit, "replicated"), *remembered)

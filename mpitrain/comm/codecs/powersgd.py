@@ -11,7 +11,7 @@ import numpy as np
 
 from mpitrain._options import COUNT, option
 from mpitrain._typing import Array, Shape
-from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, Segment, namespace, plain
+from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, Segment, is_cupy, namespace, plain
 from mpitrain.comm.codecs import kernel
 from mpitrain.comm.codecs.codec import Codec, State
 from mpitrain.comm.communicator import Communicator
@@ -77,7 +77,10 @@ class PowerSGD(Codec):
         out: Mapping[str, Array],
         others: list[Array],
     ) -> bool:
-        """See `Codec.sum`; P̂ is orthonormal, so that sums are finite where squares of Q are."""
+        """See `Codec.sum`; P̂ is orthonormal, so that sums are finite where squares of Q are.
+
+        On a GPU, which would be waited for once for each array, the caller is to look.
+        """
         xp, q = namespace(values.flat), state["q"]
         matrices = {s.name: _as_matrix(values.views[s.name]) for s in values.layout}
         p, left = self._left_factors(matrices, values.flat)
@@ -94,7 +97,8 @@ class PowerSGD(Codec):
         comm.allreduce([q.flat, *others], out=[q.flat, *others])
         for name in matrices:
             _multiply(left[name], q.views[name], out=_as_matrix(out[name]))
-        return all(bool(xp.isfinite(xp.dot(each, each))) for each in (q.flat, *(other.reshape(-1) for other in others)))
+        sums = (q.flat, *(other.reshape(-1) for other in others))
+        return not is_cupy(q.flat) and all(bool(np.isfinite(np.dot(each, each))) for each in sums)
 
     def _left_factors(self, matrices: Mapping[str, Array], like: Array) -> tuple[Array, dict[str, Array]]:
         """Return memory for all P, one after the other, and each of them, shape (a, rank)."""

@@ -15,7 +15,7 @@ class AloneTransport(PartialTransport):
     name: ClassVar[str] = "alone"
 
     def _takes(self, call: Call) -> bool:
-        return call.peer is None
+        return call.peer is None and call.recv_counts is None  # which the rest checks
 
     def _open(self, call: Call, stream: Stream) -> None:
         """There is nothing to open."""
