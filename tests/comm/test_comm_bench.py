@@ -18,7 +18,7 @@ import pytest
 
 from mpitrain._errors import CommunicationError, InputError
 from mpitrain.comm import Communicator, LocalWorld
-from mpitrain.comm.bench import meeting
+from mpitrain.comm.bench import meeting, ranks
 from mpitrain.comm.bench.cases import VARIANTS, Contender, correct, handed_in, shapes
 from mpitrain.comm.bench.components import components, disabled
 from mpitrain.comm.bench.ground import MOST_BUFFERS, Ground, Stage, buffers_for
@@ -196,14 +196,21 @@ def test_before_each_turn_its_own_preparation_is_done_outside_of_the_time() -> N
     assert taken.max() < 0.01
 
 
-@pytest.mark.parametrize(("buffers", "turns"), [("resident", "oorr"), ("rotating", "or")])
-def test_of_resident_buffers_each_turn_follows_a_call_of_its_own(buffers: str, turns: str) -> None:
+@pytest.mark.parametrize(
+    ("buffers", "size_bytes", "turns"),
+    [("resident", 1000, "oooorrrr"), ("resident", 1001, "oorr"), ("rotating", 1000, "or")],
+)
+def test_of_resident_buffers_each_turn_follows_calls_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, buffers: str, size_bytes: int, turns: str
+) -> None:
+    """Three, so that what fits into the last cache lies there; one where it does not."""
+    monkeypatch.setattr(ranks, "last_level_cache_bytes", lambda: 1000)
     done: list[str] = []
     ours, rival = (Contender(name, [lambda n=name: done.append(n[0])], [], [], False) for name in ("ours", "rival"))
 
     def program(comm: Communicator) -> np.ndarray:
         spec = Spec((4,), repeats=1, buffers=buffers)
-        return Bench(SimpleNamespace(world=comm), spec, {}, [])._race(ours, rival)
+        return Bench(SimpleNamespace(world=comm), spec, {}, [])._race(ours, rival, size_bytes)
 
     assert LocalWorld(1, timeout_s=30).run(program)[0].shape == (1, 2)
     assert "".join(done).endswith(turns)
