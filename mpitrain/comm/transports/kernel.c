@@ -316,12 +316,42 @@ static void combine_two_in_place(const combination *c) {
   }
 }
 
+/* Ask for lines as one who reads them. */
+static void call_for(const char *lines, int64_t nbytes) {
+  for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(lines + i);
+}
+
+static int is_two_into_one(const combination *c) {
+  return c->part_count == 2 && c->result_count == 1 && !c->past_cache && c->nbytes >= OUTGROWS_BYTES;
+}
+
+/* Combine two arrays into a third, or into one of them, that do not fit into a core's own cache.
+ *
+ * Three streams are more than the processor foresees by itself: 8 and 16 MiB took a fifth less time so. */
+static void combine_two_into_one(const combination *c) {
+  const fold *const f = fold_of(c->op);
+  for (int64_t begin = 0; begin < c->nbytes; begin += CLAIMED_BYTES) {
+    const int64_t rest = c->nbytes - begin, length = rest < CLAIMED_BYTES ? rest : CLAIMED_BYTES;
+    const int64_t n = length / c->op->item_bytes;
+    char *const left = c->parts[0] + begin, *const right = c->parts[1] + begin, *const out = c->results[0] + begin;
+    claim(out + CLAIMED_AHEAD_BYTES, CLAIMED_BYTES);
+    call_for(left + CLAIMED_AHEAD_BYTES, CLAIMED_BYTES);
+    call_for(right + CLAIMED_AHEAD_BYTES, CLAIMED_BYTES);
+    f->once(out, left, right, n);
+    divide(c->op, out, n);
+  }
+}
+
 /* Combine in order, a block at a time, and store where it belongs; a result may be one of the parts.
  *
  * Two parts are combined straight into the last result, where it stays in the cache: a copy less. */
 static void combine(const combination *c) {
   if (is_two_in_place(c)) {
     combine_two_in_place(c);
+    return;
+  }
+  if (is_two_into_one(c)) {
+    combine_two_into_one(c);
     return;
   }
   _Alignas(64) char block[BLOCK_BYTES];
