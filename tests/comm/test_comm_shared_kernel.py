@@ -17,6 +17,7 @@ from mpitrain.arrays.compiled import CompiledLibrary
 from mpitrain.comm.transports import kernel, ways
 from mpitrain.comm.transports.kernel import PLACES, Kernel
 from mpitrain.comm.transports.pages import PAGE_BYTES
+from mpitrain.comm.transports.program import Combine
 from mpitrain.comm.transports.ways import WAYS, Way, settle
 
 PLACE_BYTES = 16 * 1024  # of which half is written for the other of two ranks: a sample, and as much again
@@ -79,6 +80,26 @@ def test_what_is_written_past_the_cache_is_seen_before_it_is_announced(library: 
         for results in pool.map(reduce, range(RANKS)):
             for number, found in enumerate(results):
                 np.testing.assert_array_equal(found, 2 * np.arange(found.size) + 1 + 2 * number)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_results_in_shared_memory_go_past_the_cache_where_lines_come_slowly(library: None, slow: bool) -> None:
+    """Elsewhere they do not; either way all see them after the last fence."""
+    memory, parts = rows(), [np.arange(5000, dtype=np.float32) + rank for rank in range(RANKS)]
+    result = np.zeros(5000, np.float32)
+
+    def reduce(rank: int) -> Array:
+        loops, own = Kernel(memory, rank, PAGE_BYTES, 0, lambda: None), slice(rank * 2500, (rank + 1) * 2500)
+        loops._team.to_memory = slow
+        run = loops.reduction("sum", [Combine([part[own] for part in parts], [result[own]], 0, True)], holds=True)
+        assert run is not None
+        for _ in range(3):
+            run()
+        return result.copy()
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        for found in pool.map(reduce, range(RANKS)):
+            np.testing.assert_array_equal(found, parts[0] + parts[1])
 
 
 @pytest.mark.parametrize("finds", ["both", "first", "second", "neither", "by turns"])

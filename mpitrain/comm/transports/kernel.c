@@ -88,7 +88,7 @@ typedef struct { /* what one rank combines between two fences */
   char **results; /* where they go */
   int64_t result_count;
   int64_t nbytes;
-  int64_t past_cache; /* a bit for each result: whether it is stored past the cache */
+  int64_t past_cache; /* a bit for each result: whether it is stored past the cache, where ranks write so for others */
 } combination;
 
 typedef struct { /* reduces arrays that all ranks map: one combination for each level of the node */
@@ -382,7 +382,9 @@ int mpitrain_fence(team *t) {
 int mpitrain_reduce_shared(shared_reduction *r) {
   for (; r->done < r->count; r->done++) {
     if (mpitrain_fence(r->ranks)) return 1;
-    combine(&r->steps[r->done]);
+    combination step = r->steps[r->done];
+    if (!r->ranks->to_memory) step.past_cache = 0; /* elsewhere it is the slower way, even for what no cache holds */
+    combine(&step);
   }
   if (mpitrain_fence(r->ranks)) return 1;
   r->done = 0;

@@ -44,7 +44,9 @@ SLOT_BYTES = 1536
 """Arrays up to this size are handed over whole and combined by every rank; two slots and the counters fill a page."""
 
 PAST_CACHE_FROM_BYTES = 8 * 1024 * 1024
-"""Results from this size on are stored past the cache: it would not hold them until they are read."""
+"""Results from this size on are stored past the cache, which would not hold them until they are read.
+
+Those in shared memory only where lines of another core come slowly."""
 
 
 class _LaidOut(ctypes.Structure):
