@@ -286,6 +286,10 @@ static int64_t is_past_cache(const stream *s) {
   return s->past_cache || (s->ranks->to_memory && s->nbytes >= OUTGROWS_BYTES);
 }
 
+static int stays(const combination *c, int64_t result) {
+  return result >= 0 && !(c->past_cache >> result & 1);
+}
+
 /* Ask for lines as one who writes to them. */
 static void claim(const char *lines, int64_t nbytes) {
   for (int64_t i = 0; i < nbytes; i += 64) CLAIM(lines + i);
@@ -344,7 +348,7 @@ static void combine_two_into_one(const combination *c) {
 
 /* Combine in order, a block at a time, and store where it belongs; a result may be one of the parts.
  *
- * Two parts are combined straight into the last result, where it stays in the cache: a copy less. */
+ * Two parts are combined straight into the last result, and the one before, where they stay in the cache: copies less. */
 static void combine(const combination *c) {
   if (is_two_in_place(c)) {
     combine_two_in_place(c);
@@ -356,13 +360,16 @@ static void combine(const combination *c) {
   }
   _Alignas(64) char block[BLOCK_BYTES];
   const fold *const f = fold_of(c->op);
-  const int64_t last = c->result_count - 1, straight = c->part_count == 2 && !(c->past_cache >> last & 1);
-  const int64_t copies = c->result_count - straight;
+  const int64_t last = c->result_count - 1, straight = c->part_count == 2 && stays(c, last);
+  const int64_t twice = straight && !c->op->divisor && stays(c, last - 1), copies = c->result_count - straight - twice;
   for (int64_t begin = 0; begin < c->nbytes; begin += BLOCK_BYTES) {
     const int64_t left = c->nbytes - begin, length = left < BLOCK_BYTES ? left : BLOCK_BYTES;
     const int64_t n = length / c->op->item_bytes;
     char *const out = straight ? c->results[last] + begin : block;
-    f->once(out, c->parts[0] + begin, c->parts[1] + begin, n);
+    if (twice)
+      f->twice(out, c->results[last - 1] + begin, c->parts[0] + begin, c->parts[1] + begin, n);
+    else
+      f->once(out, c->parts[0] + begin, c->parts[1] + begin, n);
     for (int64_t i = 2; i < c->part_count; i++) f->once(out, out, c->parts[i] + begin, n);
     divide(c->op, out, n);
     for (int64_t i = 0; i < copies; i++) copy(c->results[i] + begin, out, length, c->past_cache >> i & 1);
