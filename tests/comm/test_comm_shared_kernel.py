@@ -102,6 +102,33 @@ def test_results_in_shared_memory_go_past_the_cache_where_lines_come_slowly(libr
             np.testing.assert_array_equal(found, parts[0] + parts[1])
 
 
+@pytest.mark.parametrize("where", ["both", "a third", "the first's", "the second's"])
+@pytest.mark.parametrize("elements", [5, 1000, (1 << 18) + 1003])  # two blocks and less, and more than 1 MiB
+@pytest.mark.parametrize("divisor", [0, RANKS])
+def test_two_arrays_are_combined_where_they_lie_and_elsewhere(
+    library: None, divisor: int, elements: int, where: str
+) -> None:
+    """By loops that ask for lines ahead: of a core's own cache, and beyond it."""
+    memory = rows()
+    parts = [np.random.default_rng(rank).normal(size=RANKS * elements).astype(np.float32) for rank in range(RANKS)]
+    before, third = [part.copy() for part in parts], np.zeros(RANKS * elements, np.float32)
+    results = {"both": parts, "a third": [third], "the first's": parts[:1], "the second's": parts[1:]}[where]
+
+    def reduce(rank: int) -> None:
+        loops, own = Kernel(memory, rank, PAGE_BYTES, 0, lambda: None), slice(rank * elements, (rank + 1) * elements)
+        combine = Combine([part[own] for part in parts], [result[own] for result in results], divisor)
+        run = loops.reduction("sum", [combine], holds=True)
+        assert run is not None
+        run()
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        list(pool.map(reduce, range(RANKS)))
+    expected = (before[0] + before[1]) / np.float32(divisor or 1)
+    for part, kept in zip([*parts, third], [*before, 0 * third], strict=True):
+        taken = any(part is each for each in results)
+        np.testing.assert_array_equal(part, expected if taken else kept)
+
+
 @pytest.mark.parametrize("finds", ["both", "first", "second", "neither", "by turns"])
 def test_two_ranks_have_the_same_bits_whichever_finds_lines_slow(
     library: None, monkeypatch: pytest.MonkeyPatch, finds: str
