@@ -321,7 +321,7 @@ static void combine_two_in_place(const combination *c) {
 }
 
 /* Ask for lines as one who reads them. */
-static void call_for(const char *lines, int64_t nbytes) {
+static void prefetch(const char *lines, int64_t nbytes) {
   for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(lines + i);
 }
 
@@ -339,8 +339,8 @@ static void combine_two_into_one(const combination *c) {
     const int64_t n = length / c->op->item_bytes;
     char *const left = c->parts[0] + begin, *const right = c->parts[1] + begin, *const out = c->results[0] + begin;
     claim(out + CLAIMED_AHEAD_BYTES, CLAIMED_BYTES);
-    call_for(left + CLAIMED_AHEAD_BYTES, CLAIMED_BYTES);
-    call_for(right + CLAIMED_AHEAD_BYTES, CLAIMED_BYTES);
+    prefetch(left + CLAIMED_AHEAD_BYTES, CLAIMED_BYTES);
+    prefetch(right + CLAIMED_AHEAD_BYTES, CLAIMED_BYTES);
     f->once(out, left, right, n);
     divide(c->op, out, n);
   }
