@@ -98,6 +98,10 @@ class Collectives(Engine):
         """
         if reproducible:
             return fixed.reduce(self, x, op, root, out, algorithm, bucket_bytes)
+        if algorithm is None and bucket_bytes is None:
+            result = direct.reduce(self, x, op, root, out)
+            if result is not None:
+                return result if self.rank == root else None
         return self._complete(self._reduce("reduce", x, op, root, out, bucket_bytes), algorithm)
 
     def ireduce(

@@ -58,6 +58,20 @@ def allreduce(comm: Engine, x: Any, op: str, out: Any) -> Array | None:
     return into
 
 
+def reduce(comm: Engine, x: Any, op: str, root: int, out: Any) -> Array | None:
+    """Reduce over all ranks, for the root; see `Communicator.reduce`.  Returns ``x`` on the others."""
+    if not (comm.plain and type(op) is str and type(root) is int and 0 <= root < comm.size and _is_plain(x)):
+        return None
+    kind = reduction(x.dtype, op)
+    into = x if comm.rank != root else _landing(x, out)
+    if kind is None or into is None:
+        return None
+    _perform(comm, Doing("reduce", into, kind, root), into.nbytes, comm._reduce_now, x, into, kind, root)
+    if op == "mean" and comm.rank == root:
+        np.divide(into, comm.size, out=into)
+    return into
+
+
 def broadcast(comm: Engine, x: Any, root: int, out: Any) -> Array | None:
     """Give the root's values to all; see `Communicator.broadcast`."""
     if not (comm.plain and type(root) is int and 0 <= root < comm.size and type(x) is np.ndarray):

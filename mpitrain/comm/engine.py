@@ -124,6 +124,13 @@ class Engine(ABC):
             np.copyto(recv, send)
         self._run(Call("allreduce", recv.dtype, recv=wire(recv), op=op))
 
+    def _reduce_now(self, send: Array, recv: Array, op: str, root: int) -> None:
+        """Reduce a contiguous array for the root, as `_allreduce_now`; elsewhere nothing is written to ``recv``."""
+        words = wire(recv if self.rank == root else send.copy())
+        if self.rank == root and send is not recv:
+            np.copyto(recv, send)
+        self._run(Call("reduce", recv.dtype, recv=words, op=op, root=root))
+
     def _broadcast_now(self, values: Array, root: int) -> None:
         """Broadcast one contiguous array in place, checked already, of a type that travels as it is."""
         self._run(Call("broadcast", values.dtype, recv=wire(values), root=root))

@@ -165,6 +165,17 @@ class MpiCommunicator(Communicator):
         except MPI.Exception as error:
             raise _translation("allreduce", error) from error
 
+    def _reduce_now(self, send: Array, recv: Array, op: str, root: int) -> None:
+        if send.size > pieces.CHUNK_ELEMENTS:
+            super()._reduce_now(send, recv, op, root)
+            return
+        is_root = self.rank == root
+        given, into = MPI.IN_PLACE if is_root and send is recv else send, recv if is_root else None
+        try:
+            self._comm.Reduce(given, into, _OPS[op], root)
+        except MPI.Exception as error:
+            raise _translation(f"reduce of {send.size} {send.dtype}", error) from error
+
     def _broadcast_now(self, values: Array, root: int) -> None:
         if values.size > pieces.CHUNK_ELEMENTS:
             super()._broadcast_now(values, root)

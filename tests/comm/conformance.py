@@ -105,6 +105,22 @@ def reduce_to_every_root(comm: Communicator) -> None:
 
 
 @check
+def reduce_fills_out_on_the_root_alone(comm: Communicator) -> None:
+    for root, op, elements in product(range(comm.size), ("sum", "mean", "min"), (0, 3, 5000)):
+        expected = folded(comm.size, (elements,), "float64", op)
+        x, out = values(comm.rank, (elements,)), np.full(elements, -7.0)
+        x.flags.writeable = False
+        got = comm.reduce(x, op, root, out)
+        assert got is (out if comm.rank == root else None)
+        same(out, expected if comm.rank == root else np.full(elements, -7.0))
+        same(x, values(comm.rank, (elements,)))
+        x = values(comm.rank, (elements,))
+        got = comm.reduce(x, op, root, out=x)
+        assert got is (x if comm.rank == root else None)
+        same(x, expected if comm.rank == root else values(comm.rank, (elements,)))
+
+
+@check
 def broadcast_from_every_root(comm: Communicator) -> None:
     for root, dtype, shape in product(range(comm.size), [*DTYPES, "bool"], SHAPES):
         x = values(comm.rank, shape, dtype)

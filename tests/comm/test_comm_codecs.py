@@ -209,14 +209,29 @@ def test_powersgd_is_exact_where_the_rank_suffices(on_ranks: Callable[..., None]
     on_ranks(check)
 
 
-def test_powersgd_knows_sums_to_be_finite_unless_squares_overflow(on_ranks: Callable[..., None]):
+@pytest.mark.parametrize("codec", [PowerSGD(rank=2), TopK(ratio=0.05), TopK(ratio=0.05, values="int8")])
+def test_sums_are_known_to_be_finite_unless_squares_overflow(on_ranks: Callable[..., None], codec: Codec):
     def check(comm: Communicator) -> None:
         for scale, known in ((1.0, True), (1e30, False)):
-            compressed, grads = suite.start(comm, PowerSGD(rank=2)), FlatBuffer(suite.layout())
+            compressed, grads = suite.start(comm, codec), FlatBuffer(suite.layout())
             for name, value in suite.gradients(comm.rank, 0).items():
                 grads.views[name][...] = value * np.float32(scale)
             assert compressed.reduce(grads, 0) is known
             assert np.isfinite(grads.flat).all()
+
+    on_ranks(check)
+
+
+@pytest.mark.parametrize("codec", [PowerSGD(rank=2), TopK(ratio=0.001), TopK(ratio=0.001, values="int8")])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_sums_are_never_known_to_be_finite_that_are_not(on_ranks: Callable[..., None], codec: Codec, bad: float):
+    def check(comm: Communicator) -> None:
+        for name in (segment.name for segment in suite.layout() if segment.size):
+            compressed, grads = suite.start(comm, codec), FlatBuffer(suite.layout())
+            if comm.rank == comm.size - 1:
+                grads.views[name].reshape(-1)[-1] = bad
+            assert compressed.reduce(grads, 0) is False
+            assert not np.isfinite(grads.flat).all()
 
     on_ranks(check)
 

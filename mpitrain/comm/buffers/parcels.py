@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -67,7 +68,7 @@ class Parcel:
         sizes = [prod(shape) for shape in shapes]
         self.values: Array = self._empty(sum(sizes), held) if place is None else place
         self.wire = wire(self.values)
-        ends = np.cumsum(sizes).tolist()
+        ends = accumulate(sizes)
         self.parts = [
             self.values[end - size : end].reshape(shape) for end, size, shape in zip(ends, sizes, shapes, strict=True)
         ]
@@ -97,6 +98,7 @@ class Parcel:
         return np.asarray(view).reshape(-1)
 
     def _result(self, part: Array, like: Operand, out: Operand | None) -> Any:
-        with np.errstate(over="ignore"):  # a float32 sum beyond float16 is infinite there
-            part = part.astype(self.dtype, copy=False)
+        if part.dtype != self.dtype:
+            with np.errstate(over="ignore"):  # a float32 sum beyond float16 is infinite there
+                part = part.astype(self.dtype)
         return like.build(part) if out is None else out.store(part)

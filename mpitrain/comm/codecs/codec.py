@@ -10,9 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from mpitrain._options import COUNT, Checked, option
 from mpitrain._typing import Array
-from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, Segment, plain
+from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, Segment, is_cupy, plain
 from mpitrain.comm.communicator import Communicator
 
 State = dict[str, FlatBuffer]
@@ -87,3 +89,12 @@ class Codec(Checked, ABC):
         bool, optional
             Whether all sums are known to be finite; else the caller looks at each.
         """
+
+
+def known_finite(*sums: Array) -> bool:
+    """Tell whether the squares in arrays have finite sums; so are their elements then, and sums over the ranks of them.
+
+    False tells nothing; it is always said of arrays on a GPU, which would be waited for.
+    """
+    flat = (each.reshape(-1) for each in sums)
+    return all(not is_cupy(each) and bool(np.isfinite(np.dot(each, each))) for each in flat)

@@ -11,9 +11,9 @@ import numpy as np
 
 from mpitrain._options import COUNT, option
 from mpitrain._typing import Array, Shape
-from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, Segment, is_cupy, namespace, plain
+from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, Segment, namespace, plain
 from mpitrain.comm.codecs import kernel
-from mpitrain.comm.codecs.codec import Codec, State
+from mpitrain.comm.codecs.codec import Codec, State, known_finite
 from mpitrain.comm.communicator import Communicator
 
 _BLOCK_BYTES = 1 << 18
@@ -77,10 +77,7 @@ class PowerSGD(Codec):
         out: Mapping[str, Array],
         others: list[Array],
     ) -> bool:
-        """See `Codec.sum`; P̂ is orthonormal, so that sums are finite where squares of Q are.
-
-        On a GPU, which would be waited for once for each array, the caller is to look.
-        """
+        """See `Codec.sum`; P̂ is orthonormal, so that sums are finite where squares of Q are."""
         xp, q = namespace(values.flat), state["q"]
         matrices = {s.name: _as_matrix(values.views[s.name]) for s in values.layout}
         p, left = self._left_factors(matrices, values.flat)
@@ -94,11 +91,14 @@ class PowerSGD(Codec):
         for name, matrix in matrices.items():
             xp.matmul(matrix.T, left[name], out=q.views[name])
             _multiply(left[name], q.views[name], out=matrix, takes_away=True)  # this rank's term
-        comm.allreduce([q.flat, *others], out=[q.flat, *others])
+        sums = [q.flat, *(other.reshape(-1) for other in others)]
+        fused = xp.concatenate(sums)
+        comm.allreduce(fused, out=fused)
+        for each, summed in zip(sums, xp.split(fused, np.cumsum([each.size for each in sums])[:-1]), strict=True):
+            each[...] = summed
         for name in matrices:
             _multiply(left[name], q.views[name], out=_as_matrix(out[name]))
-        sums = (q.flat, *(other.reshape(-1) for other in others))
-        return not is_cupy(q.flat) and all(bool(np.isfinite(np.dot(each, each))) for each in sums)
+        return known_finite(fused)
 
     def _left_factors(self, matrices: Mapping[str, Array], like: Array) -> tuple[Array, dict[str, Array]]:
         """Return memory for all P, one after the other, and each of them, shape (a, rank)."""

@@ -12,7 +12,7 @@ from mpitrain._errors import InputError
 from mpitrain._options import Choice, Interval, option
 from mpitrain._typing import Array
 from mpitrain.arrays import Allocator, FlatBuffer, Key, Layout, namespace, plain
-from mpitrain.comm.codecs.codec import Codec, State
+from mpitrain.comm.codecs.codec import Codec, State, known_finite
 from mpitrain.comm.codecs.format import as_bytes, from_bytes
 from mpitrain.comm.codecs.formats import FORMATS
 from mpitrain.comm.communicator import Communicator
@@ -81,8 +81,8 @@ class TopK(Codec):
         key: Key,
         out: Mapping[str, Array],
         others: list[Array],
-    ) -> None:
-        """See `Codec.sum`."""
+    ) -> bool:
+        """See `Codec.sum`; what is not finite is chosen first, so that the terms tell of all."""
         flat, xp, form = values.flat, namespace(values.flat), FORMATS[self.values]()
         chosen = xp.concatenate([s.offset + self._largest(flat[s.offset : s.stop]) for s in values.layout])
         chosen = chosen.astype(np.uint32)
@@ -105,6 +105,7 @@ class TopK(Codec):
             for rank in range(comm.size):
                 total[everyones[rank, begin:end] - s.offset] += terms[rank, begin:end]
             begin = end
+        return known_finite(terms, *others)
 
     def _count(self, size: int) -> int:
         """Return how many of a tensor's elements are sent."""
