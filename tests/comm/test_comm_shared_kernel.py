@@ -164,7 +164,10 @@ def test_two_ranks_have_the_same_bits_whichever_finds_lines_slow(
         tied = (parts == 0).all(axis=0) & (op != "sum")
         np.testing.assert_array_equal(np.signbit(one[tied]), np.signbit(parts[1][tied]))
         assert traded == too
-        assert finds not in slow or traded == (finds == "neither" and trades < 0.7)
+        assert finds not in slow or traded <= (finds == "neither" and trades < 0.7)
+    traded = sum(traded for _, traded in first)
+    may_trade = sum(trades < 0.7 for *_, (trades, _) in cases)
+    assert finds != "neither" or traded > may_trade / 2  # a rank that other processes hold up may find lines slow
 
 
 @pytest.mark.skipif(kernel.LIBRARY.loaded is None, reason="the loops were not compiled")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import ClassVar
 
@@ -94,8 +95,8 @@ class PowerSGD(Codec):
         sums = [q.flat, *(other.reshape(-1) for other in others)]
         fused = xp.concatenate(sums)
         comm.allreduce(fused, out=fused)
-        for each, summed in zip(sums, xp.split(fused, np.cumsum([each.size for each in sums])[:-1]), strict=True):
-            each[...] = summed
+        for each, end in zip(sums, accumulate(each.size for each in sums), strict=True):
+            each[...] = fused[end - each.size : end]
         for name in matrices:
             _multiply(left[name], q.views[name], out=_as_matrix(out[name]))
         return known_finite(fused)
