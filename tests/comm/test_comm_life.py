@@ -163,6 +163,7 @@ def test_what_it_made_for_itself_goes_with_it(
 
 @pytest.mark.mpi
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # a minute on two quiet cores
 def test_thousands_of_communicators_one_after_the_other(world: Communicator) -> None:
     if world.size != 2:
         pytest.skip("on two ranks")
